@@ -1,0 +1,35 @@
+"""Train MSPLoRA (Multi-Scale Pyramid LoRA, arXiv 2503.21838) as a native PEFT method.
+
+from msplora_core import MSPLoraConfig
+model = peft.get_peft_model(base, MSPLoraConfig(r=8, target_modules=["query", "value"]))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from msplora_core.method import MSPLoraConfig, MSPLoraModel
+
+__version__ = "0.1.0"
+__all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__"]
+
+
+# PEFT takes seconds to import, and `msplora-train --help` must not wait for it: the method is
+# registered now if PEFT is loaded, else as soon as it is.
+@wrapt.when_imported("peft")
+def _register(peft: Any) -> None:
+    importlib.import_module("msplora_core.method")
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("MSPLoraConfig", "MSPLoraModel"):
+        return getattr(importlib.import_module("msplora_core.method"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,151 @@
+"""The command ``msplora-train``. Heavy libraries are imported only once there is something to train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from msplora_core import __version__
+from msplora_core.errors import TrainingError
+from msplora_core.models import EMBEDDED_MODELS
+from msplora_core.settings import METHODS, PRECISIONS, make_settings, parse_ranks
+from msplora_core.tasks import EMBEDDED_TASK, TASKS, get_task
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"msplora {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="""Examples:
+
+- `msplora-train --output-dir runs/first` (embedded model and task: no network, no data)
+- `msplora-train --model FacebookAI/roberta-base --task cola --method msplora --rank 8 --output-dir runs/cola`
+- `msplora-train --model minilm --task mrpc --data-dir glue --method lora --seed 1 --output-dir runs/mrpc-lora-1`
+""",
+)
+def train(
+    output_dir: Annotated[Path, typer.Option(help="Folder of the run: one checkpoint for every epoch.")],
+    model: Annotated[
+        str,
+        typer.Option(help=f"Hub name, model folder or .gguf file; embedded: {', '.join(EMBEDDED_MODELS)}."),
+    ] = "minilm",
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = EMBEDDED_TASK,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "msplora",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with {task}_train.jsonl[.gz] and {task}_validation.jsonl[.gz]; else the Hub."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and dropout.")] = 0,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="LoRA's rank, or MSPLoRA's r: global r, mid r/2, layer r/4.  [default: 8]"),
+    ] = None,
+    ranks: Annotated[str | None, typer.Option(help="MSPLoRA's ranks global,mid,layer, such as 8,8,8.")] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="Modules to adapt, comma-separated.  [default: as PEFT's LoRA: query,value in BERT]"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="[default: the task's recipe]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: the task's recipe]")] = None,
+    head_learning_rate: Annotated[float | None, typer.Option(help="[default: half the learning rate]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="[default: the task's recipe]")] = None,
+    warmup_ratio: Annotated[float | None, typer.Option(help="[default: the task's recipe]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[default: the task's recipe]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens.  [default: the task's recipe]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="[default: the task's recipe]")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="[default: the task's recipe]")] = None,
+    precision: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train an MSPLoRA or LoRA adapter, keeping its checkpoint before training and of every epoch.
+
+    The run folder is a Hugging Face Trainer output folder; look into it with `msplora-analyze spectra`.
+    """
+    settings = make_settings(
+        model=model,
+        task=task,
+        method=method,
+        output_dir=output_dir,
+        data_dir=data_dir,
+        seed=seed,
+        rank=rank,
+        ranks=None if ranks is None else parse_ranks(ranks),
+        target_modules=None if target_modules is None else target_modules.split(","),
+        epochs=epochs,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
+        batch_size=batch_size,
+        warmup_ratio=warmup_ratio,
+        weight_decay=weight_decay,
+        max_length=max_length,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        precision=precision,
+        resume=resume,
+        overwrite=overwrite,
+        progress_bar=sys.stderr.isatty(),
+    )
+    _quiet_libraries()
+    try:
+        from msplora_core import training
+    except ModuleNotFoundError as error:
+        raise TrainingError(f"training needs the package {error.name}; run: pip install 'msplora[train]'") from error
+    _print_results(training.train(settings), get_task(task).metric, output_dir)
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _print_results(results: list[Any], metric: str, output_dir: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    best = max(results, key=lambda result: result.metric)
+    table = Table("epoch", "step", "train loss", "validation loss", metric, title="Results", title_justify="left")
+    for column in table.columns:
+        column.justify = "right"
+    for result in results:
+        train_loss = "-" if result.train_loss is None else f"{result.train_loss:.4f}"
+        table.add_row(
+            str(result.epoch),
+            str(result.step),
+            train_loss,
+            f"{result.validation_loss:.4f}",
+            f"{result.metric:.4f}",
+            style="bold" if result is best else None,
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"Best {metric} {best.metric:.4f} in epoch {best.epoch} (checkpoint-{best.step}).", highlight=False)
+    console.print(f"Next: msplora-analyze spectra {output_dir} --out {output_dir}/analysis", highlight=False)
+
+
+def main() -> None:
+    """Run the command; bad input ends in one line on standard error and exit status 1."""
+    try:
+        app()
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The adapted linear layer: a frozen base layer plus a pyramid of low-rank pairs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from msplora_core.pyramid import SCALES
+
+
+class LowRankPair(nn.Module):
+    """One pair of factors: A (rank, in_features), Kaiming uniform; B (out_features, rank), zero.
+
+    A shared pair is one object held by many layers, so it exists once in memory, whatever moves,
+    casts or loads it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.zeros(out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as LoRA initialises its A
+
+
+class MSPLoraLinear(nn.Module, BaseTunerLayer):
+    """A linear layer (``nn.Linear``, transformers' ``Conv1D``, or a quantised one) with MSPLoRA adapters.
+
+    Args:
+        base_layer: The layer to adapt; frozen.
+        quantization_backend: PEFT's access to a quantised weight, or None.
+    """
+
+    adapter_layer_names = ("msplora_global", "msplora_mid", "msplora_layer")
+    other_param_names = ("scaling", "msplora_dropout")
+
+    def __init__(self, base_layer: nn.Module, quantization_backend: QuantizationBackend | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = quantization_backend
+        features: Any = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = features
+        self.msplora_global = nn.ModuleDict()
+        self.msplora_mid = nn.ModuleDict()
+        self.msplora_layer = nn.ModuleDict()
+        self.msplora_dropout = nn.ModuleDict()
+        self.scaling: dict[str, dict[str, float]] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+
+    def pairs(self, scale: str) -> Any:
+        """The pairs of one scale, by adapter name."""
+        return getattr(self, f"msplora_{scale}")
+
+    def add_adapter(
+        self, adapter_name: str, pairs: dict[str, LowRankPair], scaling: dict[str, float], dropout: float
+    ) -> None:
+        """Attach one adapter: a pair (its own or another layer's) and a scaling for every scale."""
+        for scale, pair in pairs.items():
+            self.pairs(scale)[adapter_name] = pair
+        self.scaling[adapter_name] = scaling
+        self.msplora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def concatenated_factors(self, adapter_name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """All scales as one pair: A (R, in_features) and scaled B (out_features, R), R the sum of ranks.
+
+        The sum of the scales' products is the product of the concatenations, so the layer costs two
+        matrix products however many scales there are.
+        """
+        scaling = self.scaling[adapter_name]
+        pairs = {scale: self.pairs(scale)[adapter_name] for scale in SCALES if scale in scaling}
+        # A shared pair lives on one device; with the model spread over several, the others read it from there.
+        A = torch.cat([pair.A.to(device) for pair in pairs.values()])
+        B = torch.cat([pair.B.to(device) * scaling[scale] for scale, pair in pairs.items()], dim=1)
+        return A, B
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Base layer's output plus the active adapters'; x is (..., in_features)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        output_dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter_name in self.active_adapters:
+            if adapter_name not in self.scaling:  # an adapter of other modules only
+                continue
+            A, B = self.concatenated_factors(adapter_name, x.device)
+            inputs = self.msplora_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
+            result = result + F.linear(F.linear(inputs, A), B)
+        return result.to(output_dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The update dW in the base weight's own layout: (out, in), for ``Conv1D`` (in, out)."""
+        base_layer: Any = self.get_base_layer()
+        A, B = self.concatenated_factors(adapter_name, base_layer.weight.device)
+        delta = B.float() @ A.float()  # half precision products are slow or missing on some processors
+        return delta.T if isinstance(base_layer, Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' updates to the base weight.
+
+        Args:
+            safe_merge: Leave the weight alone and raise if the result is not finite.
+            adapter_names: Which adapters; default the active ones.
+
+        Raises:
+            ValueError: with safe_merge, an update that is not finite.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.scaling:
+                continue
+            weight = self.get_base_weight()
+            merged = (weight.float() + self.get_delta_weight(adapter_name)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging the adapter '{adapter_name}' gives weights that are not finite")
+            self.set_base_weight(merged)
+            self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Take the merged updates out of the base weight again."""
+        if not self.merged:
+            warnings.warn("no adapter is merged: nothing to unmerge", stacklevel=2)
+        while self.merged_adapters:
+            weight = self.get_base_weight()
+            delta = self.get_delta_weight(self.merged_adapters.pop())
+            self.set_base_weight((weight.float() - delta).to(weight.dtype))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Yes: the update is a low-rank product."""
+        return True

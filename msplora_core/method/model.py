@@ -1,0 +1,163 @@
+"""The PEFT tuner: puts MSPLoRA layers into a model, and saves every shared tensor once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from msplora_core.method.config import PEFT_TYPE, MSPLoraConfig
+from msplora_core.method.layer import LowRankPair, MSPLoraLinear
+from msplora_core.pyramid import assign_owners
+
+
+class MSPLoraModel(BaseTuner):
+    """A model adapted with MSPLoRA (arXiv 2503.21838); made by ``peft.get_peft_model``.
+
+    Each shared pair is one object, held by every layer that uses it. In an adapter file it stands once,
+    under the first of these layers: ``<module>.msplora_global.A``, ``<module>.msplora_mid.B`` and so on.
+    """
+
+    prefix = "msplora_"
+    tuner_layer_cls = MSPLoraLinear
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Decide who shares with whom, and raise every error about targets before any module is replaced."""
+        _maybe_include_all_linear_layers(peft_config, model)
+        shapes: dict[str, tuple[int, int]] = {}
+        adapted_before: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if name.startswith(adapted_before) and adapted_before:
+                continue  # inside a layer that another adapter has replaced
+            if isinstance(module, BaseTunerLayer):
+                adapted_before += (f"{name}.",)
+            if name and self._check_target_module_exists(peft_config, name):
+                base_layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                shapes[name] = self._checked_shape(name, base_layer, peft_config)
+        self._owners = assign_owners(shapes, peft_config.mid_groups)
+
+    def _checked_shape(self, name: str, base_layer: nn.Module, config: MSPLoraConfig) -> tuple[int, int]:
+        if not isinstance(base_layer, (nn.Linear, Conv1D)) and self._quantization_backend(base_layer) is None:
+            raise ValueError(
+                f"the target module '{name}' is a {type(base_layer).__name__}; MSPLoRA adapts nn.Linear, "
+                "transformers' Conv1D and quantised linear layers: change target_modules or exclude_modules"
+            )
+        in_features, out_features = _get_in_out_features(base_layer)
+        if in_features is None or out_features is None:
+            raise ValueError(f"the sizes of the target module '{name}' ({type(base_layer).__name__}) are unknown")
+        for scale, rank in config.scale_ranks().items():
+            if rank > min(in_features, out_features):
+                raise ValueError(
+                    f"the rank {rank} of the scale '{scale}' is above the smaller side of '{name}' "
+                    f"({out_features} x {in_features}); lower r or ranks, or leave the module out"
+                )
+        return out_features, in_features
+
+    def _quantization_backend(self, base_layer: nn.Module) -> Any:
+        return resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, MSPLoraLinear):
+            layer = target
+        else:
+            layer = MSPLoraLinear(target, self._quantization_backend(target))
+            layer.set_adapter(self.active_adapters)
+        pairs: dict[str, LowRankPair] = {}
+        for scale, rank in peft_config.scale_ranks().items():
+            owner = self._owners[current_key][scale]
+            if owner == current_key:
+                pair = LowRankPair(layer.in_features, layer.out_features, rank)
+                # a further adapter is not trained before set_adapter makes it the active one
+                pair.requires_grad_(adapter_name in self.active_adapters)
+            else:
+                pair = self.model.get_submodule(owner).pairs(scale)[adapter_name]
+            pairs[scale] = pair
+        layer.add_adapter(adapter_name, pairs, peft_config.scale_scalings(), peft_config.lora_dropout)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        aliases = _keys_of_pairs(model, adapter_name)
+        return {key: tensor for key, tensor in tensors.items() if aliases.get(key, key) == key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        aliases = _keys_of_pairs(model, adapter_name)
+        # PEFT loads leniently: without this check a missing tensor would stay at its initial value, silently.
+        missing = sorted(set(aliases.values()) - remapped.keys())
+        known = set(model.state_dict())
+        extra = sorted(key for key in remapped if key not in known or aliases.get(key, key) != key)
+        if missing or extra:
+            raise ValueError(
+                f"the adapter's file does not fit the model: {_listing(missing)} missing, {_listing(extra)} extra; "
+                "was it made for another base model, other target_modules or other ranks?"
+            )
+        for key, owner_key in aliases.items():
+            remapped[key] = remapped[owner_key]
+        return remapped
+
+
+def _keys_of_pairs(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Map every state-dict key of a pair's tensor to the key under which it is saved, its first one."""
+    first_keys: dict[int, str] = {}
+    keys: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        if not isinstance(module, MSPLoraLinear):
+            continue
+        for attribute in module.adapter_layer_names:
+            pairs = getattr(module, attribute)
+            if adapter_name in pairs:
+                key = f"{module_name}.{attribute}.{adapter_name}"
+                first_key = first_keys.setdefault(id(pairs[adapter_name]), key)
+                keys.update({f"{key}.{factor}": f"{first_key}.{factor}" for factor in ("A", "B")})
+    return keys
+
+
+def _listing(keys: list[str], most: int = 3) -> str:
+    if not keys:
+        return "none"
+    return f"{len(keys)} ({', '.join(keys[:most])}{', ...' if len(keys) > most else ''})"
+
+
+# PEFT's enumeration of methods is closed, but its tables take a plain string.
+_KEY: Any = PEFT_TYPE
+PEFT_TYPE_TO_CONFIG_MAPPING[_KEY] = MSPLoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[_KEY] = MSPLoraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[_KEY] = MSPLoraModel.prefix
