@@ -113,6 +113,7 @@ def load_model(source: ModelSource, task: Task) -> tuple[PreTrainedModel, PreTra
             num_labels=task.num_labels,
             problem_type="regression" if task.is_regression else "single_label_classification",
             dtype="float32",
+            ignore_mismatched_sizes=True,  # the head of another task gives way to a new one
             **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:

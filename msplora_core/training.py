@@ -76,7 +76,7 @@ def train(settings: Settings, report: Callable[[str], None] = print) -> list[Epo
     model = adapt(base_model, settings)
     trainer = AdapterTrainer(
         model=model,
-        args=_training_arguments(settings, task),
+        args=_training_arguments(settings, eval_on_start=last_checkpoint is None),
         train_dataset=tokenize(splits["train"], task, tokenizer, settings.max_length),
         eval_dataset=tokenize(splits["validation"], task, tokenizer, settings.max_length),
         # the bare function: given the collator itself, Trainer would copy the tokenizer into every checkpoint
@@ -236,7 +236,7 @@ def _show_progress(trainer: Trainer, task: Task, report: Callable[[str], None]) 
     trainer.add_callback(_EpochLines(task, report))
 
 
-def _training_arguments(settings: Settings, task: Task) -> TrainingArguments:
+def _training_arguments(settings: Settings, eval_on_start: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(settings.output_dir),
         num_train_epochs=settings.epochs,
@@ -249,7 +249,7 @@ def _training_arguments(settings: Settings, task: Task) -> TrainingArguments:
         seed=settings.seed,
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
-        eval_on_start=True,
+        eval_on_start=eval_on_start,
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",

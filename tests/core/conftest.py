@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from transformers import (
@@ -18,6 +20,11 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+
+# Toy matrices: threads would only wait for each other, badly so on a busy machine.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 
 
 def make_bert(layers: int = 6) -> BertForSequenceClassification:
