@@ -1,0 +1,91 @@
+"""Which checkpoints of which runs a figure may set side by side."""
+
+import math
+import warnings
+
+import pandas as pd
+
+from msplora_analysis.errors import AnalysisError
+
+
+def one_per_epoch(matrices: pd.DataFrame) -> pd.DataFrame:
+    """At most one checkpoint per run and epoch.
+
+    Where a run has epochs, its checkpoints without one (the adapter saved once more at the end) have no place on the
+    axis and are left out; where it has none, its last step stands for it. Of several steps of one epoch the last
+    counts.
+    """
+    timed = matrices.groupby("run")["epoch"].transform("count") > 0
+    matrices = matrices[~timed | matrices["epoch"].notna()]
+    last = matrices.groupby(["run", "epoch"], dropna=False)["step"].transform("max")
+    kept = matrices[last.isna() | (matrices["step"] == last)]
+    unplaced = sorted(set(matrices.loc[matrices["epoch"].isna() & ~matrices.index.isin(kept.index), "run"]))
+    if unplaced:
+        warnings.warn(f"{_listed(unplaced)}: no epochs known, so only the last step is drawn", stacklevel=4)
+    return kept
+
+
+def align(matrices: pd.DataFrame) -> pd.DataFrame:
+    """Within each variant, keep the epochs that all its runs share, and warn of what that leaves out.
+
+    Where the runs share none, each keeps its last checkpoint, without an epoch.
+    """
+    return pd.concat([_align(str(variant), part) for variant, part in matrices.groupby("variant", sort=False)])
+
+
+def _align(variant: str, part: pd.DataFrame) -> pd.DataFrame:
+    epochs = {run: set(rows["epoch"].dropna()) for run, rows in part.groupby("run", sort=False)}
+    timed = [run for run in epochs if epochs[run]]
+    if not timed:
+        return part
+    if len(timed) < len(epochs):
+        unknown = _listed([str(run) for run in epochs if not epochs[run]])
+        warnings.warn(f"{variant}: left out {unknown}, whose epochs are not known", stacklevel=5)
+        part = part[part["run"].isin(timed)]
+    shared = set.intersection(*(epochs[run] for run in timed))
+    if not shared:
+        warnings.warn(f"{variant}: its {len(timed)} runs share no epoch; only the last of each is drawn", stacklevel=5)
+        last = part.groupby("run")["epoch"].transform("max")
+        return part[part["epoch"] == last].assign(epoch=math.nan)
+    if any(epochs[run] != shared for run in timed):
+        span = f"{len(shared)} epochs that all share ({min(shared):g} to {max(shared):g})"
+        warnings.warn(f"{variant}: its {len(timed)} runs have different epochs; drawn are the {span}", stacklevel=5)
+    return part[part["epoch"].isin(shared)]
+
+
+def epochs_of(matrices: pd.DataFrame) -> list[float]:
+    return sorted(matrices["epoch"].dropna().unique().tolist())
+
+
+def at_epoch(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
+    """The rows of one checkpoint per run: `epoch`, or else the last epoch that all variants in `matrices` share.
+
+    A variant whose epochs are not known has one checkpoint only, which is taken. Variants that share no epoch are
+    each taken at their own last one.
+    """
+    have = {str(variant): epochs_of(part) for variant, part in matrices.groupby("variant", sort=False)}
+    if epoch is not None:
+        for variant, epochs in have.items():
+            if epoch not in epochs:
+                shared = ", ".join(f"{e:g}" for e in epochs) or "none"
+                raise AnalysisError(f"epoch {epoch:g} is not there for all runs of {variant}: choose one of {shared}")
+        return matrices[matrices["epoch"] == epoch]
+    timed = {variant: set(epochs) for variant, epochs in have.items() if epochs}
+    common = set.intersection(*timed.values()) if timed else set()
+    chosen = {variant: max(common or epochs) for variant, epochs in timed.items()}
+    if timed and not common:
+        warnings.warn(f"{_listed(list(timed))} share no epoch: each is shown at its own last one", stacklevel=3)
+    elif any(chosen[variant] < max(timed[variant]) for variant in timed):
+        warnings.warn(f"{_listed(list(timed))}: compared at epoch {max(common):g}, the last they share", stacklevel=3)
+    return matrices[matrices["epoch"].isna() | (matrices["epoch"] == matrices["variant"].map(chosen))]
+
+
+def epoch_note(epochs: pd.Series) -> str:
+    """'epoch 20', or 'last checkpoint' where there is no one epoch to name."""
+    known = epochs.dropna().unique()
+    return f"epoch {known[0]:g}" if len(known) == 1 and epochs.notna().all() else "last checkpoint"
+
+
+def _listed(names: list[str]) -> str:
+    """The names, at most four of them in full."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,40 @@
+"""The effective rank over the epochs: how broad each spectrum is."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from msplora_analysis.metrics import effective_rank
+
+from .lines import draw_lines, over_epochs
+from .matrices import prepare, sigma
+from .plot import Plot
+from .style import styled
+
+LABELS = {"effective_rank": "effective rank", "effective_rank_over_r": "effective rank / rank"}
+
+
+def effective_rank_over_epochs(spectra: pd.DataFrame) -> Figure:
+    """exp(−sum p ln p), from 1 to r, and its ratio to the rank r: rows; scales: columns; variants: lines.
+
+    *High means broad*; the opposite of M_eff-k. Computed per matrix, then averaged.
+    Source: Roy & Vetterli 2007, The effective rank (EUSIPCO).
+    """
+    return draw(numbers(prepare(spectra)))
+
+
+def plots(matrices: pd.DataFrame) -> Iterator[Plot]:
+    table = numbers(matrices)
+    if len(table):
+        yield Plot("effective_rank_over_epochs", table, draw)
+
+
+def numbers(matrices: pd.DataFrame) -> pd.DataFrame:
+    rank = effective_rank(sigma(matrices))
+    return over_epochs(matrices, {"effective_rank": rank, "effective_rank_over_r": rank / matrices["rank"].to_numpy()})
+
+
+@styled
+def draw(numbers: pd.DataFrame) -> Figure:
+    return draw_lines(numbers, "Effective rank: high = broad spectrum", LABELS)

@@ -1,0 +1,83 @@
+"""Figure 3: the singular values of the global, mid and layer parts over the epochs of training."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from msplora_analysis.divergence import Array
+
+from .checkpoints import epochs_of
+from .heatmap import draw_cells, edges, mark_absent
+from .matrices import SCALES, choose, is_msplora, ks, prepare, slug, variants
+from .plot import Plot
+from .style import DOUBLE, SEQUENTIAL, label_epochs, runs_note, styled, title
+
+TOP = 8
+
+
+def figure3(spectra: pd.DataFrame, variant: str | None = None) -> Figure:
+    """One panel per scale, epochs across, index k down (1 at the top), colour = sigma_k on one scale for all panels.
+
+    Source: MSPLoRA, arXiv 2503.21838, figure 3 (which shows ranks 8/8/8). A panel with many bright rows is a broad
+    spectrum, that is a high effective rank; M_eff-k, the share of the k largest values, is then low.
+    """
+    matrices = prepare(spectra)
+    return draw(numbers(matrices, choose("variant", variant, drawable(matrices))))
+
+
+def plots(matrices: pd.DataFrame) -> Iterator[Plot]:
+    for variant in drawable(matrices):
+        yield Plot(f"figure3_{slug(variant)}", numbers(matrices, variant), draw)
+
+
+def drawable(matrices: pd.DataFrame) -> list[str]:
+    """MSPLoRA variants of at least two epochs."""
+    return [v for v in variants(matrices) if is_msplora(v) and len(epochs_of(matrices[matrices["variant"] == v])) > 1]
+
+
+def numbers(matrices: pd.DataFrame, variant: str) -> pd.DataFrame:
+    """Mean sigma_k over groups, modules and runs. One row per scale, epoch and k ≤ min(rank, 8)."""
+    parts = matrices[(matrices["variant"] == variant) & (matrices["scale"] != "total")]
+    by = parts.groupby(["scale", "epoch"])
+    means = by[ks(parts)[:TOP]].mean().melt(var_name="k", value_name="sigma", ignore_index=False).reset_index()
+    counts = by.agg(rank=("rank", "max"), runs=("run", "nunique"), matrices=("name", "size")).reset_index()
+    table = means.merge(counts, on=["scale", "epoch"])
+    table = table[table["k"] <= table["rank"]].astype({"k": int})
+    table["scale"] = pd.Categorical(table["scale"], SCALES[:3])
+    table = table.sort_values(["scale", "epoch", "k"], ignore_index=True).astype({"scale": str})
+    table.insert(0, "variant", variant)
+    return table[["variant", "scale", "epoch", "k", "sigma", "rank", "runs", "matrices"]]
+
+
+@styled
+def draw(numbers: pd.DataFrame) -> Figure:
+    figure = Figure(figsize=(DOUBLE, 2.3), layout="constrained")
+    scales = list(numbers["scale"].unique())
+    axes = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    norm = Normalize(0, numbers["sigma"].max() or 1)
+    rows = numbers["k"].max()
+    for ax, scale in zip(axes, scales, strict=True):
+        part = numbers[numbers["scale"] == scale]
+        values = part.pivot(index="k", columns="epoch", values="sigma")
+        x_edges = _midpoints(values.columns.to_numpy(dtype=float))
+        cells = draw_cells(ax, x_edges, edges(len(values), first=1), values.to_numpy(), norm, SEQUENTIAL)
+        ax.set_ylim(rows + 0.5, 0.5)
+        if len(values) < rows:
+            mark_absent(ax, x_edges, len(values) + 0.5, rows + 0.5, f"rank {len(values)}")
+        ax.set(title=f"{scale} (rank {part['rank'].max()})", yticks=range(1, rows + 1))
+        label_epochs(ax)
+    axes[0].set_ylabel("singular value index k")
+    figure.colorbar(cells, ax=axes, label="singular value σₖ", aspect=18, pad=0.015)
+    title(
+        figure, f"{numbers['variant'].iloc[0]}: singular values over training", runs_note([int(numbers["runs"].max())])
+    )
+    return figure
+
+
+def _midpoints(centres: Array) -> Array:
+    """Edges half-way between the epochs."""
+    middle = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])

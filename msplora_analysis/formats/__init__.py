@@ -1,0 +1,33 @@
+"""Adapter formats: which tensors of a file make up which matrices.
+
+One module per format, with ``PEFT_TYPE``, ``matches(config, shapes)`` and ``read(config, shapes)``.
+To add a format, write its module and name it in ``FORMATS``.
+"""
+
+from __future__ import annotations
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats import lora, msplora, msplora_released
+from msplora_analysis.formats.base import Config, Contents, Matrix, Part, Shapes
+
+__all__ = ["Contents", "Matrix", "Part", "read_contents"]
+
+FORMATS = (lora, msplora_released, msplora)  # the first that matches is taken
+
+
+def read_contents(config: Config, shapes: Shapes) -> Contents:
+    """The matrices of an adapter file, from its config and the shapes of its tensors.
+
+    Raises AnalysisError (without the file's name) for a format or a layout that is not supported,
+    and for a file without any matrix.
+    """
+    for adapter_format in FORMATS:
+        if adapter_format.matches(config, shapes):
+            found = adapter_format.read(config, shapes)
+            if not found.matrices and not found.unknown:
+                raise AnalysisError("no low-rank factors in the file; was the adapter saved before it was added?")
+            return found
+    supported = ", ".join(sorted({adapter_format.PEFT_TYPE for adapter_format in FORMATS}))
+    raise AnalysisError(
+        f"adapter_config.json: peft_type {config.get('peft_type')!r} is not supported; supported: {supported}"
+    )

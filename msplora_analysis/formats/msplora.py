@@ -1,0 +1,152 @@
+"""MSPLoRA as msplora_core saves it: shared factors once, under the first layer of their group.
+
+Keys are ``<name>.msplora_<scale>.A`` (rank, in) and ``.B`` (out, rank) for the scales global, mid
+and layer. A *pyramid* is what shares factors: the modules of one last name, one weight shape and
+one numbered stack. The update of a module is the sum over scales of lora_alpha / r_s * B_s A_s
+(arXiv 2503.21838, eq. 4-6; scaling as in the released code).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.base import (
+    SCALES,
+    Config,
+    Contents,
+    Matrix,
+    Part,
+    Shapes,
+    contents,
+    make_part,
+    module_of,
+    number,
+    pair_factors,
+    stack_and_layer,
+    table,
+)
+
+PEFT_TYPE = "MSPLORA"
+
+_FACTOR = re.compile(r"(?P<name>.+)\.msplora_(?P<scale>global|mid|layer)\.(?P<factor>[AB])")
+
+
+class _Pyramid(NamedTuple):
+    """The parts of one pyramid, by the layer that they are saved under.
+
+    Several modules of one layer may share (experts, say), so layer parts go by module name.
+    """
+
+    module: str
+    shared: dict[str, dict[int, tuple[str, Part]]]  # scale -> first layer -> (module name, part)
+    layers: dict[str, tuple[int | None, Part]]  # module name -> (layer, part)
+
+
+def matches(config: Config, shapes: Shapes) -> bool:
+    return config.get("peft_type") == PEFT_TYPE
+
+
+def read(config: Config, shapes: Shapes) -> Contents:
+    """Matrices of every scale, and "total": the whole update of one module.
+
+    An adapter without a layer scale has no total: which modules it adapts is then not on disk.
+    """
+    pairs, unknown = pair_factors(shapes, config, _parse)
+    ranks = _ranks(config)
+    alpha = number(config, "lora_alpha")
+    pyramids: dict[tuple[str, str, int, int], _Pyramid] = {}
+    for (name, scale), (a, b) in pairs.items():
+        part = make_part(a, b, shapes, alpha, config)
+        _check_rank(scale, part, ranks)
+        stack, layer = stack_and_layer(name)
+        module = module_of(name)
+        pyramid = pyramids.setdefault(
+            (stack, module, part.rows, part.cols), _Pyramid(module, {"global": {}, "mid": {}}, {})
+        )
+        if scale == "layer":
+            pyramid.layers[name] = layer, part
+        elif pyramid.shared[scale].setdefault(layer or 0, (name, part)) != (name, part):
+            raise AnalysisError(
+                f"tensor {a}: another module of layer {layer} has the {scale} pair that they "
+                "should share; save the adapter again"
+            )
+
+    matrices: list[Matrix] = []
+    for pyramid in pyramids.values():
+        _check_complete(pyramid, ranks, config)
+        matrices += _single_scales(pyramid)
+        if len(ranks) > 1:
+            matrices += _totals(pyramid)
+    return contents(matrices, unknown)
+
+
+def _parse(name: str) -> tuple[tuple[str, str], str] | None:
+    match = _FACTOR.fullmatch(name)
+    return ((match["name"], match["scale"]), match["factor"]) if match else None
+
+
+def _ranks(config: Config) -> dict[str, int | None]:
+    """Rank of each scale present; None where only the tensors tell it (r is not divisible)."""
+    explicit = table(config, "ranks")
+    if not explicit:
+        r = number(config, "r")
+        halved = {"global": r, "mid": r / 2, "layer": r / 4}
+        return {scale: int(n) if n == int(n) else None for scale, n in halved.items()}
+    if unexpected := sorted(set(explicit) - set(SCALES[:3])):
+        raise AnalysisError(f"adapter_config.json: ranks has {unexpected[0]!r}; expected global, mid or layer")
+    return {scale: int(rank) for scale, rank in explicit.items() if rank}
+
+
+def _check_rank(scale: str, part: Part, ranks: dict[str, int | None]) -> None:
+    expected = ranks.get(scale, 0)
+    if expected is not None and part.rank != expected:
+        raise AnalysisError(
+            f"tensor {part.a} has rank {part.rank}, adapter_config.json says {expected} for "
+            f"{scale}; is it the config of another adapter?"
+        )
+
+
+def _check_complete(pyramid: _Pyramid, ranks: dict[str, int | None], config: Config) -> None:
+    """Every scale of the config must be there for every numbered pyramid: none lost in saving."""
+    layers = {layer for layer, _ in pyramid.layers.values()}
+    if None in layers or "layer" not in ranks:
+        return
+    name = min(pyramid.layers, default=None, key=lambda n: pyramid.layers[n][0] or 0)
+    if name is None:
+        key = next(part.a for units in pyramid.shared.values() for _, part in units.values())
+        raise AnalysisError(f"tensor {key} has no layer part of its module in the file")
+    groups = int(number(config, "mid_groups", 3))
+    for scale, expected in (("global", 1), ("mid", min(groups, len(layers)))):
+        present = pyramid.shared[scale]
+        if scale in ranks and len(present) != expected:
+            raise AnalysisError(
+                f"the {len(layers)} layers that share with {name} need {expected} {scale} pairs, "
+                f"the file has {len(present)}; save the adapter again"
+            )
+        if present and min(present) > min(layer or 0 for layer in layers):
+            raise AnalysisError(
+                f"the first layers that share with {name} have no {scale} pair in the file; save the adapter again"
+            )
+
+
+def _single_scales(pyramid: _Pyramid) -> Iterator[Matrix]:
+    for scale, units in pyramid.shared.items():
+        for group, first in enumerate(sorted(units)):
+            name, part = units[first]
+            yield Matrix(scale, group, pyramid.module, name, (part,))
+    for name, (layer, part) in pyramid.layers.items():
+        yield Matrix("layer", layer, pyramid.module, name, (part,))
+
+
+def _totals(pyramid: _Pyramid) -> Iterator[Matrix]:
+    for name, (layer, part) in pyramid.layers.items():
+        shared = []
+        for units in pyramid.shared.values():
+            # The group of a layer is the one that starts last among those not after it.
+            starts = [first for first in units if first <= (layer or 0)]
+            if starts:
+                shared.append(units[max(starts)][1])
+        yield Matrix("total", layer, pyramid.module, name, (*shared, part))

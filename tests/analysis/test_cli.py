@@ -1,0 +1,257 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from adapters import lora_config, lora_tensors, write_adapter
+
+import msplora_analysis as ma
+from msplora_analysis import cli
+
+ROOT = Path(ma.__file__).parent.parent
+
+
+def python(code: str, *args: object, **options) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True, text=True, env=environment, timeout=120, **options,
+    )  # fmt: skip
+
+
+MAIN = "from msplora_analysis.cli import main; main()"
+
+
+def run(capsys, monkeypatch, *args: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["msplora-analyze", *map(str, args)])
+    monkeypatch.setattr("warnings.showwarning", None)  # main sets it: put it back afterwards
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    out, err = capsys.readouterr()
+    return caught.value.code or 0, out, err
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    for step in range(0, 110, 10):
+        tensors = lora_tensors("layer.0.query", "layer.1.query", rank=4, seed=step)
+        if step == 0:
+            tensors = {name: values * ("lora_A" in name) for name, values in tensors.items()}
+        write_adapter(tmp_path / "runs" / "lora" / f"checkpoint-{step}", tensors, lora_config(r=4), epoch=step / 10)
+    write_adapter(tmp_path / "runs" / "[plain]", lora_tensors("layer.0.q"))
+    return tmp_path / "runs"
+
+
+# What is imported
+
+
+LIGHT = "pandas numpy pyarrow rich safetensors"
+HEAVY = "torch transformers peft matplotlib seaborn scipy"
+
+
+def imported(code: str, names: str, *args: object) -> str:
+    """Which of ``names`` are imported after ``code``, which may exit."""
+    code = f"import sys\ntry: {code}\nfinally: print('IMPORTED', *(n for n in {names.split()} if n in sys.modules))"
+    result = python(code, *args)
+    assert result.stderr == ""
+    return result.stdout.rpartition("IMPORTED")[2].strip()
+
+
+def test_the_package_and_help_import_nothing_heavy():
+    names = f"{HEAVY} {LIGHT}"
+    assert imported("import msplora_analysis", names) == ""
+    assert imported("import msplora_analysis.cli", names) == ""
+    for command in ([], ["spectra"], ["figures"]):
+        assert imported(MAIN, names, *command, "--help") == ""
+
+
+def test_spectra_imports_neither_torch_nor_plots(runs, tmp_path):
+    assert imported(MAIN, f"{HEAVY} pandas", "spectra", runs, "--out", tmp_path / "out") == "pandas"
+
+
+def test_lazy_names():
+    assert {"load_spectra", "load_metrics", "read_spectra", "write_figures", "AnalysisError"} <= set(dir(ma))
+    with pytest.raises(AttributeError, match="no attribute 'load_spectrum'"):
+        ma.load_spectrum  # noqa: B018
+    assert issubclass(ma.AnalysisError, ValueError)
+
+
+# spectra
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_spectra_writes_both_tables(runs, tmp_path, capsys, monkeypatch, suffix):
+    out = tmp_path / "new" / "out"
+    status, stdout, stderr = run(capsys, monkeypatch, "spectra", runs, "--out", out, "--format", suffix)
+    assert (status, stderr) == (0, "")
+    assert stdout.endswith(f"\n{out}/spectra.{suffix}\n{out}/metrics.{suffix}\n")
+    assert sorted(os.listdir(out)) == [f"metrics.{suffix}", f"spectra.{suffix}"]
+    pd.testing.assert_frame_equal(ma.read_spectra(out / f"spectra.{suffix}"), ma.load_spectra(runs))
+
+
+def test_default_format_is_parquet(runs, tmp_path, capsys, monkeypatch):
+    run(capsys, monkeypatch, "spectra", runs / "lora", runs / "[plain]", "--out", tmp_path / "out")
+    metrics = pd.read_parquet(tmp_path / "out" / "metrics.parquet")
+    assert list(metrics)[-3:] == ["m_eff_1", "m_eff_2", "m_eff_4"]
+    pd.testing.assert_frame_equal(metrics, ma.load_metrics(runs))
+
+
+def test_k_adds_to_the_measures(runs, tmp_path, capsys, monkeypatch):
+    run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path, "--format", "csv", "--k", "8", "--k", "3, 16")
+    measures = [name for name in pd.read_csv(tmp_path / "metrics.csv") if name.startswith("m_eff")]
+    assert measures == ["m_eff_1", "m_eff_2", "m_eff_3", "m_eff_4", "m_eff_8", "m_eff_16"]
+
+
+def test_summary(runs, tmp_path, capsys, monkeypatch):
+    _, stdout, _ = run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "out")
+    lines = [" ".join(line.split()) for line in stdout.splitlines()]
+    assert "[plain]: means over matrices" in lines
+    assert "lora: means over matrices (6 of 11 checkpoints shown)" in lines
+    assert lines.count("scale epoch matrices sigma_1 rank rank M_eff-1 M_eff-4") == 2
+    start = lines.index("lora: means over matrices (6 of 11 checkpoints shown)") + 3
+    rows = [line.split() for line in lines[start : start + 6]]
+    assert [row[1] for row in rows] == ["0", "2", "4", "6", "8", "10"]
+    assert rows[0] == ["layer", "0", "2", "0", "-", "-", "-", "-"]
+    means = ma.load_metrics(runs / "lora").query("epoch == 10")
+    expected = [f"{means[name].mean():.4g}" for name in ("sigma_1", "effective_rank", "stable_rank", "m_eff_1")]
+    assert rows[-1] == ["layer", "10", "2", *expected, "1"]
+
+
+def test_ignore_unknown_warns_on_standard_error(tmp_path, capsys, monkeypatch):
+    tensors = lora_tensors("layer.0.q") | {"what.weight": lora_tensors("x")["base_model.model.x.lora_A.weight"]}
+    folder = write_adapter(tmp_path / "a", tensors)
+    status, stdout, stderr = run(capsys, monkeypatch, "spectra", folder, "--out", tmp_path / "out")
+    prefix = f"{folder}/adapter_model.safetensors: unknown tensors (1): what.weight"
+    assert (status, stdout) == (1, "")
+    assert stderr == f"error: {prefix}; pass --ignore-unknown (ignore_unknown=True) to leave them out\n"
+    status, _, stderr = run(capsys, monkeypatch, "spectra", folder, "--out", tmp_path / "out", "--ignore-unknown")
+    assert (status, stderr) == (0, f"warning: {prefix} are left out\n")
+
+
+# figures
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Calls of write_figures, which draws nothing here."""
+    calls = []
+
+    def write_figures(spectra, out, formats):
+        calls.append((spectra, out, formats))
+        return [Path(out) / f"figure3_x.{name}" for name in formats]
+
+    module = type(sys)("msplora_analysis.figures")
+    module.write_figures = write_figures
+    monkeypatch.setitem(sys.modules, "msplora_analysis.figures", module)
+    return calls
+
+
+@pytest.mark.parametrize("source", ["runs", "table", "folder"])
+def test_figures_of_runs_and_of_tables(runs, tmp_path, capsys, monkeypatch, drawn, source):
+    path = runs
+    if source != "runs":
+        run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "tables")
+        path = tmp_path / "tables" if source == "folder" else tmp_path / "tables" / "spectra.parquet"
+    out = tmp_path / "new" / "figures"
+    status, stdout, stderr = run(capsys, monkeypatch, "figures", path, "--out", out)
+    assert (status, stdout, stderr) == (0, f"{out}/figure3_x.pdf\n{out}/figure3_x.png\n", "")
+    spectra, folder, formats = drawn[0]
+    pd.testing.assert_frame_equal(spectra, ma.load_spectra(runs))
+    assert (folder, formats) == (out, ("pdf", "png"))
+
+
+def test_figure_formats(runs, tmp_path, capsys, monkeypatch, drawn):
+    run(capsys, monkeypatch, "figures", runs, "--out", tmp_path, "--format", "svg", "--format", "pdf")
+    assert drawn[0][2] == ("svg", "pdf")
+
+
+# Exit status
+
+
+def test_version(capsys, monkeypatch):
+    assert run(capsys, monkeypatch, "--version") == (0, f"msplora-analyze {ma.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["spectra", "figures"])
+def test_help_ends_in_examples(capsys, monkeypatch, command):
+    status, stdout, _ = run(capsys, monkeypatch, command, "--help")
+    assert status == 0
+    examples = stdout.split("Examples:\n")[1].split("\n")
+    assert examples[-2].startswith(f"    msplora-analyze {command} ")
+    assert "--out DIR" in stdout
+
+
+@pytest.mark.parametrize("command", ["spectra", "figures"])
+def test_bad_input_is_one_line_and_status_one(tmp_path, capsys, monkeypatch, command):
+    (tmp_path / "empty").mkdir()
+    for path, reason in (("nowhere", "no such file or folder"), ("empty", "no adapter found")):
+        status, stdout, stderr = run(capsys, monkeypatch, command, tmp_path / path, "--out", tmp_path / "out")
+        assert (status, stdout) == (1, "")
+        assert stderr.startswith(f"error: {tmp_path / path}: {reason}")
+        assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["spectra", "figures"])
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_out_that_is_no_folder(runs, tmp_path, capsys, monkeypatch, command, out):
+    (tmp_path / "file").write_text("")
+    result = run(capsys, monkeypatch, command, runs, "--out", tmp_path / out)
+    assert result == (1, "", f"error: --out {tmp_path / out}: not a folder; give another path\n")
+
+
+def test_nothing_to_draw(runs, tmp_path, capsys, monkeypatch, drawn):
+    def write_figures(*_):
+        raise ma.AnalysisError("nothing to draw")
+
+    monkeypatch.setattr(sys.modules["msplora_analysis.figures"], "write_figures", write_figures)
+    assert run(capsys, monkeypatch, "figures", runs, "--out", tmp_path) == (1, "", "error: nothing to draw\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["spectra", "x"],
+        ["spectra", "--out", "o"],
+        ["spectra", "x", "--out", "o", "--format", "xlsx"],
+        ["spectra", "x", "--out", "o", "--k", "0"],
+        ["spectra", "x", "--out", "o", "--k", "one"],
+        ["spectra", "x", "--out", "o", "--k", "1,,2"],
+        ["figures", "x", "--out", "o", "--format", "bmp"],
+        ["draw"],
+    ],
+)
+def test_wrong_usage_is_status_two(tmp_path, capsys, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    status, stdout, stderr = run(capsys, monkeypatch, *args)
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("Usage: msplora-analyze ")
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupt_is_status_130(runs, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msplora_analysis.tables.load_tables", interrupt)
+    assert run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "out") == (130, "", "")
+
+
+def test_reader_that_goes_away_is_no_failure(runs, tmp_path):
+    code = f"import os; read, write = os.pipe(); os.dup2(write, 1); os.close(read); os.close(write)\n{MAIN}"
+    result = python(code, "spectra", runs, "--out", tmp_path / "out")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(os.listdir(tmp_path / "out")) == 2
+
+
+def test_reference_run_through_the_command(reference, tmp_path):
+    result = python(MAIN, "spectra", reference / "minilm_cola_lora_epoch20", "--out", tmp_path, "--format", "csv")
+    assert (result.returncode, result.stderr) == (0, "")
+    table = pd.read_csv(tmp_path / "spectra.csv").merge(
+        pd.read_csv(reference / "minilm_cola_lora_epoch20" / "expected.csv"), on=["name", "k"], suffixes=("", "_exact")
+    )
+    assert len(table) == 96
+    assert (table["sigma"] / table["sigma_exact"] - 1).abs().max() < 1e-5

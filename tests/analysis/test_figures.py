@@ -1,0 +1,519 @@
+"""Figures: their numbers against plain numpy and scipy, what the artists show, and what reaches the disk."""
+
+import subprocess
+import sys
+import warnings
+from itertools import pairwise
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import QuadMesh
+from scipy.stats import entropy
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.figures import (
+    effective_rank_over_epochs,
+    figure3,
+    figure4,
+    kl_between_layers,
+    kl_per_run,
+    kl_summary,
+    m_eff_over_epochs,
+    spectra_by_layer,
+    write_figures,
+)
+
+GROUPS = {"global": 1, "mid": 3}
+
+
+def spectra_of(
+    method="lora",
+    ranks=(8,),
+    *,
+    layers=6,
+    epochs=(0, 1, 2, 3),
+    tasks=("cola", "rte"),
+    seeds=(0, 1),
+    modules=("query", "value"),
+    stack="roberta.encoder.layer",
+    total=True,
+):
+    """A table like `load_spectra`'s: spectra decay in k, grow from 0 with the epoch, differ by task, seed and layer."""
+    rng = np.random.default_rng(sum(ranks) + layers)
+    parts = {"layer": ranks[0]} if method == "lora" else dict(zip(("global", "mid", "layer"), ranks, strict=True))
+    if method != "lora" and total:
+        parts["total"] = sum(ranks)
+    runs = [f"{task}/{method}-{'-'.join(map(str, ranks))}/seed{seed}" for task in tasks for seed in seeds]
+    frames = []
+    for scale, rank in parts.items():
+        groups = range(GROUPS.get(scale, layers))
+        axes = {"run": runs, "epoch": epochs, "group": groups, "module": modules, "k": range(1, rank + 1)}
+        frame = pd.MultiIndex.from_product(axes.values(), names=axes).to_frame(index=False)
+        matrices = (len(runs), 1, len(groups), len(modules), 1)
+        decay = rng.uniform(0.2, 0.6, matrices) * np.arange(rank)
+        size = rng.uniform(1, 3, matrices) * GROUPS.get(scale, 2)
+        growth = 1 - np.exp(-np.array(epochs, dtype=float)[:, None, None, None] / 4)
+        first = frame["group"] * layers // len(groups)
+        frame["name"] = [f"{stack}.{layer}.self.{module}" for layer, module in zip(first, frame["module"], strict=True)]
+        frames.append(
+            frame.assign(scale=scale, step=frame["epoch"] * 10, sigma=(size * growth * np.exp(-decay)).ravel())
+        )
+    columns = ["run", "step", "epoch", "scale", "group", "module", "name", "k", "sigma"]
+    return pd.concat(frames, ignore_index=True)[columns].astype({"step": "Int64", "epoch": "Int64", "group": "Int64"})
+
+
+def everything(**options):
+    return pd.concat(
+        [spectra_of("lora", (8,), **options)]
+        + [spectra_of("msplora", ranks, **options) for ranks in ((8, 4, 2), (8, 8, 8))],
+        ignore_index=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def spectra():
+    return everything()
+
+
+def meshes(figure):
+    return [
+        m for ax in figure.axes for m in ax.collections if isinstance(m, QuadMesh) and ax.get_label() != "<colorbar>"
+    ]
+
+
+def mean_spectrum(table, **where):
+    """Mean sigma over all that `where` leaves free, one value per k."""
+    for column, value in where.items():
+        table = table[table[column] == value]
+    return table.groupby("k")["sigma"].mean().to_numpy()
+
+
+def of_method(table, method):
+    return table[table["run"].str.contains(f"/{method}/")]
+
+
+# Figure 3
+
+
+def test_figure3_shows_the_mean_over_runs_groups_and_modules(spectra):
+    figure = figure3(spectra, "MSPLoRA 8/8/8")
+    ours = of_method(spectra, "msplora-8-8-8")
+    for mesh, scale in zip(meshes(figure), ("global", "mid", "layer"), strict=True):
+        shown = np.asarray(mesh.get_array())
+        assert shown.shape == (8, 4)
+        for epoch in range(4):
+            np.testing.assert_allclose(shown[:, epoch], mean_spectrum(ours, scale=scale, epoch=epoch))
+        assert (shown[:, 0] == 0).all()
+
+
+def test_figure3_panels_share_one_colour_scale_and_index_1_is_at_the_top(spectra):
+    figure = figure3(spectra, "MSPLoRA 8/4/2")
+    global_, mid, layer = meshes(figure)
+    assert global_.norm is mid.norm is layer.norm
+    assert global_.norm.vmin == 0
+    assert global_.norm.vmax == max(mesh.get_array().max() for mesh in (global_, mid, layer))
+    assert [np.asarray(mesh.get_array()).shape[0] for mesh in (global_, mid, layer)] == [8, 4, 2]
+    for mesh in (global_, mid, layer):
+        assert mesh.axes.get_ylim() == (8.5, 0.5)
+    assert "rank 4" in [text.get_text() for text in mid.axes.texts]
+    assert [label.get_text() for label in global_.axes.get_yticklabels()] == [str(k) for k in range(1, 9)]
+
+
+def test_figure3_shows_the_top_8_of_a_high_rank():
+    figure = figure3(spectra_of("msplora", (16, 12, 4)))
+    assert [np.asarray(mesh.get_array()).shape[0] for mesh in meshes(figure)] == [8, 8, 4]
+    assert meshes(figure)[0].axes.get_title() == "global (rank 16)"
+
+
+def test_figure3_uses_the_epochs_that_all_runs_share():
+    short = spectra_of("msplora", (8, 4, 2), tasks=["mrpc"], epochs=(0, 1, 2))
+    with pytest.warns(UserWarning, match=r"MSPLoRA 8/4/2: its 4 runs have different epochs; .* 2 epochs .*\(1 to 2\)"):
+        figure = figure3(pd.concat([short, spectra_of("msplora", (8, 4, 2), tasks=["cola"], epochs=(1, 2, 3))]))
+    assert np.asarray(meshes(figure)[0].get_array()).shape == (8, 2)
+
+
+# Figure 4
+
+
+def layer_kl_by_hand(table, epoch, layers=6):
+    rows = [mean_spectrum(table, scale="layer", epoch=epoch, group=layer) for layer in range(layers)]
+    return np.array([[entropy(p, q) for q in rows] for p in rows])
+
+
+@pytest.mark.parametrize("epoch", [None, 2])
+def test_figure4_is_the_difference_of_kl_of_spectra_averaged_first(spectra, epoch):
+    figure = figure4(spectra, "MSPLoRA 8/4/2", epoch=epoch)
+    at = 3 if epoch is None else epoch
+    expected = layer_kl_by_hand(of_method(spectra, "msplora-8-4-2"), at) - layer_kl_by_hand(
+        of_method(spectra, "lora-8"), at
+    )
+    (mesh,) = meshes(figure)
+    shown = np.asarray(mesh.get_array())
+    np.testing.assert_allclose(shown, expected, atol=1e-12)
+    assert (shown.diagonal() == 0).all()
+    assert mesh.norm.vmin == -mesh.norm.vmax == -np.abs(shown).max()
+    assert mesh.axes.get_ylim()[0] > mesh.axes.get_ylim()[1]  # layer i = 0 at the top
+    assert f"epoch {at}" in figure.get_suptitle()
+    assert "mean over 4 runs each" in figure.get_suptitle()
+
+
+def test_kl_between_layers_shows_both_on_one_colour_scale(spectra):
+    figure = kl_between_layers(spectra, ["MSPLoRA 8/8/8", "LoRA r=8"])
+    ours, theirs = meshes(figure)
+    np.testing.assert_allclose(
+        np.asarray(ours.get_array()), layer_kl_by_hand(of_method(spectra, "msplora-8-8-8"), 3), atol=1e-12
+    )
+    np.testing.assert_allclose(
+        np.asarray(theirs.get_array()), layer_kl_by_hand(of_method(spectra, "lora-8"), 3), atol=1e-12
+    )
+    assert ours.norm is theirs.norm
+
+
+def test_epoch_0_has_no_spectra_to_compare(spectra):
+    (mesh,) = meshes(figure4(spectra, "MSPLoRA 8/4/2", epoch=0))
+    assert np.isnan(np.ma.filled(mesh.get_array(), np.nan)).all()
+
+
+def test_summary_averages_first_and_also_tells_the_runs_apart(spectra):
+    summary = kl_summary(spectra).set_index("variant")
+    lora = of_method(spectra, "lora-8")
+    off_diagonal = ~np.eye(6, dtype=bool)
+    neighbours = np.abs(np.subtract.outer(range(6), range(6))) == 1
+    first = layer_kl_by_hand(lora, 3)
+    assert summary.loc["LoRA r=8", "kl_all_pairs"] == pytest.approx(first[off_diagonal].mean())
+    assert summary.loc["LoRA r=8", "kl_adjacent"] == pytest.approx(first[neighbours].mean())
+    each = [layer_kl_by_hand(run, 3)[off_diagonal].mean() for _, run in lora.groupby("run")]
+    assert summary.loc["LoRA r=8", "kl_all_pairs_run_mean"] == pytest.approx(np.mean(each))
+    assert summary.loc["LoRA r=8", "kl_all_pairs_run_std"] == pytest.approx(np.std(each, ddof=1))
+    assert list(summary["runs"]) == [4, 4, 4]
+    assert list(summary.index) == ["LoRA r=8", "MSPLoRA 8/4/2", "MSPLoRA 8/8/8"]
+    np.testing.assert_allclose(kl_per_run(lora)["kl_all_pairs"], each)
+
+
+def test_variants_that_end_at_different_epochs_are_compared_at_the_last_they_share():
+    table = pd.concat([spectra_of("msplora", (8, 8, 8), epochs=(0, 1, 2)), spectra_of(epochs=(0, 1, 2, 3))])
+    with pytest.warns(UserWarning, match="compared at epoch 2, the last they share"):
+        assert "epoch 2" in figure4(table).get_suptitle()
+
+
+def test_stacks_are_not_mixed(tmp_path):
+    both = [
+        spectra_of(method, ranks, stack=stack, layers=layers, tasks=["cola"], seeds=[0])
+        for method, ranks in (("lora", (8,)), ("msplora", (8, 8, 8)))
+        for stack, layers in (("t5.encoder.block", 4), ("t5.decoder.block", 3))
+    ]
+    table = pd.concat(both)
+    names = {path.name for path in write_figures(table, tmp_path, [])}
+    for kind in (
+        "figure4_msplora-8-8-8_minus_lora-8",
+        "kl_between_layers_msplora-8-8-8_and_lora-8",
+        "spectra_by_layer_lora-8",
+    ):
+        assert {f"{kind}_t5-encoder-block.csv", f"{kind}_t5-decoder-block.csv"} <= names
+    figure = figure4(table, stack="t5.decoder.block")
+    assert np.asarray(meshes(figure)[0].get_array()).shape == (3, 3)
+    assert "t5.decoder.block" in figure.get_suptitle()
+    with pytest.raises(AnalysisError, match=r"choose the stack .* t5\.decoder\.block, t5\.encoder\.block"):
+        figure4(table)
+
+
+def test_no_figure4_of_variants_with_different_layers(tmp_path):
+    table = pd.concat([spectra_of(layers=4), spectra_of("msplora", (8, 8, 8))])
+    with pytest.warns(UserWarning, match="no Figure 4 .*different layers"):
+        names = [path.name for path in write_figures(table, tmp_path, [])]
+    assert {"kl_between_layers_lora-8.csv", "kl_between_layers_msplora-8-8-8.csv"} <= set(names)
+    assert not any(name.startswith("figure4") for name in names)
+
+
+# Lines
+
+
+def lines(figure, row, column, columns=4):
+    return [(line.get_xdata(), line.get_ydata()) for line in figure.axes[row * columns + column].lines]
+
+
+def per_matrix(table, number, **where):
+    """Mean over runs of the mean over a run's matrices of `number`, and its standard deviation over runs."""
+    for column, value in where.items():
+        table = table[table[column] == value]
+    values = table.groupby(["run", "group", "module"])["sigma"].apply(lambda s: number(s.to_numpy()))
+    runs = values.groupby("run").mean()
+    return runs.mean(), runs.std(ddof=1)
+
+
+def test_m_eff_lines_and_bands(spectra):
+    figure = m_eff_over_epochs(spectra)
+    lora, msplora = of_method(spectra, "lora-8"), of_method(spectra, "msplora-8-4-2")
+    for row, k in enumerate((1, 2, 4)):
+        share = lambda s, k=k: np.sort(s)[::-1][:k].sum() / s.sum()  # noqa: E731
+        (x, y), *_ = lines(figure, row, 0)
+        np.testing.assert_array_equal(x, [0, 1, 2, 3])
+        assert np.isnan(y[0])  # B = 0 has no spectrum
+        assert y[3] == pytest.approx(per_matrix(msplora, share, scale="global", epoch=3)[0])
+        (_, of_lora), (_, of_msplora), _ = lines(figure, row, 2)
+        mean, std = per_matrix(lora, share, scale="layer", epoch=3)
+        assert of_lora[3] == pytest.approx(mean)
+        assert of_msplora[3] == pytest.approx(per_matrix(msplora, share, scale="layer", epoch=3)[0])
+        band = figure.axes[row * 4 + 2].collections[0].get_paths()[0].get_extents()
+        assert band.y0 <= mean - std + 1e-9
+        assert band.y1 >= mean + std - 1e-9
+    assert "high = concentrated" in figure.get_suptitle()
+
+
+def test_effective_rank_lines_are_relative_to_each_rank_too(spectra):
+    figure = effective_rank_over_epochs(spectra)
+    msplora = of_method(spectra, "msplora-8-4-2")
+    rank = lambda s: np.exp(entropy(s))  # noqa: E731
+    expected, _ = per_matrix(msplora, rank, scale="mid", epoch=2)
+    assert lines(figure, 0, 1)[0][1][2] == pytest.approx(expected)
+    assert lines(figure, 1, 1)[0][1][2] == pytest.approx(expected / 4)
+    expected, _ = per_matrix(msplora, rank, scale="total", epoch=2)
+    assert lines(figure, 1, 3)[1][1][2] == pytest.approx(expected / 14)
+    # LoRA's one part is its total.
+    np.testing.assert_array_equal(lines(figure, 0, 3)[0][1], lines(figure, 0, 2)[0][1])
+    assert "high = broad" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("draw", [m_eff_over_epochs, effective_rank_over_epochs])
+def test_lines_stay_inside_their_panels(spectra, draw):
+    figure = draw(spectra)
+    for ax in figure.axes:
+        for line in ax.lines:
+            assert np.nanmax(line.get_ydata()) <= ax.get_ylim()[1]
+            assert np.nanmin(line.get_ydata()) >= ax.get_ylim()[0]
+
+
+# Variants
+
+
+def test_spectra_by_layer_by_hand(spectra):
+    (mesh,) = meshes(spectra_by_layer(spectra, "MSPLoRA 8/4/2", epoch=1))
+    expected = [mean_spectrum(of_method(spectra, "msplora-8-4-2"), scale="layer", epoch=1, group=g) for g in range(6)]
+    np.testing.assert_allclose(np.asarray(mesh.get_array()), np.transpose(expected))
+
+
+def test_ranks_that_differ_within_a_scale():
+    table = spectra_of(tasks=["cola"], seeds=[0])
+    table = table[(table["k"] <= 2) | (table["group"] != 0)]  # layer 0 has rank 2, the others 8
+    with pytest.warns(UserWarning, match="LoRA r=2–8: layers have 2 to 8 singular values; .* 2 largest"):
+        figure = kl_between_layers(table)
+    top = [mean_spectrum(table, scale="layer", epoch=3, group=g)[:2] for g in range(6)]
+    assert np.asarray(meshes(figure)[0].get_array())[1, 0] == pytest.approx(entropy(top[1], top[0]))
+    values = np.ma.filled(meshes(spectra_by_layer(table))[0].get_array(), np.nan)
+    assert np.isnan(values[2:, 0]).all()
+    assert not np.isnan(values[:, 1:]).any()
+
+
+def test_runs_of_different_models_are_not_averaged():
+    other = spectra_of(tasks=["mrpc"], layers=4)
+    table = pd.concat([spectra_of(tasks=["cola"]), other, spectra_of("msplora", (8, 8, 8))])
+    assert list(kl_summary(table)["variant"]) == ["LoRA r=8 (4 layers)", "LoRA r=8 (6 layers)", "MSPLoRA 8/8/8"]
+    # Only one of the two LoRA variants has the layers of the MSPLoRA runs.
+    assert "LoRA r=8 (6 layers)" in figure4(table).get_suptitle()
+
+
+def test_runs_that_share_no_epoch_are_drawn_at_the_last_of_each():
+    table = pd.concat([spectra_of(tasks=["cola"], epochs=[1, 2]), spectra_of(tasks=["rte"], epochs=[3, 4])])
+    with pytest.warns(UserWarning, match="LoRA r=8: its 4 runs share no epoch"):
+        figure = spectra_by_layer(table)
+    last = table[table["epoch"].isin([2, 4])]
+    np.testing.assert_allclose(np.asarray(meshes(figure)[0].get_array())[:, 3], mean_spectrum(last, group=3))
+    assert "last checkpoint" in figure.get_suptitle()
+
+
+def test_a_copy_saved_at_the_end_has_no_place_on_the_epoch_axis():
+    table = spectra_of("msplora", (8, 4, 2), tasks=["cola"], seeds=[0])
+    copy = (
+        table[table["epoch"] == 3]
+        .assign(epoch=pd.NA, step=pd.NA, sigma=99.0)
+        .astype({"epoch": "Int64", "step": "Int64"})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = figure3(pd.concat([table, copy]))
+    assert meshes(figure)[0].get_array().max() < 99
+
+
+# Labels
+
+
+@pytest.mark.parametrize("layers", [12, 32, 80])
+def test_every_layer_is_labelled_and_no_label_overlaps_or_is_cut_off(layers):
+    table = pd.concat([
+        spectra_of(method, ranks, layers=layers, epochs=[1], tasks=["cola"], seeds=[0], modules=["query"], total=False)
+        for method, ranks in (("lora", (8,)), ("msplora", (8, 8, 8)))
+    ])  # fmt: skip
+    for figure in (
+        figure4(table),
+        kl_between_layers(table, ["MSPLoRA 8/8/8", "LoRA r=8"]),
+        spectra_by_layer(table, "LoRA r=8"),
+    ):
+        figure.draw_without_rendering()
+        for mesh in meshes(figure):
+            axes = mesh.axes
+            check_labels(figure, axes.get_xticklabels(), layers, "x")
+            if axes.get_ylabel() == "layer i":
+                check_labels(figure, axes.get_yticklabels(), layers, "y")
+        inside = figure.get_tightbbox()
+        assert inside.x0 >= 0
+        assert inside.y0 >= 0
+        assert inside.x1 <= figure.get_figwidth()
+        assert inside.y1 <= figure.get_figheight()
+
+
+def check_labels(figure, labels, layers, axis):
+    assert [label.get_text() for label in labels] == [str(layer) for layer in range(layers)]
+    assert labels[0].get_fontsize() >= 4
+    boxes = [label.get_window_extent() for label in labels]
+    spans = sorted((box.x0, box.x1) if axis == "x" else (box.y0, box.y1) for box in boxes)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_long_titles_stay_inside_the_figure():
+    stack = "model.vision_tower.timm_model.blocks_of_the_encoder"
+    table = pd.concat([spectra_of(stack=stack, epochs=[1]), spectra_of(epochs=[1])])
+    figure = kl_between_layers(table, stack=stack)
+    figure.draw_without_rendering()
+    assert figure.get_tightbbox().x0 >= 0
+    assert figure.get_tightbbox().x1 <= figure.get_figwidth()
+
+
+# On disk
+
+
+def test_write_figures_writes_all_that_the_table_allows(tmp_path):
+    few = {"layers": 3, "tasks": ["cola"], "epochs": (0, 1)}
+    small = pd.concat([spectra_of("lora", (8,), **few), spectra_of("msplora", (8, 4, 2), **few)])
+    before = small.copy(deep=True)
+    settings = dict(mpl.rcParams)
+    written = write_figures(small, tmp_path / "first", ["pdf", "png", "svg"])
+    stems = [
+        "figure3_msplora-8-4-2",
+        "figure4_msplora-8-4-2_minus_lora-8",
+        "kl_between_layers_msplora-8-4-2_and_lora-8",
+        "m_eff_over_epochs",
+        "effective_rank_over_epochs",
+        "spectra_by_layer_lora-8",
+        "spectra_by_layer_msplora-8-4-2",
+    ]
+    expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("csv", "pdf", "png", "svg")}
+    assert {path.name for path in written} == expected | {"kl_summary.csv", "kl_per_run.csv"}
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(path.name for path in written)
+
+    # The same bytes again, whatever the user's own settings and the order of the columns.
+    with mpl.rc_context({"font.size": 20, "savefig.bbox": "tight", "image.cmap": "jet", "pdf.fonttype": 3}):
+        again = write_figures(small[small.columns[::-1]], tmp_path / "second", ["pdf", "png", "svg"])
+    for one, two in zip(written, again, strict=True):
+        assert one.read_bytes() == two.read_bytes(), one.name
+
+    pd.testing.assert_frame_equal(small, before)
+    assert dict(mpl.rcParams) == settings
+    pdf = (tmp_path / "first/figure4_msplora-8-4-2_minus_lora-8.pdf").read_bytes()
+    assert b"CreationDate" not in pdf
+    assert b"/FontFile2" in pdf  # TrueType
+    svg = (tmp_path / "first/figure3_msplora-8-4-2.svg").read_text()
+    assert ">epoch</text>" in svg
+
+
+def test_csv_holds_the_numbers_of_the_figure(tmp_path, spectra):
+    write_figures(spectra, tmp_path, [])
+    figure3_ = pd.read_csv(tmp_path / "figure3_msplora-8-4-2.csv")
+    assert figure3_.columns.tolist() == ["variant", "scale", "epoch", "k", "sigma", "rank", "runs", "matrices"]
+    ours = of_method(spectra, "msplora-8-4-2")
+    for (scale, epoch), rows in figure3_.groupby(["scale", "epoch"]):
+        np.testing.assert_allclose(rows["sigma"], mean_spectrum(ours, scale=scale, epoch=epoch))
+    assert figure3_.groupby("scale")["matrices"].first().to_dict() == {"global": 8, "mid": 24, "layer": 48}
+
+    figure4_ = pd.read_csv(tmp_path / "figure4_msplora-8-4-2_minus_lora-8.csv")
+    square = figure4_.pivot(index="layer_i", columns="layer_j", values="difference").to_numpy()
+    (mesh,) = meshes(figure4(spectra, "MSPLoRA 8/4/2"))
+    np.testing.assert_allclose(square, np.asarray(mesh.get_array()), rtol=1e-14)
+    assert set(figure4_["epoch_lora"]) == {3}
+
+    summary = pd.read_csv(tmp_path / "kl_summary.csv")
+    pd.testing.assert_frame_equal(summary, kl_summary(spectra), check_dtype=False)
+
+
+def test_a_single_adapter_is_drawn_without_epochs(tmp_path):
+    table = spectra_of(epochs=[5], tasks=["cola"], seeds=[0]).assign(epoch=pd.NA, step=pd.NA)
+    names = sorted(path.name for path in write_figures(table, tmp_path, ["png"]))
+    drawn = ["kl_between_layers_lora-8", "spectra_by_layer_lora-8"]
+    assert names == sorted(
+        [f"{stem}.{s}" for stem in drawn for s in ("csv", "png")] + ["kl_per_run.csv", "kl_summary.csv"]
+    )
+
+
+def test_without_lora_there_is_no_figure4(tmp_path):
+    table = spectra_of("msplora", (8, 8, 8), tasks=["cola"], seeds=[0], total=False)
+    names = [path.name for path in write_figures(table, tmp_path, [])]
+    assert not any(name.startswith("figure4") for name in names)
+    assert {"figure3_msplora-8-8-8.csv", "kl_between_layers_msplora-8-8-8.csv"} <= set(names)
+
+
+def test_modules_outside_numbered_layers_count_over_epochs_only(tmp_path):
+    table = spectra_of(tasks=["cola"], seeds=[0], layers=1).assign(group=pd.NA, name="classifier.dense")
+    names = {path.name for path in write_figures(table, tmp_path, [])}
+    assert names == {"m_eff_over_epochs.csv", "effective_rank_over_epochs.csv"}
+
+
+def test_a_failed_write_leaves_no_file_behind(tmp_path, monkeypatch, spectra):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_figures(spectra, tmp_path, ["png"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# Errors
+
+
+def test_unknown_format_lists_the_valid_ones(tmp_path, spectra):
+    with pytest.raises(AnalysisError, match="unknown figure format 'jpg': choose from pdf, png, svg"):
+        write_figures(spectra, tmp_path / "out", ["png", "jpg"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_draw_says_what_is_needed(tmp_path):
+    table = spectra_of(epochs=[1]).assign(group=pd.NA, name="classifier.dense")
+    table = table.drop_duplicates(["run", "module", "k"])
+    with pytest.raises(
+        AnalysisError, match=r"nothing to draw: figures need .* two or more epochs, or .* numbered layers"
+    ):
+        write_figures(table, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_tables(tmp_path, spectra):
+    with pytest.raises(AnalysisError, match="lacks the column sigma"):
+        write_figures(spectra.drop(columns="sigma"), tmp_path)
+    with pytest.raises(AnalysisError, match="is empty"):
+        write_figures(spectra.iloc[:0], tmp_path)
+    with pytest.raises(AnalysisError, match=r"run cola/lora-8/seed0 holds .*self\.query \(layer\) twice"):
+        write_figures(pd.concat([spectra, spectra.iloc[:1]]), tmp_path)
+    with pytest.raises(AnalysisError, match="only the scale total"):
+        write_figures(spectra[spectra["scale"] == "total"], tmp_path)
+
+
+def test_what_to_draw_must_be_told_where_there_is_a_choice(spectra):
+    with pytest.raises(AnalysisError, match=r"choose the variant .*none was given.*: MSPLoRA 8/4/2, MSPLoRA 8/8/8"):
+        figure3(spectra)
+    with pytest.raises(AnalysisError, match=r"not 'LoRA r=8'"):
+        figure3(spectra, "LoRA r=8")
+    with pytest.raises(AnalysisError, match=r"epoch 7 is not there for all runs of .*: choose one of 0, 1, 2, 3"):
+        figure4(spectra, "MSPLoRA 8/8/8", epoch=7)
+    with pytest.raises(AnalysisError, match="adapt different layers"):
+        kl_between_layers(
+            pd.concat([spectra_of(layers=4), spectra_of("msplora", (8, 8, 8))]), ["LoRA r=8", "MSPLoRA 8/8/8"]
+        )
+
+
+def test_no_pyplot_and_no_seaborn():
+    code = "import sys, msplora_analysis.figures; print('matplotlib.pyplot' in sys.modules, 'seaborn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
+        "False",
+        "False",
+    ]
