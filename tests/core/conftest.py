@@ -21,7 +21,6 @@ from transformers import (
     ViTForImageClassification,
 )
 
-
 # Toy matrices: threads would only wait for each other, badly so on a busy machine.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
@@ -30,9 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 def make_bert(layers: int = 6) -> BertForSequenceClassification:
     torch.manual_seed(0)
     return BertForSequenceClassification(
-        BertConfig(
-            hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48, vocab_size=60
-        )
+        BertConfig(hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48, vocab_size=60)
     ).eval()
 
 
@@ -71,7 +68,12 @@ def make_t5() -> T5ForConditionalGeneration:
 def make_vit() -> ViTForImageClassification:
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
+            hidden_size=32,
+            num_hidden_layers=6,
+            num_attention_heads=2,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=8,
         )
     ).eval()
 

@@ -185,7 +185,9 @@ ARCHITECTURES: list[tuple[Callable[[], torch.nn.Module], list[str], int]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "targets", "pyramids"), ARCHITECTURES, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("make", "targets", "pyramids"), ARCHITECTURES, ids=lambda value: getattr(value, "__name__", "")
+)
 def test_architectures(make, targets: list[str], pyramids: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     base = make()
     untouched = copy.deepcopy(base)
@@ -397,9 +399,7 @@ def test_inject_adapter_in_model(bert: torch.nn.Module) -> None:
 def test_bfloat16(bert: torch.nn.Module, autocast_adapter_dtype: bool, tmp_path: Path) -> None:
     untouched = copy.deepcopy(bert).to(torch.bfloat16)
     config = MSPLoraConfig(r=8, target_modules=QUERY_VALUE)
-    model = peft.get_peft_model(
-        bert.to(torch.bfloat16), config, autocast_adapter_dtype=autocast_adapter_dtype
-    ).eval()
+    model = peft.get_peft_model(bert.to(torch.bfloat16), config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
     randomise(model)
     pair = model.base_model.model.bert.encoder.layer[0].attention.self.query.msplora_layer["default"]
     assert pair.B.dtype == (torch.float32 if autocast_adapter_dtype else torch.bfloat16)

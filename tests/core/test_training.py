@@ -32,7 +32,7 @@ from msplora_core.training import AdapterTrainer, metric_function, tokenize, tra
 
 from .conftest import make_bert
 
-WORDS = "the a cat dog sees chases him her big small not".split()
+WORDS = ["the", "a", "cat", "dog", "sees", "chases", "him", "her", "big", "small", "not"]
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(TrainingError, match="cannot be fetched .*give --data-dir .*or use --task acceptability"):
+    with pytest.raises(TrainingError, match=r"cannot be fetched .*give --data-dir .*or use --task acceptability"):
         load_splits(TASKS["cola"])
 
 
@@ -226,7 +226,7 @@ def test_unknown_model_folder() -> None:
 
 
 def test_folder_without_model(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="neither a config.json nor exactly one .gguf"):
+    with pytest.raises(TrainingError, match=r"neither a config.json nor exactly one .gguf"):
         base_models.find_model(str(tmp_path))
 
 
