@@ -5,12 +5,12 @@ run a real, small fine-tuning job.
 
 Each phenomenon is a small grammar: a list of frames such as ::
 
-    the {t} near the {p.s} [is/are] {a}.
+    the {p} [is/are] {vi.ing} near the {t}.
 
-``{t}`` is a slot for a lemma of the lexical category ``t``, ``{p.s}`` one for the *-s* form of a
-``p``, and ``{p2}`` would take a second, different ``p``. ``[x/y]`` marks where the two members of
+``{p}`` is a slot for a lemma of the lexical category ``p``, ``{vi.ing}`` one for the *-ing* form of a
+``vi``, and ``{p2}`` would take a second, different ``p``. ``[x/y]`` marks where the two members of
 a minimal pair differ: the acceptable one has ``x``, the other one ``y``. So this frame yields
-*The lamp near the farmers is old.* and *The lamp near the farmers are old.*
+*The farmer is yawning near the lamp.* and *The farmer are yawning near the lamp.*
 
 The phenomena, and the rule that each of them tests:
 
@@ -92,9 +92,7 @@ _VOCABULARY = {
         "lawyer farmer teacher singer soldier driver banker dentist baker writer pianist painter",
         "engineer dancer sailor hunter student gardener chemist plumber tailor poet",
     ),
-    # f, m: women and men; nf, nm: their names; name: a name where gender plays no role
-    "f": ("queen girl aunt sister bride nun", "princess duchess niece mother witch grandmother"),
-    "m": ("king boy uncle brother groom monk", "prince duke nephew father wizard grandfather"),
+    # nf, nm: names of women and of men; name: a name where gender plays no role
     "nf": ("Mary Alice Emma Laura Susan Julia", "Sarah Anna Helen Linda Karen Nancy"),
     "nm": ("John Peter David Robert Frank Henry", "Tom Michael Paul George Richard Kevin"),
     "name": (
