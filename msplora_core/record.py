@@ -24,8 +24,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
-def prepare_output_dir(settings: Settings) -> Path | None:
-    """Make the run folder ready, and find the checkpoint to resume from.
+def check_output_dir(settings: Settings) -> Path | None:
+    """Check that the run may be written to its folder, without touching it.
 
     Returns:
         The newest checkpoint when resuming, None for a fresh start.
@@ -37,20 +37,26 @@ def prepare_output_dir(settings: Settings) -> Path | None:
     folder = settings.output_dir
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder}: is a file; give --output-dir a folder")
-    content = list(folder.iterdir()) if folder.exists() else []
-    if settings.overwrite:
-        for path in content:  # only what a run writes: the folder may be somebody's home
-            if _CHECKPOINT.fullmatch(path.name):
-                shutil.rmtree(path)
-            elif path.name == RECORD_NAME:
-                path.unlink()
-    elif content and not settings.resume:
+    if not folder.exists() or settings.overwrite or not any(folder.iterdir()):
+        return None
+    if not settings.resume:
         raise TrainingError(
             f"{folder}: the output folder is not empty; continue its run with --resume, delete the run in it "
             "with --overwrite, or give another --output-dir"
         )
+    return _newest_checkpoint(settings)
+
+
+def make_output_dir(settings: Settings) -> None:
+    """Make the run folder; with overwrite, delete the run in it first."""
+    folder = settings.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    return _newest_checkpoint(settings) if settings.resume else None
+    if settings.overwrite:
+        for path in folder.iterdir():  # only what a run writes: the folder may be somebody's home
+            if _CHECKPOINT.fullmatch(path.name):
+                shutil.rmtree(path)
+            elif path.name == RECORD_NAME:
+                path.unlink()
 
 
 def _newest_checkpoint(settings: Settings) -> Path | None:
@@ -108,9 +114,13 @@ def describe_run(settings: Settings, source: ModelSource, splits: dict[str, Spli
 def summary(run: dict[str, Any]) -> str:
     """One line about a run: method, model, task, parameter counts."""
     settings, parameters = run["settings"], run["parameters"]
-    ranks = ",".join(map(str, settings["ranks"].values())) if settings["ranks"] else settings["rank"]
+    rank = settings["rank"]
+    if settings["ranks"]:
+        rank = ",".join(map(str, settings["ranks"].values()))
+    elif settings["method"] == "msplora":
+        rank = f"{rank},{rank // 2},{rank // 4}"
     return (
-        f"{settings['method']} (rank {ranks}) on {run['model']['name']}, task {settings['task']} "
+        f"{settings['method']} (rank {rank}) on {run['model']['name']}, task {settings['task']} "
         f"({run['data']['train']['rows']} + {run['data']['validation']['rows']} examples), seed {settings['seed']}: "
         f"{parameters['adapter']:,} adapter parameters, {parameters['head']:,} in the head, "
         f"{parameters['base']:,} frozen"

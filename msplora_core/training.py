@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from sklearn.metrics import matthews_corrcoef
+from tqdm.auto import tqdm
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -49,7 +50,7 @@ class EpochResult:
     metric: float
 
 
-def train(settings: Settings, report: Callable[[str], None] = print) -> list[EpochResult]:
+def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> list[EpochResult]:
     """Train an adapter and write its run folder.
 
     The folder is a Trainer output folder: ``checkpoint-<step>/`` with ``adapter_model.safetensors``,
@@ -58,7 +59,7 @@ def train(settings: Settings, report: Callable[[str], None] = print) -> list[Epo
 
     Args:
         settings: What to train on what; see :class:`msplora_core.settings.Settings`.
-        report: Called with lines of progress.
+        report: Called with lines of progress; the default prints them above the progress bar.
 
     Returns:
         The results of epoch 0 and of every epoch.
@@ -68,12 +69,13 @@ def train(settings: Settings, report: Callable[[str], None] = print) -> list[Epo
     """
     task = get_task(settings.task)
     source = find_model(settings.model)
-    last_checkpoint = record.prepare_output_dir(settings)
+    last_checkpoint = record.check_output_dir(settings)
     splits = load_splits(task, settings.data_dir)
 
     set_seed(settings.seed)
     base_model, tokenizer = load_model(source, task)
     model = adapt(base_model, settings)
+    record.make_output_dir(settings)  # all that can be wrong with the input has been told by now
     trainer = AdapterTrainer(
         model=model,
         args=_training_arguments(settings, eval_on_start=last_checkpoint is None),

@@ -173,6 +173,24 @@ def test_bad_data_names_file_row_and_expectation(data_dir: Path, content: str | 
     assert "\n" not in str(caught.value)
 
 
+REAL_ROWS = {
+    "cola": (8551, 1043),
+    "mrpc": (3668, 408),
+    "stsb": (5749, 1500),
+    "rte": (2490, 277),
+    "sst2": (67349, 872),
+    "qnli": (10475, 5463),
+}
+
+
+@pytest.mark.skipif("MSPLORA_TEST_DATA" not in os.environ, reason="needs MSPLORA_TEST_DATA with the GLUE files")
+@pytest.mark.parametrize("task", REAL_ROWS)
+def test_the_real_glue_data(task: str) -> None:
+    splits = load_splits(TASKS[task], Path(os.environ["MSPLORA_TEST_DATA"]) / "glue")
+    assert (len(splits["train"].rows), len(splits["validation"].rows)) == REAL_ROWS[task]
+    assert set(splits["train"].rows[0]) == {*TASKS[task].text_columns, "label"}
+
+
 def test_regression_labels(data_dir: Path) -> None:
     assert isinstance(load_splits(TASKS["stsb"], data_dir)["train"].rows[0]["label"], float)
     write_rows(data_dir / "stsb_validation.jsonl", [{"sentence1": "a", "sentence2": "b", "label": 5.5}])
@@ -315,10 +333,20 @@ def test_output_folder_that_is_not_empty(settings: Any, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(TrainingError, match=r"not empty; continue its run with --resume.*--overwrite"):
-        record.prepare_output_dir(settings())
+        record.check_output_dir(settings())
     (folder / "checkpoint-3").mkdir()
-    record.prepare_output_dir(settings(overwrite=True))
+    assert record.check_output_dir(settings(overwrite=True)) is None
+    record.make_output_dir(settings(overwrite=True))
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]  # only what a run writes is deleted
+
+
+def test_bad_input_costs_no_earlier_run(settings: Any, data_dir: Path) -> None:
+    chosen = settings(overwrite=True)
+    (chosen.output_dir / "checkpoint-3").mkdir(parents=True)
+    (data_dir / "cola_validation.jsonl").write_text("")
+    with pytest.raises(TrainingError, match="the split is empty"):
+        train(chosen, report=lambda line: None)
+    assert (chosen.output_dir / "checkpoint-3").exists()
 
 
 def test_resume_with_other_settings_is_refused(settings: Any) -> None:
@@ -326,8 +354,8 @@ def test_resume_with_other_settings_is_refused(settings: Any) -> None:
     chosen.output_dir.mkdir()
     record.write(chosen.output_dir, {"settings": chosen.what_matters()})
     with pytest.raises(TrainingError, match=r"other settings \(seed 0 -> 1\)"):
-        record.prepare_output_dir(settings(seed=1, resume=True))
-    assert record.prepare_output_dir(settings(resume=True)) is None  # no checkpoint yet: from the beginning
+        record.check_output_dir(settings(seed=1, resume=True))
+    assert record.check_output_dir(settings(resume=True)) is None  # no checkpoint yet: from the beginning
 
 
 def test_rank_above_the_matrix(settings: Any) -> None:
