@@ -152,10 +152,11 @@ def main() -> None:
     try:
         app()
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        message = str(error)
+    except OSError as error:  # whatever no module foresaw, such as a full disk
+        message = f"{error.filename or 'system'}: {error.strerror or error}"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
 
     run = record.describe_run(settings, source, splits, model)
     report(record.summary(run))
+    if settings.resume:
+        report(f"resuming from {last_checkpoint or 'the beginning: there is no whole checkpoint'}")
     record.write(settings.output_dir, run)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
