@@ -7,6 +7,7 @@ import pandas as pd
 
 from msplora_analysis.divergence import Array
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.base import stack_and_layer
 
 from .checkpoints import align, one_per_epoch
 
@@ -24,7 +25,7 @@ def prepare(spectra: pd.DataFrame) -> pd.DataFrame:
     outside the numbered layers. All runs of a variant keep the same epochs (see `checkpoints.align`).
     """
     matrices = _pivot(spectra)
-    stacks = {name: _stack(name) for name in matrices["name"].unique()}
+    stacks = {name: stack_and_layer(name)[0] for name in matrices["name"].unique()}
     matrices["stack"] = matrices["name"].map(stacks).where(matrices["group"].notna(), None)
     matrices["variant"] = matrices["run"].map(_variants(matrices))
     return align(one_per_epoch(matrices))
@@ -94,11 +95,6 @@ def _pivot(spectra: pd.DataFrame) -> pd.DataFrame:
     first = np.unique(matrix, return_index=True)[1]
     table = keys.iloc[first].reset_index(drop=True).assign(rank=np.bincount(matrix))
     return pd.concat([table, pd.DataFrame(values, columns=list(range(1, r + 1)))], axis=1)
-
-
-def _stack(name: str) -> str:
-    head = re.match(r"(.*?)(?:^|\.)\d+(?:\.|$)", name)
-    return head.group(1) if head else ""
 
 
 def _variants(matrices: pd.DataFrame) -> dict[str, str]:
