@@ -121,6 +121,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what PEFT calls there
+    # PEFT looks whether the vocabulary was resized, and cannot for a GGUF file; it never is here
+    warnings.filterwarnings("ignore", message="Could not find a config file")
 
 
 def _print_results(results: list[Any], metric: str, output_dir: Path) -> None:
