@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
-EPOCHS ?= 6
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -10,9 +9,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/msplora-train --method lora --rank 8 --epochs $(EPOCHS) --output-dir $(DEMO)/runs/lora-8 --overwrite
-	$(BIN)/msplora-train --method msplora --ranks 8,4,2 --epochs $(EPOCHS) --output-dir $(DEMO)/runs/msplora-8-4-2 --overwrite
-	$(BIN)/msplora-train --method msplora --ranks 8,8,8 --epochs $(EPOCHS) --output-dir $(DEMO)/runs/msplora-8-8-8 --overwrite
+	$(BIN)/msplora-train --method lora --rank 8 --output-dir $(DEMO)/runs/lora-8 --overwrite
+	$(BIN)/msplora-train --method msplora --ranks 8,4,2 --output-dir $(DEMO)/runs/msplora-8-4-2 --overwrite
+	$(BIN)/msplora-train --method msplora --ranks 8,8,8 --output-dir $(DEMO)/runs/msplora-8-8-8 --overwrite
 	$(BIN)/msplora-analyze spectra $(DEMO)/runs --out $(DEMO)/tables --format csv
 	$(BIN)/msplora-analyze figures $(DEMO)/runs --out $(DEMO)/figures
 	@echo "Figures: $(abspath $(DEMO))/figures   Tables: $(abspath $(DEMO))/tables"

@@ -10,11 +10,10 @@ distributions pass through unchanged) and broadcasts over the axes before it. Tw
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from msplora_analysis.errors import AnalysisError
-
-Array = NDArray[np.float64]
+from msplora_analysis.metrics import Array, normalised
 
 FLOOR = 1e-12
 """Smallest probability that `kl` works with: a zero of q under a non-zero p would make it infinite.
@@ -34,10 +33,7 @@ def normalise(sigma: ArrayLike) -> Array:
         raise AnalysisError("a spectrum needs at least one singular value")
     if (values < 0).any() or np.isinf(values).any():
         raise AnalysisError("singular values must be finite and not negative")
-    largest = values.max(axis=-1, keepdims=True)
-    # Dividing by the largest first keeps the sum of huge or subnormal values in range.
-    scaled = np.divide(values, largest, out=np.full_like(values, np.nan), where=largest > 0)
-    return scaled / scaled.sum(axis=-1, keepdims=True)
+    return normalised(values)[1]
 
 
 def kl(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> Array:

@@ -2,7 +2,7 @@
 
 A path may be a Trainer output folder (``checkpoint-<step>/adapter_model.safetensors``), one
 adapter folder, one adapter file, or a folder of such at any depth. Nothing is read here but the
-small JSON files beside the weights.
+small JSON files beside the weights; all that is written goes through ``replacing``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def discover(paths: StrPath | Iterable[StrPath]) -> list[Adapter]:
         for item in found.values()
     ]
     return sorted(adapters, key=lambda a: (natural_key(a.run), a.step is None, a.step or 0))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; at the end it takes its place, so nobody sees half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def natural_key(text: str) -> list[Any]:

@@ -19,26 +19,26 @@ def m_eff(sigma: ArrayLike, k: int) -> Array:
     The share of the k largest singular values. High means concentrated, that is *low* complexity:
     the opposite sense of ``effective_rank``. 1 if k is at least the length.
     """
-    _, p = _normalise(sigma)
+    _, p = normalised(sigma)
     return p[..., :k].sum(axis=-1) / p.sum(axis=-1)  # the quotient makes a full sum exactly 1
 
 
 def effective_rank(sigma: ArrayLike) -> Array:
     """exp(-sum_k p_k ln p_k), from 1 to r (Roy & Vetterli 2007, EUSIPCO)."""
-    _, p = _normalise(sigma)
+    _, p = normalised(sigma)
     logarithm = np.log(np.where(p > 0, p, 1))  # 0 ln 0 = 0
     return np.exp(-(p * logarithm).sum(axis=-1))
 
 
 def stable_rank(sigma: ArrayLike) -> Array:
     """sum_k sigma_k² / sigma_1², from 1 to r (Rudelson & Vershynin 2007)."""
-    scaled, _ = _normalise(sigma)
+    scaled, _ = normalised(sigma)
     return (scaled**2).sum(axis=-1)
 
 
 def participation_ratio(sigma: ArrayLike) -> Array:
     """(sum_k sigma_k²)² / sum_k sigma_k⁴, from 1 to r (Bell & Dean 1970, on eigenvalues sigma²)."""
-    scaled, _ = _normalise(sigma)
+    scaled, _ = normalised(sigma)
     return (scaled**2).sum(axis=-1) ** 2 / (scaled**4).sum(axis=-1)
 
 
@@ -55,9 +55,12 @@ def nuclear(sigma: ArrayLike) -> Array:
     return np.asarray(sigma, dtype=np.float64).sum(axis=-1)
 
 
-def _normalise(sigma: ArrayLike) -> tuple[Array, Array]:
-    """sigma_k / sigma_1 and p_k; NaN throughout for an all-zero spectrum."""
+def normalised(sigma: ArrayLike) -> tuple[Array, Array]:
+    """sigma_k / sigma_1 and p_k, in any order; NaN throughout for an all-zero spectrum.
+
+    Dividing by the largest first keeps the sum of huge or subnormal values in range.
+    """
     sigma = np.asarray(sigma, dtype=np.float64)
-    largest = sigma[..., :1]
+    largest = sigma.max(axis=-1, keepdims=True)
     scaled = np.divide(sigma, largest, out=np.full_like(sigma, np.nan), where=largest > 0)
     return scaled, scaled / scaled.sum(axis=-1, keepdims=True)

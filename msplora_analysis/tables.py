@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter, StrPath, discover
+from msplora_analysis.files import Adapter, StrPath, discover, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,17 +217,14 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     Equal tables give equal bytes: a Parquet file carries the package's version, but no time or
     path. Raises AnalysisError if the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if path.suffix == ".parquet":
-            _write_parquet(table, beside)
-        else:
-            table.to_csv(beside, index=False, lineterminator="\n")
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            if path.suffix == ".parquet":
+                _write_parquet(table, beside)
+            else:
+                table.to_csv(beside, index=False, lineterminator="\n")
     except OSError as error:
         raise AnalysisError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write_parquet(table: pd.DataFrame, path: Path) -> None:

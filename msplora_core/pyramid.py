@@ -12,7 +12,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SCALES = ("global", "mid", "layer")
+RANK_DECAY = {"global": 1, "mid": 2, "layer": 4}
+"""What r is divided by for the rank of each scale: r, r/2, r/4 (arXiv 2503.21838, section 3.2)."""
+
+SCALES = tuple(RANK_DECAY)
 """The scales of a pyramid, from the most to the least shared (arXiv 2503.21838, section 3)."""
 
 

@@ -17,6 +17,7 @@ import msplora_core
 from msplora_core.data.loading import Split
 from msplora_core.errors import TrainingError
 from msplora_core.models import ModelSource
+from msplora_core.pyramid import RANK_DECAY
 from msplora_core.settings import Settings
 
 RECORD_NAME = "run.json"
@@ -118,7 +119,7 @@ def summary(run: dict[str, Any]) -> str:
     if settings["ranks"]:
         rank = ",".join(map(str, settings["ranks"].values()))
     elif settings["method"] == "msplora":
-        rank = f"{rank},{rank // 2},{rank // 4}"
+        rank = ",".join(str(rank // divisor) for divisor in RANK_DECAY.values())
     return (
         f"{settings['method']} (rank {rank}) on {run['model']['name']}, task {settings['task']} "
         f"({run['data']['train']['rows']} + {run['data']['validation']['rows']} examples), seed {settings['seed']}: "

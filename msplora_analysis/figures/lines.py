@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from msplora_analysis.divergence import Array
+from msplora_analysis.formats.base import SCALES
+from msplora_analysis.metrics import Array
 
 from .checkpoints import epochs_of
-from .matrices import SCALES, is_msplora, variants
+from .matrices import is_msplora, variants
 from .style import DASHES, DOUBLE, PALETTE, label_epochs, title
 
 SHARED = ["variant", "scale", "epoch"]

@@ -1,6 +1,5 @@
 """A figure with its numbers and its name, and how both reach the disk."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files import replacing
 
 from .style import settings
 
@@ -63,12 +63,6 @@ def _whole_epochs(numbers: pd.DataFrame) -> pd.DataFrame:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Write beside `path`, then rename: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside, beside.open("wb") as file:
+        write(file)
     return path

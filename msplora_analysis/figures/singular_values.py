@@ -7,11 +7,12 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from msplora_analysis.divergence import Array
+from msplora_analysis.formats.base import SCALES
+from msplora_analysis.metrics import Array
 
 from .checkpoints import epochs_of
 from .heatmap import draw_cells, edges, mark_absent
-from .matrices import SCALES, choose, is_msplora, ks, prepare, slug, variants
+from .matrices import choose, is_msplora, ks, prepare, slug, variants
 from .plot import Plot
 from .style import DOUBLE, SEQUENTIAL, label_epochs, runs_note, styled, title
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from msplora_core.pyramid import SCALES
+from msplora_core.pyramid import RANK_DECAY, SCALES
 
 PEFT_TYPE = "MSPLORA"
-# r, r/2, r/4: the decay of the paper (arXiv 2503.21838, section 3.2).
-_DECAY = {"global": 1, "mid": 2, "layer": 4}
 
 
 @dataclass
@@ -84,7 +82,7 @@ class MSPLoraConfig(PeftConfig):
                     f"r={self.r!r} must be a positive multiple of 4, so that r, r/2 and r/4 are ranks; give "
                     'ranks={"global": .., "mid": .., "layer": ..} for others'
                 )
-            return {scale: self.r // _DECAY[scale] for scale in SCALES}
+            return {scale: self.r // divisor for scale, divisor in RANK_DECAY.items()}
         if not self.ranks or not set(self.ranks) <= set(SCALES):
             raise ValueError(f"ranks={self.ranks!r} must name scales among {', '.join(SCALES)}")
         for scale, rank in self.ranks.items():
