@@ -14,15 +14,15 @@ dependent to the last bit and cancel in B A: there sigma_1 >= 1e-8 |a_i| |b_i| i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats import Matrix
-from msplora_analysis.tensors import TensorFile
+from msplora_analysis.formats import Factor, Kronecker, Matrix, Sum, Update
+from msplora_analysis.tensors import FloatArray, TensorFile
 
 Array = NDArray[np.floating[Any]]
 
@@ -33,20 +33,43 @@ _BLOCK = 8 * 2**20  # bytes of float64 factors held at once, unless one matrix a
 
 
 def adapter_spectra(file: TensorFile, matrices: Sequence[Matrix]) -> list[Array]:
-    """Singular values of each matrix, descending, ``matrix.rank`` of them, float64.
+    """Singular values of each matrix, descending, ``matrix.update.rank`` of them, float64.
 
     Reads each tensor as it is needed; memory stays at one block of factors. Raises AnalysisError
     naming the tensor that holds NaN or Inf.
     """
     result: list[Array] = [np.empty(0)] * len(matrices)
-    for block in _blocks(matrices):
-        a, b = _stack(file, [matrices[i] for i in block])
-        sigma = singular_values(a, b)
-        for i, values in zip(block, sigma, strict=True):
+    sums: dict[int, Sum] = {}
+    for i, matrix in enumerate(matrices):
+        if isinstance(matrix.update, Sum):
+            sums[i] = matrix.update
+        else:
+            result[i] = _spectrum(file, matrix.update, matrix.name)
+    for block in _blocks(sums):
+        updates = [sums[i] for i in block]
+        sigma = singular_values(*_stack(file, updates))
+        for i, update, values in zip(block, updates, sigma, strict=True):
             if np.isnan(values).any():
-                raise _not_finite(file, matrices[i])
+                raise _not_finite(file, update, matrices[i].name)
             result[i] = values
     return result
+
+
+def _spectrum(file: TensorFile, update: Update, name: str) -> Array:
+    """Singular values of one update of any kind."""
+    if isinstance(update, Kronecker):
+        left, right = _spectrum(file, update.left, name), _spectrum(file, update.right, name)
+        sigma: Array = np.sort(np.multiply.outer(left, right), axis=None)[::-1]
+    elif isinstance(update, Sum):
+        sigma = singular_values(*_stack(file, [update]))[0]
+    else:
+        whole = np.multiply(_value(file, update.factor), update.scaling, dtype=np.float64)
+        if not np.isfinite(whole).all():
+            raise _not_finite(file, update, name)
+        sigma = np.linalg.svd(whole, compute_uv=False)
+    if not np.isfinite(sigma).all():
+        raise _not_finite(file, update, name)
+    return sigma
 
 
 def singular_values(a: Array, b: Array) -> Array:
@@ -126,46 +149,66 @@ def _cholesky(gram: Array) -> Array:
         return np.concatenate([_cholesky(one[None]) for one in gram])
 
 
-def _blocks(matrices: Sequence[Matrix]) -> Iterator[list[int]]:
-    """Indices of matrices of equal shape and rank, as many at once as _BLOCK holds."""
+def _blocks(sums: Mapping[int, Sum]) -> Iterator[list[int]]:
+    """Keys of sums of equal shape and rank, as many at once as _BLOCK holds."""
     alike: dict[tuple[int, int, int], list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        alike.setdefault((matrix.rows, matrix.cols, matrix.rank), []).append(i)
+    for i, update in sums.items():
+        alike.setdefault((update.rows, update.cols, update.rank), []).append(i)
     for (rows, cols, rank), indices in alike.items():
         size = max(1, _BLOCK // (8 * rank * (rows + cols)))
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 
 
-def _stack(file: TensorFile, matrices: Sequence[Matrix]) -> tuple[Array, Array]:
-    """The concatenated factors of matrices of equal shape: A (n, r, cols), scaled B (n, rows, r).
+def _stack(file: TensorFile, sums: Sequence[Sum]) -> tuple[Array, Array]:
+    """The concatenated factors of sums of equal shape: A (n, r, cols), scaled B (n, rows, r).
 
-    A tensor that several of them share is read once.
+    A factor that several of them share is read once.
     """
-    n, first = len(matrices), matrices[0]
+    n, first = len(sums), sums[0]
     a = np.empty((n, first.rank, first.cols))
     b = np.empty((n, first.rows, first.rank))
-    targets: dict[str, list[tuple[Array, float]]] = {}
-    for i, matrix in enumerate(matrices):
+    targets: dict[Factor, list[tuple[Array, float]]] = {}
+    for i, update in enumerate(sums):
         start = 0
-        for part in matrix.parts:
-            stop = start + part.rank
-            targets.setdefault(part.a, []).append((a[i, start:stop], 1.0))
-            targets.setdefault(part.b, []).append((b[i, :, start:stop], part.scaling))
+        for product in update.products:
+            stop = start + product.rank
+            targets.setdefault(product.a, []).append((a[i, start:stop], 1.0))
+            targets.setdefault(product.b, []).append((b[i, :, start:stop], product.scaling))
             start = stop
-    for name, places in targets.items():
-        values = file.read(name)
+    for factor, places in targets.items():
+        values = _value(file, factor)
         for target, scaling in places:
-            np.multiply(values.reshape(target.shape), scaling, out=target, dtype=np.float64)
+            np.multiply(values, scaling, out=target, dtype=np.float64)
     return a, b
 
 
-def _not_finite(file: TensorFile, matrix: Matrix) -> AnalysisError:
-    for part in matrix.parts:
-        for name in (part.a, part.b):
-            if not np.isfinite(file.read(name)).all():
+def _value(file: TensorFile, factor: Factor) -> FloatArray:
+    """The matrix that a factor stands for; it may be a view that the next read overwrites."""
+    if factor.make is None:
+        return file.read(factor.tensors[0]).reshape(factor.rows, factor.cols)
+    if len(factor.tensors) == 1:
+        return factor.make(file.read(factor.tensors[0]))
+    return factor.make(*(file.read(name).copy() for name in factor.tensors))
+
+
+def _not_finite(file: TensorFile, update: Update, name: str) -> AnalysisError:
+    for factor in _factors(update):
+        for tensor in factor.tensors:
+            if not np.isfinite(file.read(tensor)).all():
                 return AnalysisError(
-                    f"{file.path}: tensor {name} holds NaN or Inf; the training diverged before "
+                    f"{file.path}: tensor {tensor} holds NaN or Inf; the training diverged before "
                     "this was saved: leave this checkpoint out"
                 )
-    return AnalysisError(f"{file.path}: the singular values of {matrix.name} exceed float64")
+    return AnalysisError(f"{file.path}: the singular values of {name} exceed float64")
+
+
+def _factors(update: Update) -> Iterator[Factor]:
+    if isinstance(update, Kronecker):
+        yield from _factors(update.left)
+        yield from _factors(update.right)
+    elif isinstance(update, Sum):
+        for product in update.products:
+            yield from (product.a, product.b)
+    else:
+        yield update.factor

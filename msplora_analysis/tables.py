@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files import Adapter, StrPath, discover, replacing
+from msplora_analysis.options import Options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,9 +123,9 @@ def _measures(matrices: Sequence[Matrix], sigma: Sequence[Any], ks: Iterable[int
     for values, target in zip(sigma, padded, strict=True):
         target[: len(values)] = values
     return {
-        "rows": np.array([matrix.rows for matrix in matrices], dtype=np.int64),
-        "cols": np.array([matrix.cols for matrix in matrices], dtype=np.int64),
-        "rank": np.array([matrix.rank for matrix in matrices], dtype=np.int64),
+        "rows": np.array([matrix.update.rows for matrix in matrices], dtype=np.int64),
+        "cols": np.array([matrix.update.cols for matrix in matrices], dtype=np.int64),
+        "rank": np.array([matrix.update.rank for matrix in matrices], dtype=np.int64),
         "sigma_1": padded[:, 0],
         "frobenius": metrics.frobenius(padded),
         "nuclear": metrics.nuclear(padded),
@@ -143,7 +144,7 @@ def _read_adapter(adapter: Adapter, ignore_unknown: bool) -> tuple[list[Matrix],
 
     with open_tensors(adapter.file) as file:
         try:
-            matrices, unknown = read_contents(adapter.config, file.shapes)
+            matrices, unknown, notes = read_contents(adapter.config, file, Options(ignore_unknown))
         except AnalysisError as error:
             raise AnalysisError(f"{adapter.file}: {error}") from None
         if unknown and not ignore_unknown:
@@ -151,6 +152,8 @@ def _read_adapter(adapter: Adapter, ignore_unknown: bool) -> tuple[list[Matrix],
                 _unknown_text({adapter.file: unknown})
                 + "; pass --ignore-unknown (ignore_unknown=True) to leave them out"
             )
+        for note in notes:
+            warnings.warn(f"{adapter.file}: {note}", stacklevel=3)
         return matrices, adapter_spectra(file, matrices), unknown
 
 

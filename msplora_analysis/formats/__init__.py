@@ -1,29 +1,53 @@
 """Adapter formats: which tensors of a file make up which matrices.
 
-One module per format, with ``PEFT_TYPE``, ``matches(config, shapes)`` and ``read(config, shapes)``.
-To add a format, write its module and name it in ``FORMATS``.
+One module per format, with ``PEFT_TYPE``, ``matches(config, file)`` and ``read(config, file,
+options)``; the config is empty for a file that has none. ``read`` may look at the file's ``shapes`` and
+``metadata``, and at the values of small tensors. To add a format, write its module and name it in
+``FORMATS``.
 """
 
 from __future__ import annotations
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats import lora, msplora, msplora_released
-from msplora_analysis.formats.base import Config, Contents, Matrix, Part, Shapes
+from msplora_analysis.formats.base import (
+    Config,
+    Contents,
+    Factor,
+    Kronecker,
+    Matrix,
+    Product,
+    Sum,
+    Update,
+    Whole,
+)
+from msplora_analysis.options import Options
+from msplora_analysis.tensors import TensorFile
 
-__all__ = ["Contents", "Matrix", "Part", "read_contents"]
+__all__ = [
+    "Contents",
+    "Factor",
+    "Kronecker",
+    "Matrix",
+    "Product",
+    "Sum",
+    "Update",
+    "Whole",
+    "read_contents",
+]
 
 FORMATS = (lora, msplora_released, msplora)  # the first that matches is taken
 
 
-def read_contents(config: Config, shapes: Shapes) -> Contents:
-    """The matrices of an adapter file, from its config and the shapes of its tensors.
+def read_contents(config: Config, file: TensorFile, options: Options) -> Contents:
+    """The matrices of an adapter file, from its config, the names and shapes of its tensors.
 
     Raises AnalysisError (without the file's name) for a format or a layout that is not supported,
     and for a file without any matrix.
     """
     for adapter_format in FORMATS:
-        if adapter_format.matches(config, shapes):
-            found = adapter_format.read(config, shapes)
+        if adapter_format.matches(config, file):
+            found = adapter_format.read(config, file, options)
             if not found.matrices and not found.unknown:
                 raise AnalysisError("no low-rank factors in the file; was the adapter saved before it was added?")
             return found

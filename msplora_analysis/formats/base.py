@@ -1,4 +1,4 @@
-"""What every adapter format gives: matrices, each a sum of scaled low-rank products."""
+"""What every adapter format gives: matrices, and how each is made from the tensors of the file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files import natural_key
@@ -30,56 +33,132 @@ _EMBEDDINGS = (
 
 
 @dataclass(frozen=True)
-class Part:
-    """``scaling * B @ A``, with A of shape (rank, cols) and B of shape (rows, rank).
+class Factor:
+    """A matrix of shape (rows, cols), made from tensors of the file.
 
-    ``a`` and ``b`` are tensor names. Further axes of a convolution's factors count as columns of
-    A, and have length one in B.
+    Without ``make`` it is the one tensor named, its further axes flattened. ``make`` is a function
+    of the tensors named, each an array of its own shape and type; it gives a new float64 array.
     """
 
-    a: str
-    b: str
-    scaling: float
+    tensors: tuple[str, ...]
     rows: int
     cols: int
-    rank: int
+    make: Callable[..., NDArray[np.float64]] | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """``scaling * B @ A``, with A of shape (rank, cols) and B of shape (rows, rank)."""
+
+    a: Factor
+    b: Factor
+    scaling: float
+
+    @property
+    def rows(self) -> int:
+        return self.b.rows
+
+    @property
+    def cols(self) -> int:
+        return self.a.cols
+
+    @property
+    def rank(self) -> int:
+        return self.a.rows
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of products of one shape; its rank is that of the concatenated factors."""
+
+    products: tuple[Product, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.products[0].rows
+
+    @property
+    def cols(self) -> int:
+        return self.products[0].cols
+
+    @property
+    def rank(self) -> int:
+        return sum(product.rank for product in self.products)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """``scaling * W``, of a matrix that stands in the file as it is."""
+
+    factor: Factor
+    scaling: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        return self.factor.rows
+
+    @property
+    def cols(self) -> int:
+        return self.factor.cols
+
+    @property
+    def rank(self) -> int:
+        return min(self.rows, self.cols)
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """The Kronecker product of two updates: its singular values are all products of theirs."""
+
+    left: Sum | Whole
+    right: Sum | Whole
+
+    @property
+    def rows(self) -> int:
+        return self.left.rows * self.right.rows
+
+    @property
+    def cols(self) -> int:
+        return self.left.cols * self.right.cols
+
+    @property
+    def rank(self) -> int:
+        return self.left.rank * self.right.rank
+
+
+Update = Sum | Whole | Kronecker
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One row of the metrics table: a weight update, or one scale of it, as a sum of parts."""
+    """One row of the metrics table: a weight update, or one scale of it.
+
+    ``update.rank``, an upper bound of its rank, is how many singular values it is given.
+    """
 
     scale: str
     group: int | None
     module: str
     name: str
-    parts: tuple[Part, ...]
-
-    @property
-    def rows(self) -> int:
-        return self.parts[0].rows
-
-    @property
-    def cols(self) -> int:
-        return self.parts[0].cols
-
-    @property
-    def rank(self) -> int:
-        """Rank of the concatenated factors: an upper bound of the rank of the sum."""
-        return sum(part.rank for part in self.parts)
+    update: Update
 
 
 class Contents(NamedTuple):
-    """What an adapter file holds: its matrices, and the tensor names that nothing explains."""
+    """What an adapter file holds.
+
+    ``unknown``: tensor names that nothing explains. ``notes``: what a reader of the spectra must
+    know about this adapter, such as what its update is relative to; a sentence each.
+    """
 
     matrices: list[Matrix]
     unknown: list[str]
+    notes: list[str]
 
 
-def contents(matrices: Iterable[Matrix], unknown: Iterable[str]) -> Contents:
+def contents(matrices: Iterable[Matrix], unknown: Iterable[str], notes: Iterable[str] = ()) -> Contents:
     """Matrices in table order: by scale, then by name with numbers in order."""
     in_order = sorted(matrices, key=lambda m: (SCALES.index(m.scale), natural_key(m.name)))
-    return Contents(in_order, sorted(unknown, key=natural_key))
+    return Contents(in_order, sorted(unknown, key=natural_key), list(notes))
 
 
 def module_of(name: str) -> str:
@@ -130,7 +209,7 @@ def pair_factors(
     return {unit: (pair["A"], pair["B"]) for unit, pair in factors.items()}, unknown
 
 
-def make_part(a: str, b: str, shapes: Shapes, alpha: float, config: Config) -> Part:
+def make_product(a: str, b: str, shapes: Shapes, alpha: float, config: Config) -> Product:
     """The product of a pair of factors, scaled by alpha / r, or alpha / sqrt(r) with rsLoRA.
 
     rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. Raises AnalysisError unless the shapes fit.
@@ -149,7 +228,11 @@ def make_part(a: str, b: str, shapes: Shapes, alpha: float, config: Config) -> P
         )
     rank = shape_a[0]
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Part(a, b, scaling, shape_b[0], math.prod(shape_a[1:]), rank)
+    return Product(
+        Factor((a,), rank, math.prod(shape_a[1:])),
+        Factor((b,), shape_b[0], rank),
+        scaling,
+    )
 
 
 def number(config: Config, key: str, default: float | None = None) -> float:

@@ -14,16 +14,19 @@ from msplora_analysis.formats.base import (
     Config,
     Contents,
     Matrix,
-    Part,
+    Product,
     Shapes,
+    Sum,
     contents,
-    make_part,
+    make_product,
     module_of,
     number,
     pair_factors,
     stack_and_layer,
     table,
 )
+from msplora_analysis.options import Options
+from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "LORA"
 
@@ -40,23 +43,23 @@ _VARIANTS = {
 }
 
 
-def matches(config: Config, shapes: Shapes) -> bool:
+def matches(config: Config, file: TensorFile) -> bool:
     return config.get("peft_type") == PEFT_TYPE
 
 
-def read(config: Config, shapes: Shapes) -> Contents:
+def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per adapted module, all of scale "layer"."""
     for key, variant in _VARIANTS.items():
         if config.get(key):
             raise AnalysisError(f"{variant} is not supported: its update is not scaling * B A")
-    pairs, unknown = pair_factors(shapes, config, _parse)
+    pairs, unknown = pair_factors(file.shapes, config, _parse)
     if magnitudes := [key for key in unknown if "lora_magnitude_vector" in key]:
         raise AnalysisError(f"tensor {magnitudes[0]}: DoRA is not supported: its update is not scaling * B A")
     matrices = []
     for name, (a, b) in pairs.items():
-        part = _part(name, a, b, config, shapes)
+        product = _product(name, a, b, config, file.shapes)
         _, layer = stack_and_layer(name)
-        matrices.append(Matrix("layer", layer, module_of(name), name, (part,)))
+        matrices.append(Matrix("layer", layer, module_of(name), name, Sum((product,))))
     return contents(matrices, unknown)
 
 
@@ -65,15 +68,16 @@ def _parse(name: str) -> tuple[str, str] | None:
     return (match["name"], match["linear"] or match["embedding"]) if match else None
 
 
-def _part(name: str, a: str, b: str, config: Config, shapes: Shapes) -> Part:
+def _product(name: str, a: str, b: str, config: Config, shapes: Shapes) -> Product:
     rank = _by_pattern(table(config, "rank_pattern"), name, number(config, "r", 8))
     alpha = _by_pattern(table(config, "alpha_pattern"), name, number(config, "lora_alpha", 8))
-    part = make_part(a, b, shapes, alpha, config)
-    if part.rank != rank:
+    product = make_product(a, b, shapes, alpha, config)
+    if product.rank != rank:
         raise AnalysisError(
-            f"tensor {a} has rank {part.rank}, adapter_config.json says {rank:g}; is it the config of another adapter?"
+            f"tensor {a} has rank {product.rank}, adapter_config.json says {rank:g}; "
+            "is it the config of another adapter?"
         )
-    return part
+    return product
 
 
 def _by_pattern(patterns: dict[str, int | float], name: str, default: float) -> float:

@@ -18,16 +18,18 @@ from msplora_analysis.formats.base import (
     Config,
     Contents,
     Matrix,
-    Part,
-    Shapes,
+    Product,
+    Sum,
     contents,
-    make_part,
+    make_product,
     module_of,
     number,
     pair_factors,
     stack_and_layer,
     table,
 )
+from msplora_analysis.options import Options
+from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "MSPLORA"
 
@@ -41,34 +43,34 @@ class _Pyramid(NamedTuple):
     """
 
     module: str
-    shared: dict[str, dict[int, tuple[str, Part]]]  # scale -> first layer -> (module name, part)
-    layers: dict[str, tuple[int | None, Part]]  # module name -> (layer, part)
+    shared: dict[str, dict[int, tuple[str, Product]]]  # scale -> first layer -> (module name, product)
+    layers: dict[str, tuple[int | None, Product]]  # module name -> (layer, product)
 
 
-def matches(config: Config, shapes: Shapes) -> bool:
+def matches(config: Config, file: TensorFile) -> bool:
     return config.get("peft_type") == PEFT_TYPE
 
 
-def read(config: Config, shapes: Shapes) -> Contents:
+def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """Matrices of every scale, and "total": the whole update of one module.
 
     An adapter without a layer scale has no total: which modules it adapts is then not on disk.
     """
-    pairs, unknown = pair_factors(shapes, config, _parse)
+    pairs, unknown = pair_factors(file.shapes, config, _parse)
     ranks = _ranks(config)
     alpha = number(config, "lora_alpha")
     pyramids: dict[tuple[str, str, int, int], _Pyramid] = {}
     for (name, scale), (a, b) in pairs.items():
-        part = make_part(a, b, shapes, alpha, config)
-        _check_rank(scale, part, ranks)
+        product = make_product(a, b, file.shapes, alpha, config)
+        _check_rank(scale, product, ranks)
         stack, layer = stack_and_layer(name)
         module = module_of(name)
         pyramid = pyramids.setdefault(
-            (stack, module, part.rows, part.cols), _Pyramid(module, {"global": {}, "mid": {}}, {})
+            (stack, module, product.rows, product.cols), _Pyramid(module, {"global": {}, "mid": {}}, {})
         )
         if scale == "layer":
-            pyramid.layers[name] = layer, part
-        elif pyramid.shared[scale].setdefault(layer or 0, (name, part)) != (name, part):
+            pyramid.layers[name] = layer, product
+        elif pyramid.shared[scale].setdefault(layer or 0, (name, product)) != (name, product):
             raise AnalysisError(
                 f"tensor {a}: another module of layer {layer} has the {scale} pair that they "
                 "should share; save the adapter again"
@@ -100,11 +102,11 @@ def _ranks(config: Config) -> dict[str, int | None]:
     return {scale: int(rank) for scale, rank in explicit.items() if rank}
 
 
-def _check_rank(scale: str, part: Part, ranks: dict[str, int | None]) -> None:
+def _check_rank(scale: str, product: Product, ranks: dict[str, int | None]) -> None:
     expected = ranks.get(scale, 0)
-    if expected is not None and part.rank != expected:
+    if expected is not None and product.rank != expected:
         raise AnalysisError(
-            f"tensor {part.a} has rank {part.rank}, adapter_config.json says {expected} for "
+            f"tensor {product.a.tensors[0]} has rank {product.rank}, adapter_config.json says {expected} for "
             f"{scale}; is it the config of another adapter?"
         )
 
@@ -116,7 +118,7 @@ def _check_complete(pyramid: _Pyramid, ranks: dict[str, int | None], config: Con
         return
     name = min(pyramid.layers, default=None, key=lambda n: pyramid.layers[n][0] or 0)
     if name is None:
-        key = next(part.a for units in pyramid.shared.values() for _, part in units.values())
+        key = next(product.a.tensors[0] for units in pyramid.shared.values() for _, product in units.values())
         raise AnalysisError(f"tensor {key} has no layer part of its module in the file")
     groups = int(number(config, "mid_groups", 3))
     for scale, expected in (("global", 1), ("mid", min(groups, len(layers)))):
@@ -135,18 +137,18 @@ def _check_complete(pyramid: _Pyramid, ranks: dict[str, int | None], config: Con
 def _single_scales(pyramid: _Pyramid) -> Iterator[Matrix]:
     for scale, units in pyramid.shared.items():
         for group, first in enumerate(sorted(units)):
-            name, part = units[first]
-            yield Matrix(scale, group, pyramid.module, name, (part,))
-    for name, (layer, part) in pyramid.layers.items():
-        yield Matrix("layer", layer, pyramid.module, name, (part,))
+            name, product = units[first]
+            yield Matrix(scale, group, pyramid.module, name, Sum((product,)))
+    for name, (layer, product) in pyramid.layers.items():
+        yield Matrix("layer", layer, pyramid.module, name, Sum((product,)))
 
 
 def _totals(pyramid: _Pyramid) -> Iterator[Matrix]:
-    for name, (layer, part) in pyramid.layers.items():
+    for name, (layer, product) in pyramid.layers.items():
         shared = []
         for units in pyramid.shared.values():
             # The group of a layer is the one that starts last among those not after it.
             starts = [first for first in units if first <= (layer or 0)]
             if starts:
                 shared.append(units[max(starts)][1])
-        yield Matrix("total", layer, pyramid.module, name, (*shared, part))
+        yield Matrix("total", layer, pyramid.module, name, Sum((*shared, product)))

@@ -1,4 +1,4 @@
-"""Read tensors from adapter files: safetensors with numpy alone, ``.bin``/``.pt`` with PyTorch.
+"""Read safetensors files with numpy alone.
 
 The safetensors layout (huggingface.co/docs/safetensors): an 8-byte little-endian header length,
 a JSON header ``{name: {dtype, shape, data_offsets}}``, then the raw little-endian data, which the
@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
-
-Shape = tuple[int, ...]
-FloatArray = NDArray[np.floating[Any]]
+from msplora_analysis.tensors import FloatArray, Shape
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _BITS = {
@@ -29,34 +24,6 @@ _BITS = {
     "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 _READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-class TensorFile(Protocol):
-    """An open file of named tensors."""
-
-    path: Path
-    shapes: dict[str, Shape]
-
-    def read(self, name: str) -> FloatArray:
-        """One tensor, float16/32/64 (bfloat16 widened to float32).
-
-        It may be a view of a buffer that the next read overwrites: copy what must last.
-        """
-        ...
-
-    def __enter__(self) -> TensorFile: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
-
-
-def open_tensors(path: Path) -> TensorFile:
-    """Open an adapter file by its suffix; shapes are known at once, data is read on demand."""
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
 class _Entry(NamedTuple):
@@ -76,7 +43,7 @@ class SafetensorsFile:
         except OSError as error:
             raise AnalysisError(f"{path}: cannot be opened: {error.strerror}") from None
         try:
-            self._data, self._entries = self._read_header()
+            self._data, self._entries, self.metadata = self._read_header()
         except BaseException:
             self._file.close()
             raise
@@ -117,8 +84,8 @@ class SafetensorsFile:
         except OSError as error:
             raise AnalysisError(f"{self.path}: cannot be read: {error.strerror}") from None
 
-    def _read_header(self) -> tuple[int, dict[str, _Entry]]:
-        """Where the data starts, and the entry of every tensor."""
+    def _read_header(self) -> tuple[int, dict[str, _Entry], dict[str, str]]:
+        """Where the data starts, the entry of every tensor, and the metadata."""
         size = self._file.seek(0, 2)
         length = bytearray(8)
         if size < 8:
@@ -135,7 +102,9 @@ class SafetensorsFile:
             raise self._error(f"its header is not valid JSON: {error}") from None
         if not isinstance(header, dict):
             raise self._error("its header is not a JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._error("its __metadata__ is not an object of strings")
         entries = {name: self._entry(name, value) for name, value in header.items()}
 
         position = 0
@@ -145,7 +114,7 @@ class SafetensorsFile:
             position = entry.end
         if 8 + header_size + position != size:
             raise self._error(f"it has {size} bytes where its header describes {8 + header_size + position}")
-        return 8 + header_size, entries
+        return 8 + header_size, entries, metadata
 
     def _entry(self, name: str, value: Any) -> _Entry:
         try:
@@ -171,45 +140,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice")
     return result
-
-
-class TorchFile:
-    """A ``.bin`` or ``.pt`` file of tensors, opened by PyTorch with ``weights_only=True``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            import torch
-        except ImportError:
-            raise AnalysisError(
-                f"{path}: reading it needs PyTorch; run `pip install torch`, or save the adapter as safetensors"
-            ) from None
-        try:
-            # Only the zip layout (PyTorch >= 1.6) can be mapped.
-            mapped = zipfile.is_zipfile(path)
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # pickle, zip and torch each raise their own kinds
-            reason = str(error).strip().partition("\n")[0]
-            raise AnalysisError(f"{path}: PyTorch cannot open it: {reason}; save or copy it again") from None
-        if not isinstance(loaded, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
-        ):
-            raise AnalysisError(f"{path}: expected a dictionary of named tensors")
-        self._tensors: dict[str, Any] = loaded
-        self.shapes: dict[str, Shape] = {n: tuple(t.shape) for n, t in loaded.items()}
-
-    def __enter__(self) -> TorchFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tensors = {}
-
-    def read(self, name: str) -> FloatArray:
-        tensor = self._tensors[name].detach()
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if kind not in ("float64", "float32", "float16", "bfloat16"):
-            raise AnalysisError(
-                f"{self.path}: tensor {name} is of type {kind}; expected float64, float32, float16 or bfloat16"
-            )
-        array: FloatArray = (tensor.float() if kind == "bfloat16" else tensor).numpy()
-        return array

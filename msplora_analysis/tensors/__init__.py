@@ -1,0 +1,48 @@
+"""Tensor files: named tensors, whose names and shapes are known at once and whose data is read on demand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Shape = tuple[int, ...]
+FloatArray = NDArray[np.floating[Any]]
+
+
+class TensorFile(Protocol):
+    """An open file of named tensors."""
+
+    path: Path
+    shapes: dict[str, Shape]
+    metadata: dict[str, str]
+
+    def read(self, name: str) -> FloatArray:
+        """One tensor, float16/32/64 (bfloat16 widened to float32).
+
+        It may be a view of a buffer that the next read overwrites: copy what must last.
+        """
+        ...
+
+    def __enter__(self) -> TensorFile: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open an adapter file by its suffix."""
+    if path.suffix == ".safetensors":
+        from msplora_analysis.tensors.safetensors import SafetensorsFile
+
+        return SafetensorsFile(path)
+    from msplora_analysis.tensors.torch_file import TorchFile
+
+    return TorchFile(path)
