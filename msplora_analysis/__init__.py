@@ -16,7 +16,8 @@ from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
     from msplora_analysis.figures import write_figures
-    from msplora_analysis.tables import load_metrics, load_spectra, load_tables, read_spectra
+    from msplora_analysis.table_files import read_spectra
+    from msplora_analysis.tables import load_metrics, load_spectra, load_tables
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,7 @@ _MODULES = {
     "load_metrics": "tables",
     "load_spectra": "tables",
     "load_tables": "tables",
-    "read_spectra": "tables",
+    "read_spectra": "table_files",
     "write_figures": "figures",
 }
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
 from msplora_analysis.errors import AnalysisError
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from rich.table import Table
-
-    from msplora_analysis.tables import Progress
+from msplora_analysis.options import Options
+from msplora_analysis.terminal import Summary, closed_pipe_ignored, interruptible, print_paths, progress_bar
 
 app = typer.Typer(
     help="Spectral analysis of LoRA and MSPLoRA adapters, from the files that training leaves.",
@@ -52,6 +46,28 @@ Paths = Annotated[
         help="Trainer output folders, adapter folders or files, or folders of such (searched recursively).",
         show_default=False,
     ),
+]
+
+
+class Semantics(str, Enum):
+    paper = "paper"
+    as_executed = "as-executed"
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Processes to compute with.  [default: one for each CPU]", show_default=False
+    ),
+]
+
+Dask = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Compute on the Dask cluster of this scheduler.", show_default=False),
+]
+
+UseCache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Use what earlier calls computed of the same files.")
 ]
 
 IgnoreUnknown = Annotated[
@@ -109,6 +125,37 @@ def spectra(
             show_default=False,
         ),
     ] = None,
+    workers: Workers = None,
+    dask: Dask = None,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="Leave adapters out that cannot be read; list them at the end (status 1)."),
+    ] = False,
+    cache: UseCache = True,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Read full checkpoints, as their difference to this model (a folder or file).",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="With --base: singular values to compute of each matrix.  [default: all of small ones, else 64]",
+            show_default=False,
+        ),
+    ] = None,
+    semantics: Annotated[
+        Semantics,
+        typer.Option(
+            metavar="paper|as-executed",
+            help="For checkpoints of the released MSPLoRA code: the paper's sharing, or what that code computed.",
+        ),
+    ] = Semantics.paper,
     ignore_unknown: IgnoreUnknown = False,
 ) -> None:
     """Write the singular values of every adapter, and measures of each matrix.
@@ -117,18 +164,39 @@ def spectra(
     matrix), and prints a summary of each run.
     """
     ks = _parse_ks(k or [])
-    from msplora_analysis.tables import KS, load_tables, write_table
+    options = Options(ignore_unknown, semantics.value, base and str(base), top_k)
+    from msplora_analysis.files import discover
+    from msplora_analysis.stream import write_tables
+    from msplora_analysis.tables import KS, spectra_of
 
     _make_folder(out)
-    with _progress("Reading adapters") as progress:
-        tables = load_tables(paths, ks={*KS, *ks}, ignore_unknown=ignore_unknown, progress=progress)
-    written = []
-    for name, table in tables._asdict().items():
-        written.append(out / f"{name}.{format.value}")
-        write_table(table, written[-1])
-    with _closed_pipe_ignored():
-        _print_summary(tables.metrics)
-        _print_paths(written)
+    adapters = discover(paths, full=base is not None)
+    summary = Summary()
+    with interruptible() as stopped, progress_bar("Reading") as progress:
+        written = write_tables(
+            adapters,
+            spectra_of(adapters, options, workers, dask, cache, progress),
+            out,
+            format.value,
+            {*KS, *ks},
+            keep_going=keep_going,
+            stopped=stopped,
+            seen=summary.add,
+        )
+        interrupted = stopped()
+    with closed_pipe_ignored():
+        summary.print()
+        print_paths(written.paths)
+    for failure in written.failures:
+        print(f"error: {failure.message}", file=sys.stderr)
+    if written.failures:
+        print(f"error: {len(written.failures)} of {len(adapters)} adapters are left out", file=sys.stderr)
+    if interrupted:
+        more = "; the same command again completes the tables" if cache else ""
+        print(f"interrupted: {written.done} of {len(adapters)} adapters are in the tables{more}", file=sys.stderr)
+        raise SystemExit(130)
+    if written.failures:
+        raise SystemExit(1)
 
 
 @app.command(
@@ -152,6 +220,8 @@ def figures(
             show_default=False,
         ),
     ] = None,
+    workers: Workers = None,
+    cache: UseCache = True,
     ignore_unknown: IgnoreUnknown = False,
 ) -> None:
     """Draw what the adapters show: figures 3 and 4 of the MSPLoRA paper, and more.
@@ -163,13 +233,13 @@ def figures(
     from msplora_analysis.tables import gather_spectra
 
     _make_folder(out)
-    with _progress("Reading adapters") as progress:
-        table = gather_spectra(paths, ignore_unknown=ignore_unknown, progress=progress)
+    with progress_bar("Reading") as progress:
+        table = gather_spectra(paths, workers=workers, cache=cache, ignore_unknown=ignore_unknown, progress=progress)
     from msplora_analysis.figures import write_figures
 
     written = write_figures(table, out, formats)
-    with _closed_pipe_ignored():
-        _print_paths(written)
+    with closed_pipe_ignored():
+        print_paths(written)
 
 
 def main() -> NoReturn:
@@ -206,90 +276,6 @@ def _make_folder(folder: Path) -> None:
         raise AnalysisError(f"--out {folder}: not a folder; give another path") from None
     except OSError as error:
         raise AnalysisError(f"--out {folder}: cannot be made: {error.strerror}") from None
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Progress | None]:
-    """A bar on standard error while adapters are read, if a person is looking."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _closed_pipe_ignored() -> Iterator[None]:
-    """The files are written: that nobody reads the rest of the output (`| head`) is no failure."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What is still buffered must not fail again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _print_paths(paths: Sequence[Path]) -> None:
-    for path in paths:
-        print(path)
-
-
-def _print_summary(metrics: pd.DataFrame) -> None:
-    """Means over matrices, per run, scale and epoch; the middle of a long run is left out."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False)
-    with console.capture() as capture:  # rich would end the program at a closed pipe
-        for run, of_run in metrics.groupby("run", sort=False):
-            steps = list(dict.fromkeys(of_run["step"].fillna(-1)))
-            shown = _spread(steps)
-            some = "" if shown == steps else f" ({len(shown)} of {len(steps)} checkpoints shown)"
-            console.print(f"[bold]{escape(str(run))}[/bold]: means over matrices{some}")
-            console.print(_means(of_run, shown), end="\n\n")
-    print(capture.get(), end="")
-
-
-def _means(metrics: pd.DataFrame, steps: list[int]) -> Table:
-    from rich.table import Table
-
-    columns = {
-        "sigma_1": "sigma_1",
-        "effective\nrank": "effective_rank",
-        "stable\nrank": "stable_rank",
-        "M_eff-1": "m_eff_1",
-        "M_eff-4": "m_eff_4",
-    }
-    table = Table("scale", box=None, pad_edge=False)
-    for header in ("epoch", "matrices", *columns):
-        table.add_column(header, justify="right", no_wrap=True)
-    for scale, of_scale in metrics.groupby("scale", sort=False):
-        for step in steps:
-            rows = of_scale[of_scale["step"].fillna(-1) == step]
-            if len(rows):
-                values = (_text(rows[column].mean()) for column in columns.values())
-                table.add_row(str(scale), _when(rows), str(len(rows)), *values)
-    return table
-
-
-def _when(rows: pd.DataFrame) -> str:
-    epoch, step = (rows[column].dropna() for column in ("epoch", "step"))
-    return f"{epoch.iloc[0]:g}" if len(epoch) else f"step {step.iloc[0]}" if len(step) else "-"
-
-
-def _text(value: float) -> str:
-    return "-" if value != value else f"{value:.4g}"
-
-
-def _spread(items: list[int], most: int = 6) -> list[int]:
-    """The first, the last and evenly spread items between them."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 if __name__ == "__main__":

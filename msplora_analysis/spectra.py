@@ -14,6 +14,7 @@ dependent to the last bit and cancel in B A: there sigma_1 >= 1e-8 |a_i| |b_i| i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats import Factor, Kronecker, Matrix, Sum, Update
+from msplora_analysis.scratch import scratch
 from msplora_analysis.tensors import FloatArray, TensorFile
 
 Array = NDArray[np.floating[Any]]
@@ -29,7 +31,7 @@ Array = NDArray[np.floating[Any]]
 # A row of unit norm keeps this much (squared) beside the rows before it, or the factor takes QR:
 # Cholesky has then lost half of its digits.
 _DEPENDENT = 1e-7
-_BLOCK = 8 * 2**20  # bytes of float64 factors held at once, unless one matrix alone takes more
+_BLOCK = 2**21  # bytes of float64 factors held at once, unless one matrix alone takes more
 
 
 def adapter_spectra(file: TensorFile, matrices: Sequence[Matrix]) -> list[Array]:
@@ -47,9 +49,10 @@ def adapter_spectra(file: TensorFile, matrices: Sequence[Matrix]) -> list[Array]
             result[i] = _spectrum(file, matrix.update, matrix.name)
     for block in _blocks(sums):
         updates = [sums[i] for i in block]
-        sigma = singular_values(*_stack(file, updates))
-        for i, update, values in zip(block, updates, sigma, strict=True):
-            if np.isnan(values).any():
+        sigma = _sum_spectra(file, updates)
+        finite = np.isfinite(sigma).all(axis=1)
+        for i, update, values, is_finite in zip(block, updates, sigma, finite, strict=True):
+            if not is_finite:
                 raise _not_finite(file, update, matrices[i].name)
             result[i] = values
     return result
@@ -61,7 +64,7 @@ def _spectrum(file: TensorFile, update: Update, name: str) -> Array:
         left, right = _spectrum(file, update.left, name), _spectrum(file, update.right, name)
         sigma: Array = np.sort(np.multiply.outer(left, right), axis=None)[::-1]
     elif isinstance(update, Sum):
-        sigma = singular_values(*_stack(file, [update]))[0]
+        sigma = _sum_spectra(file, [update])[0]
     else:
         whole = np.multiply(_value(file, update.factor), update.scaling, dtype=np.float64)
         if not np.isfinite(whole).all():
@@ -150,37 +153,53 @@ def _cholesky(gram: Array) -> Array:
 
 
 def _blocks(sums: Mapping[int, Sum]) -> Iterator[list[int]]:
-    """Keys of sums of equal shape and rank, as many at once as _BLOCK holds."""
-    alike: dict[tuple[int, int, int], list[int]] = {}
+    """Keys of sums of equal shape and ranks, as many at once as _BLOCK holds."""
+    alike: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
     for i, update in sums.items():
-        alike.setdefault((update.rows, update.cols, update.rank), []).append(i)
-    for (rows, cols, rank), indices in alike.items():
-        size = max(1, _BLOCK // (8 * rank * (rows + cols)))
+        ranks = tuple(product.rank for product in update.products)
+        alike.setdefault((update.rows, update.cols, ranks), []).append(i)
+    for (rows, cols, ranks), indices in alike.items():
+        size = max(1, _BLOCK // (8 * sum(ranks) * (rows + cols)))
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 
 
-def _stack(file: TensorFile, sums: Sequence[Sum]) -> tuple[Array, Array]:
-    """The concatenated factors of sums of equal shape: A (n, r, cols), scaled B (n, rows, r).
+def _sum_spectra(file: TensorFile, sums: Sequence[Sum]) -> Array:
+    """Singular values (n, r) of n sums of equal shape and rank.
 
-    A factor that several of them share is read once.
+    The factors of a sum are concatenated; a factor that several sums share is read once.
     """
     n, first = len(sums), sums[0]
-    a = np.empty((n, first.rank, first.cols))
-    b = np.empty((n, first.rows, first.rank))
-    targets: dict[Factor, list[tuple[Array, float]]] = {}
+    a = _floats("A", n, first.rank, first.cols)
+    b = _floats("B", n, first.rows, first.rank)
+    places: dict[Factor, list[Array]] = {}
     for i, update in enumerate(sums):
         start = 0
         for product in update.products:
             stop = start + product.rank
-            targets.setdefault(product.a, []).append((a[i, start:stop], 1.0))
-            targets.setdefault(product.b, []).append((b[i, :, start:stop], product.scaling))
+            places.setdefault(product.a, []).append(a[i, start:stop])
+            places.setdefault(product.b, []).append(b[i, :, start:stop])
             start = stop
-    for factor, places in targets.items():
+    file.prefetch(name for factor in places for name in factor.tensors)
+    for factor, targets in places.items():
         values = _value(file, factor)
-        for target, scaling in places:
-            np.multiply(values, scaling, out=target, dtype=np.float64)
-    return a, b
+        for target in targets:
+            np.copyto(target, values)
+
+    # One scaling can wait for the singular values; several decide how the products add up.
+    scalings = np.array([[product.scaling for product in update.products] for update in sums])
+    if scalings.shape[1] > 1:
+        ranks = [product.rank for product in first.products]
+        b *= np.repeat(scalings, ranks, axis=1)[:, None, :]
+        return singular_values(a, b)
+    with np.errstate(over="ignore"):
+        sigma: Array = singular_values(a, b) * np.abs(scalings)
+    return sigma
+
+
+def _floats(use: str, *shape: int) -> Array:
+    """A scratch array of float64, not cleared."""
+    return scratch(use, 8 * math.prod(shape)).view(np.float64).reshape(shape)
 
 
 def _value(file: TensorFile, factor: Factor) -> FloatArray:

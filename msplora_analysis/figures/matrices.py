@@ -5,14 +5,14 @@ import re
 import numpy as np
 import pandas as pd
 
-from msplora_analysis import tables
+from msplora_analysis import columns
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats.base import SCALES, stack_and_layer
 from msplora_analysis.metrics import Array
 
 from .checkpoints import align, one_per_epoch
 
-KEYS = list(tables.KEYS)
+KEYS = list(columns.KEYS)
 
 
 def prepare(spectra: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,22 @@ options)``; the config is empty for a file that has none. ``read`` may look at t
 from __future__ import annotations
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats import lora, msplora, msplora_released
+from msplora_analysis.formats import (
+    adalora,
+    delora,
+    diffusion,
+    full,
+    gralora,
+    loha,
+    lokr,
+    lora,
+    loralib,
+    msplora,
+    msplora_released,
+    vblora,
+    vera,
+    without_matrix,
+)
 from msplora_analysis.formats.base import (
     Config,
     Contents,
@@ -21,6 +36,7 @@ from msplora_analysis.formats.base import (
     Update,
     Whole,
 )
+from msplora_analysis.formats.diffusion import looks_like_adapter
 from msplora_analysis.options import Options
 from msplora_analysis.tensors import TensorFile
 
@@ -33,10 +49,26 @@ __all__ = [
     "Sum",
     "Update",
     "Whole",
+    "looks_like_adapter",
     "read_contents",
 ]
 
-FORMATS = (lora, msplora_released, msplora)  # the first that matches is taken
+FORMATS = (
+    lora,
+    msplora_released,
+    msplora,
+    loha,
+    lokr,
+    diffusion,
+    adalora,
+    vera,
+    vblora,
+    delora,
+    gralora,
+    without_matrix,
+    loralib,
+    full,
+)  # the first that matches is taken
 
 
 def read_contents(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -51,7 +83,7 @@ def read_contents(config: Config, file: TensorFile, options: Options) -> Content
             if not found.matrices and not found.unknown:
                 raise AnalysisError("no low-rank factors in the file; was the adapter saved before it was added?")
             return found
-    supported = ", ".join(sorted({adapter_format.PEFT_TYPE for adapter_format in FORMATS}))
+    supported = ", ".join(sorted({known.PEFT_TYPE for known in FORMATS if known is not without_matrix}))
     raise AnalysisError(
         f"adapter_config.json: peft_type {config.get('peft_type')!r} is not supported; supported: {supported}"
     )

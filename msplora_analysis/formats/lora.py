@@ -1,29 +1,49 @@
 """LoRA as PEFT saves it: ``<name>.lora_A.weight`` (r, in) and ``<name>.lora_B.weight`` (out, r).
 
-Keys may carry the adapter's name (``lora_A.default.weight``). An embedding has
-``lora_embedding_A`` (r, vocabulary) and ``lora_embedding_B`` (dim, r). Convolutions have further
-axes: (r, in, height, width) and (out, r, 1, 1).
+The update is alpha / r * B A (Hu et al. 2021, arXiv 2106.09685), with rsLoRA alpha / sqrt(r)
+(Kalajdzievski 2023, arXiv 2312.03732). Keys may carry the adapter's name
+(``lora_A.default.weight``). Embeddings and convolutions, variants of the update, and variants of
+its initial value are read too; ``_NOTES`` and ``_REFUSED`` name those that need a word.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats.base import (
+    PREFIX,
     Config,
     Contents,
+    Factor,
     Matrix,
     Product,
+    Shape,
     Shapes,
     Sum,
     contents,
     make_product,
     module_of,
-    number,
     pair_factors,
     stack_and_layer,
     table,
+)
+from msplora_analysis.formats.parts import (
+    block_diagonal,
+    by_pattern,
+    count,
+    layer_matrix,
+    needed_count,
+    needed_number,
+    rows_scaled,
 )
 from msplora_analysis.options import Options
 from msplora_analysis.tensors import TensorFile
@@ -34,13 +54,27 @@ _FACTOR = re.compile(
     r"(?P<name>.+)\.(?:lora_(?P<linear>[AB])(?:\.[^.]+)?\.weight"
     r"|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
-# Variants whose update is not scaling * B A, so that its spectrum would be wrong in silence.
-_VARIANTS = {
-    "use_dora": "DoRA (lora_magnitude_vector)",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
+# Tensors that act in training only: the sampler of MonteCLoRA, the projection of VeLoRA.
+_TRAINING_ONLY = {
+    "monteclora_config": r"(?P<name>.+)\.lora_monteclora_sampler\..+",
+    "velora_config": r"(?P<name>.+)\.lora_velora_embed(?:\..+)?",
 }
+_MAGNITUDE = r"(?P<name>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?"
+_DIAGONAL = r"(?P<name>.+)\.lora_diag(?:\.[^.]+)?"
+
+_REFUSED = {
+    "use_qalora": "QA-LoRA: which modules pool their input before A, those of GPTQ, is not in the file",
+    "arrow_config": "Arrow mixes other adapters token by token, and has no update of its own: analyse those adapters",
+}
+_NOTES = {
+    "use_dora": "DoRA (arXiv 2402.09353): the spectra are of its low-rank part, scaling * B A; the magnitude vectors "
+    "that then rescale the weight are not in them",
+    "kasa_config": "KaSA (arXiv 2412.06071): the spectra are of the update to a base weight whose r smallest singular "
+    "values were set to zero before training",
+    "alora_invocation_tokens": "activated LoRA (arXiv 2504.12397): the update acts only from the invocation tokens on",
+}
+# Values of init_lora_weights that begin with these start from B A split off the base weight.
+_SPLIT_OFF = ("pissa", "corda", "olora", "lora_ga", "loftq")
 
 
 def matches(config: Config, file: TensorFile) -> bool:
@@ -48,19 +82,44 @@ def matches(config: Config, file: TensorFile) -> bool:
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
-    """One matrix per adapted module, all of scale "layer"."""
-    for key, variant in _VARIANTS.items():
+    """One matrix per adapted module or expert, all of scale "layer"."""
+    for key, reason in _REFUSED.items():
         if config.get(key):
-            raise AnalysisError(f"{variant} is not supported: its update is not scaling * B A")
+            raise AnalysisError(f"adapter_config.json: {key}: {reason}")
+    settings = _settings(config)
     pairs, unknown = pair_factors(file.shapes, config, _parse)
-    if magnitudes := [key for key in unknown if "lora_magnitude_vector" in key]:
-        raise AnalysisError(f"tensor {magnitudes[0]}: DoRA is not supported: its update is not scaling * B A")
-    matrices = []
+    magnitudes = magnitude_vectors(unknown)
+    known = {key for name, key in magnitudes.items() if name in pairs}
+    for option, pattern in _TRAINING_ONLY.items():
+        if config.get(option):
+            known |= {key for key in unknown if (name := _module(pattern, key)) in pairs}
+    diagonals = {name: key for key in unknown if (name := _module(_DIAGONAL, key)) in pairs}
+    if config.get("kasa_config"):
+        known |= set(diagonals.values())
+
+    matrices: list[Matrix] = []
     for name, (a, b) in pairs.items():
-        product = _product(name, a, b, config, file.shapes)
-        _, layer = stack_and_layer(name)
-        matrices.append(Matrix("layer", layer, module_of(name), name, Sum((product,))))
-    return contents(matrices, unknown)
+        diagonal = diagonals.get(name) if config.get("kasa_config") else None
+        if config.get("kasa_config") and diagonal is None:
+            raise AnalysisError(f"tensor {a} has no lora_diag of KaSA beside it; save the adapter again")
+        matrices += _matrices(name, a, b, diagonal, settings, file.shapes)
+    notes = list(_notes(config, any(key in known for key in magnitudes.values())))
+    if nested := next((unit for unit in pairs if unit.endswith(".base_layer")), None):
+        notes.append(
+            f"several parameters of {_bare(nested)} are adapted, and PEFT does not save which is which: "
+            "the one it adapted first has most .base_layer in its name"
+        )
+    return contents(matrices, (key for key in unknown if key not in known), notes)
+
+
+def magnitude_vectors(names: Iterable[str]) -> dict[str, str]:
+    """The magnitude vector of DoRA of each module, where there is one, among tensor names."""
+    return {module: key for key in names if (module := _module(_MAGNITUDE, key)) is not None}
+
+
+def _module(pattern: str, key: str) -> str | None:
+    match = re.fullmatch(pattern, key.removeprefix(PREFIX))
+    return match["name"] if match else None
 
 
 def _parse(name: str) -> tuple[str, str] | None:
@@ -68,24 +127,159 @@ def _parse(name: str) -> tuple[str, str] | None:
     return (match["name"], match["linear"] or match["embedding"]) if match else None
 
 
-def _product(name: str, a: str, b: str, config: Config, shapes: Shapes) -> Product:
-    rank = _by_pattern(table(config, "rank_pattern"), name, number(config, "r", 8))
-    alpha = _by_pattern(table(config, "alpha_pattern"), name, number(config, "lora_alpha", 8))
-    product = make_product(a, b, shapes, alpha, config)
+class _Settings(NamedTuple):
+    """What adapter_config.json says of ranks, scales and shapes, checked."""
+
+    config: Config
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, float]
+    alpha_pattern: dict[str, float]
+    parameters: tuple[str, ...]  # of target_parameters
+
+    def rank_and_alpha(self, a: str, names: Iterable[str]) -> tuple[int, float]:
+        """Those of the pair with factor ``a``, which adapts one of ``names``: it must not matter which."""
+        (first, *others) = {
+            (int(by_pattern(self.rank_pattern, name, self.rank)), by_pattern(self.alpha_pattern, name, self.alpha))
+            for name in names
+        }
+        if others:
+            raise AnalysisError(
+                f"tensor {a} adapts {' or '.join(names)}, for which rank_pattern or alpha_pattern differ; "
+                "the file does not say which it is"
+            )
+        return first
+
+
+def _settings(config: Config) -> _Settings:
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise AnalysisError(f"adapter_config.json: use_rslora must be true or false, got {config['use_rslora']!r}")
+    ranks = table(config, "rank_pattern")
+    for name, rank in ranks.items():
+        count(rank, f"rank_pattern {name}")
+    parameters = config.get("target_parameters") or ()
+    if not isinstance(parameters, (list, tuple)) or not all(isinstance(one, str) for one in parameters):
+        raise AnalysisError(f"adapter_config.json: target_parameters must be a list of names, got {parameters!r}")
+    return _Settings(
+        config,
+        needed_count(config, "r"),
+        needed_number(config, "lora_alpha"),
+        ranks,
+        table(config, "alpha_pattern"),
+        tuple(sorted(set(parameters))),
+    )
+
+
+def _notes(config: Config, has_magnitudes: bool) -> Iterator[str]:
+    for key, note in _NOTES.items():
+        if config.get(key) or (key == "use_dora" and has_magnitudes):
+            yield note
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_SPLIT_OFF):
+        quantised = init.lower() == "loftq"
+        yield (
+            f"init_lora_weights is {init!r}: training started from a B A that is not zero and a base weight "
+            + ("quantised to go with it" if quantised else "that lacks it")
+            + "; the spectra are of the whole B A, not of what training changed"
+            + ("" if quantised else " (PEFT's path_initial_model_for_weight_conversion saves that)")
+        )
+
+
+def _matrices(unit: str, a: str, b: str, diagonal: str | None, settings: _Settings, shapes: Shapes) -> Iterator[Matrix]:
+    """The matrices of one pair of factors: one, or one per expert.
+
+    ``unit`` is the path before ".lora_A". PEFT puts a base_layer into it for the output projection
+    of nn.MultiheadAttention, and for every but the last of the adapted parameters of one module.
+    """
+    parameters = _parameters(unit, shapes[a], settings)
+    rank, alpha = settings.rank_and_alpha(a, parameters or [_bare(unit)])
+    name = unit.replace(".base_layer.", ".")
+    if parameters:
+        name = unit if len(parameters) > 1 else parameters[0].removesuffix(".weight")
+    experts = shapes[a][0] // rank if parameters and len(shapes[a]) == 2 and shapes[a][0] % rank == 0 else 1
+    if experts == 1 or shapes[a][:1] != shapes[b][1:]:
+        yield layer_matrix(name, Sum((_product(a, b, diagonal, _bare(unit), rank, alpha, settings.config, shapes),)))
+        return
+    # A (experts * r, in) has the experts one after another, B (out, r * experts) has them interleaved.
+    alike = {a: (rank, shapes[a][1]), b: (shapes[b][0], rank)}
+    one = make_product(a, b, alike, alpha, settings.config)
+    for expert in range(experts):
+        rows = slice(expert * rank, (expert + 1) * rank)
+        cols = (slice(None), slice(expert, None, experts))
+        product = replace(
+            one,
+            a=replace(one.a, make=partial(_part, index=rows)),
+            b=replace(one.b, make=partial(_part, index=cols)),
+        )
+        yield Matrix("layer", stack_and_layer(unit)[1], module_of(name), f"{name}.{expert}", Sum((product,)))
+
+
+def _part(values: NDArray[Any], index: Any) -> NDArray[np.float64]:
+    return np.array(values[index], dtype=np.float64)
+
+
+def _bare(unit: str) -> str:
+    """The module that PEFT looks up in rank_pattern and alpha_pattern."""
+    return unit.split(".base_layer")[0]
+
+
+def _parameters(unit: str, shape: Shape, settings: _Settings) -> list[str]:
+    """Full names of the target_parameters that ``unit``, with A of ``shape``, can be."""
+    module = _bare(unit)
+    paths = [target.rpartition(".") for target in settings.parameters]
+    found = [f"{module}.{name}" for path, _, name in paths if path and f".{module}".endswith(f".{path}")]
+    plain, _ = settings.rank_and_alpha(unit, [module])
+    if found or (shape[:1] == (plain,) and not unit.endswith(".base_layer")):
+        return found
+    return [f"{module}.{name}" for path, _, name in paths if not path]  # named without a module
+
+
+def _product(
+    a: str, b: str, diagonal: str | None, module: str, rank: int, alpha: float, config: Config, shapes: Shapes
+) -> Product:
+    """scaling * B A, or scaling * B diag(d) A with the ``diagonal`` d of KaSA."""
+    shape_a, shape_b = shapes[a], shapes[b]
+    full = {a: shape_a, b: shape_b}  # as they multiply
+    blocks_a, blocks_b = _blocks(module, config)
+    if len(shape_b) > 2 and 0 < shape_b[1] < rank == shape_a[0]:  # convolution in groups
+        blocks_b = rank // shape_b[1]
+    if len(shape_a) >= 2:
+        full[a] = (shape_a[0], math.prod(shape_a[1:]) * blocks_a)
+    if len(shape_b) >= 2:
+        full[b] = (shape_b[0], shape_b[1] * blocks_b, *shape_b[2:])
+    if (full[a][:1] and full[a][0] % blocks_a) or (full[b][:1] and full[b][0] % blocks_b):
+        raise AnalysisError(
+            f"tensors {a} and {b} of shapes {list(shape_a)} and {list(shape_b)} cannot be cut into "
+            f"{max(blocks_a, blocks_b)} blocks; is it the config of another adapter?"
+        )
+    product = make_product(a, b, full, alpha, config)
     if product.rank != rank:
         raise AnalysisError(
             f"tensor {a} has rank {product.rank}, adapter_config.json says {rank:g}; "
             "is it the config of another adapter?"
         )
+    if blocks_a > 1:
+        product = replace(product, a=replace(product.a, make=partial(block_diagonal, blocks=blocks_a)))
+    if blocks_b > 1:
+        product = replace(product, b=replace(product.b, make=partial(_grouped, blocks=blocks_b)))
+    if diagonal is not None:
+        if math.prod(shapes[diagonal]) != rank:
+            raise AnalysisError(f"tensor {diagonal} has shape {list(shapes[diagonal])}; expected [{rank}]")
+        product = replace(product, a=Factor((a, diagonal), rank, product.cols, rows_scaled))
     return product
 
 
-def _by_pattern(patterns: dict[str, int | float], name: str, default: float) -> float:
-    """The first entry whose key matches the end of a module's name, as PEFT's get_pattern_key."""
-    for key, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error:
-            raise AnalysisError(f"adapter_config.json: the pattern {key!r} is not a regular expression") from None
-    return default
+def _grouped(values: NDArray[Any], blocks: int) -> NDArray[np.float64]:
+    return block_diagonal(values.reshape(values.shape[:2]), blocks)
+
+
+def _blocks(module: str, config: Config) -> tuple[int, int]:
+    """BD-LoRA: of how many diagonal blocks A and B of a module are."""
+    options = config.get("use_bdlora")
+    if not options:
+        return 1, 1
+    if not isinstance(options, dict):
+        raise AnalysisError(f"adapter_config.json: use_bdlora must be an object, got {options!r}")
+    blocks = needed_count(options, "nblocks")
+    a, b = (any(part in module for part in options.get(f"target_modules_bd_{factor}") or ()) for factor in ("a", "b"))
+    return (blocks if a else 1), (blocks if b else 1)

@@ -1,21 +1,64 @@
-"""Checkpoints of the released MSPLoRA code, a fork of PEFT 0.5.0: recognised, not yet read.
+"""Checkpoints of the MSPLoRA code released with the paper (a fork of PEFT 0.5.0), ``"peft_type": "MSPLORA"``.
 
-They too say ``"peft_type": "MSPLORA"``, but ``r`` is a list and the keys carry the scale's number
-(``query.lora_A_0.weight``, 0 = global, the last = layer).
+The config has lists ``r`` and ``lora_alpha``; keys are ``<name>.lora_A_<i>.weight`` (r_i, in), ``lora_B_<i>.weight``
+(out, r_i), also spelt ``lora_A.default_<i>.weight``. Of n scales the first (0) is global and the last is the layer's;
+all between share by the same three groups of layers, so that their sum is one update, called mid here. That code
+- sorts the ranks in descending order and not the alphas: scale i is scaled by alpha_i / (i-th largest rank), in
+  training as in use; this is what B was learned under, and what is given here;
+- saves a shared pair under every layer that refers to it. What is shared is recognised by equal values; the first
+  layer with a pair is its owner;
+- starts mid group g at layer ceil(g n/3) for n layers, but lets its other layers refer to the pair of layer
+  floor(g n/3), so where 3 does not divide n only the owner has its group's pair, the others have group 0's;
+- applies a shared pair only in the layer that owns it (and merges nothing).
+
+Semantics "paper": a mid pair belongs to all layers from its owner to the next, the paper's groups, and the total of a
+module is its group's pairs and its own. "as-executed": the total is its own pair and those shared ones that it owns,
+what that code's forward adds. The matrices of the single scales are the same in both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.base import Config, Contents
+from msplora_analysis.files import natural_key
+from msplora_analysis.formats.base import (
+    Config,
+    Contents,
+    Matrix,
+    Product,
+    Sum,
+    contents,
+    make_product,
+    module_of,
+    pair_factors,
+    stack_and_layer,
+)
 from msplora_analysis.options import Options
 from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "MSPLORA"
 
-_FACTOR = re.compile(r".+\.lora_[AB](?:\.[^.]+)?_[0-9]+\.weight")
+_FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?_(?P<scale>[0-9]{1,3})\.weight")
+
+_NOTES = {
+    "paper": "written by the released MSPLoRA code, where a shared part acts only in the first layer of its group; "
+    "totals are the paper's sharing (semantics as-executed: what that code computed)",
+    "as-executed": "totals are what the released MSPLoRA code computed: shared parts act in their owner alone",
+}
+
+
+class _Shared(NamedTuple):
+    """One scale's pairs that are shared, among the modules of a pyramid."""
+
+    scale: str
+    products: dict[str, tuple[Product, ...]]  # owner -> its pairs; several where there are several mid scales
+    stored: dict[str, str]  # module name -> owner of the pair saved under it
 
 
 def matches(config: Config, file: TensorFile) -> bool:
@@ -25,7 +68,154 @@ def matches(config: Config, file: TensorFile) -> bool:
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
-    raise AnalysisError(
-        "this adapter was written by the released MSPLoRA code (keys like lora_A_0.weight), "
-        "whose format is not supported yet; adapters of msplora-train and PEFT are"
-    )
+    """Matrices of every scale, and "total" where there is more than one."""
+    pairs, unknown = pair_factors(file.shapes, config, _parse)
+    scales = _scales(config)
+    modules: dict[str, dict[int, Product]] = {}
+    for (name, scale), (a, b) in pairs.items():
+        modules.setdefault(name, {})[scale] = _product(a, b, scale, file, scales)
+
+    pyramids: dict[str, list[str]] = {}
+    for name in sorted(modules, key=natural_key):
+        pyramids.setdefault(_pyramid_of(name), []).append(name)
+    matrices: list[Matrix] = []
+    misplaced = 0
+    for names in pyramids.values():
+        pyramid = {name: modules[name] for name in names}
+        shared = [_shared(pyramid, scale, numbers, file) for scale, numbers in _numbers(len(scales)).items()]
+        matrices += _single_scales(pyramid, shared, len(scales) - 1)
+        if options.semantics == "paper":
+            acting = [_acting(names, part) for part in shared]
+            misplaced += sum(
+                owner != part.stored.get(name, owner)
+                for part, owners in zip(shared, acting, strict=True)
+                for name, owner in owners.items()
+            )
+        else:
+            acting = [{owner: owner for owner in part.products} for part in shared]
+        if len(scales) > 1:
+            matrices += _totals(pyramid, shared, acting, len(scales) - 1)
+    return contents(matrices, unknown, _notes(scales, misplaced, options))
+
+
+def _parse(name: str) -> tuple[tuple[str, int], str] | None:
+    match = _FACTOR.fullmatch(name)
+    return ((match["name"], int(match["scale"])), match["factor"]) if match else None
+
+
+def _scales(config: Config) -> list[tuple[int, float]]:
+    """(rank, alpha) of every scale, as that code pairs them: ranks sorted, alphas not."""
+    for key in ("r", "lora_alpha"):
+        values = config.get(key)
+        if not isinstance(values, list) or not values or not all(type(v) in (int, float) for v in values):
+            raise AnalysisError(f"adapter_config.json: {key} must be a list of numbers, one a scale, got {values!r}")
+    ranks, alphas = sorted(config["r"], reverse=True), config["lora_alpha"]
+    if len(alphas) < len(ranks):
+        raise AnalysisError(f"adapter_config.json: lora_alpha has {len(alphas)} entries, r has {len(ranks)}")
+    return list(zip(ranks, alphas, strict=False))  # that code's scripts may write more alphas than ranks
+
+
+def _numbers(count: int) -> dict[str, range]:
+    """The numbers of the shared scales, of ``count`` scales in all."""
+    return {"global": range(1), "mid": range(1, count - 1)}
+
+
+def _product(a: str, b: str, scale: int, file: TensorFile, scales: list[tuple[int, float]]) -> Product:
+    if scale >= len(scales):
+        raise AnalysisError(
+            f"tensor {a} is of scale {scale}, r of adapter_config.json has {len(scales)} entries; "
+            "is it the config of another adapter?"
+        )
+    rank, alpha = scales[scale]
+    product = make_product(a, b, file.shapes, alpha, {})
+    if product.rank != rank:
+        raise AnalysisError(
+            f"tensor {a} has rank {product.rank}, adapter_config.json says {rank} for scale {scale}; "
+            "is it the config of another adapter?"
+        )
+    return product
+
+
+def _pyramid_of(name: str) -> str:
+    """What shares factors in that code: modules whose names differ in the layer's number alone."""
+    stack, layer = stack_and_layer(name)
+    return name if layer is None else f"{stack}.*.{name.removeprefix(f'{stack}.{layer}.')}"
+
+
+def _shared(pyramid: dict[str, dict[int, Product]], scale: str, numbers: range, file: TensorFile) -> _Shared:
+    products: dict[str, tuple[Product, ...]] = {}
+    stored: dict[str, str] = {}
+    for number in numbers:
+        owners: dict[bytes, str] = {}
+        having = [name for name in pyramid if number in pyramid[name]]
+        for name in having:
+            owner = owners.setdefault(_digest(pyramid[name][number], file), name)
+            stored[name] = owner
+            if owner == name:
+                products[owner] = (*products.get(owner, ()), pyramid[owner][number])
+        # All layers have it, or the owners alone, if copies were left out in saving; else some were lost.
+        if len(having) not in (len(owners), len(pyramid)):
+            lost = next(name for name in pyramid if name not in having)
+            raise AnalysisError(f"no pair of scale {number} for {lost} in the file; save the adapter again")
+        if having and having[0] != next(iter(pyramid)):
+            raise AnalysisError(f"no pair of scale {number} for {next(iter(pyramid))} in the file; save it again")
+        if scale == "global" and len(owners) > 1:
+            raise AnalysisError(
+                f"the layers of {_pyramid_of(having[0])} have {len(owners)} different global pairs where they should "
+                "share one; are the tensors of several adapters mixed?"
+            )
+    return _Shared(scale, products, stored)
+
+
+def _digest(product: Product, file: TensorFile) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for factor in (product.a, product.b):
+        digest.update(np.ascontiguousarray(file.read(factor.tensors[0])).data)
+    return digest.digest()
+
+
+def _acting(names: list[str], part: _Shared) -> dict[str, str]:
+    """The owner of the pair that acts in each module by the paper: the last one that is not after it."""
+    acting, owner = {}, None
+    for name in names:
+        owner = name if name in part.products else owner
+        if owner is not None:
+            acting[name] = owner
+    return acting
+
+
+def _single_scales(pyramid: dict[str, dict[int, Product]], shared: list[_Shared], last: int) -> Iterator[Matrix]:
+    for part in shared:
+        for group, (name, products) in enumerate(part.products.items()):
+            yield Matrix(part.scale, group, module_of(name), name, Sum(products))
+    for name, scales in pyramid.items():
+        if last and last in scales:
+            yield Matrix("layer", stack_and_layer(name)[1], module_of(name), name, Sum((scales[last],)))
+
+
+def _totals(
+    pyramid: dict[str, dict[int, Product]], shared: list[_Shared], acting: list[dict[str, str]], last: int
+) -> Iterator[Matrix]:
+    for name, scales in pyramid.items():
+        products = [
+            product
+            for part, owners in zip(shared, acting, strict=True)
+            if name in owners
+            for product in part.products[owners[name]]
+        ]
+        if last in scales:
+            products.append(scales[last])
+        if products:
+            yield Matrix("total", stack_and_layer(name)[1], module_of(name), name, Sum(tuple(products)))
+
+
+def _notes(scales: list[tuple[int, float]], misplaced: int, options: Options) -> list[str]:
+    notes = [_NOTES[options.semantics]]
+    if misplaced:
+        notes.append(
+            f"{misplaced} modules are saved with the mid pair of another group than the paper's, as 3 does not divide "
+            "the number of layers; the paper's groups are used"
+        )
+    if len(scales) > 3:
+        notes.append(f"{len(scales) - 2} scales share by the same groups of layers; mid is their sum")
+    return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -23,8 +24,12 @@ class TensorFile(Protocol):
     def read(self, name: str) -> FloatArray:
         """One tensor, float16/32/64 (bfloat16 widened to float32).
 
-        It may be a view of a buffer that the next read overwrites: copy what must last.
+        It may be a view of a buffer that the next read, of any file, overwrites: copy what must last.
         """
+        ...
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say which tensors will be read next, so that those that lie side by side are read at once."""
         ...
 
     def __enter__(self) -> TensorFile: ...

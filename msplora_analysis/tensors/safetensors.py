@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from msplora_analysis.addresses import Place, open_binary
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.scratch import scratch
 from msplora_analysis.tensors import FloatArray, Shape
 
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+# The safetensors library takes 100 MB. A tensor needs 100 bytes or so, and an adapter of every expert of the largest
+# models has fewer than 200,000; parsed, the worst header takes twenty times its size.
+_MAX_HEADER = 32 * 2**20
+_MAX_AXES = 64  # of numpy
 _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -34,27 +39,43 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """A safetensors file, read tensor by tensor into one reused buffer, so memory stays flat."""
+    """A safetensors file, read into reused buffers, so memory stays flat."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
-        try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed in __exit__)
-        except OSError as error:
-            raise AnalysisError(f"{path}: cannot be opened: {error.strerror}") from None
+        self._file = open_binary(path)
         try:
             self._data, self._entries, self.metadata = self._read_header()
         except BaseException:
             self._file.close()
             raise
         self.shapes: dict[str, Shape] = {name: e.shape for name, e in self._entries.items()}
-        self._buffer = bytearray()
+        self._prefetched: dict[str, int] = {}  # where a tensor begins in the window
+        self._window = scratch("prefetched", 0)
 
     def __enter__(self) -> SafetensorsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        wanted = sorted({name: self._entries[name] for name in names}.items(), key=lambda item: item[1].begin)
+        runs: list[list[int]] = []  # begin, end: tensors that lie side by side are read at once
+        self._prefetched = {}
+        position = 0
+        for name, entry in wanted:
+            if runs and runs[-1][1] == entry.begin:
+                runs[-1][1] = entry.end
+            else:
+                runs.append([entry.begin, entry.end])
+            self._prefetched[name] = position
+            position += entry.end - entry.begin
+        self._window = scratch("prefetched", position)
+        target = memoryview(self._window)
+        for begin, end in runs:
+            self._read_into(target[: end - begin], self._data + begin)
+            target = target[end - begin :]
 
     def read(self, name: str) -> FloatArray:
         entry = self._entries[name]
@@ -63,13 +84,16 @@ class SafetensorsFile:
                 f"{self.path}: tensor {name} is of type {entry.dtype}; expected one of {', '.join(_READABLE)}"
             )
         size = entry.end - entry.begin
-        if len(self._buffer) < size:
-            self._buffer = bytearray(size)
-        self._read_into(memoryview(self._buffer)[:size], self._data + entry.begin)
-        count = math.prod(entry.shape)
-        values = np.frombuffer(self._buffer, dtype=_READABLE[entry.dtype], count=count)
+        if name in self._prefetched:
+            start = self._prefetched[name]
+            raw = self._window[start : start + size]
+        else:
+            raw = scratch("tensor", size)
+            self._read_into(memoryview(raw), self._data + entry.begin)
+        values = raw.view(_READABLE[entry.dtype])
         if entry.dtype == "BF16":  # the upper half of a float32
-            values = np.left_shift(values, 16, dtype="<u4").view("<f4")
+            wide = scratch("widened", 2 * size).view("<u4")
+            values = np.left_shift(values, 16, out=wide, dtype="<u4").view("<f4")
         return values.reshape(entry.shape)
 
     def _read_into(self, target: memoryview, offset: int) -> None:
@@ -92,8 +116,10 @@ class SafetensorsFile:
             raise self._error(f"the file has {size} bytes, a header alone takes more")
         self._read_into(memoryview(length), 0)
         header_size = int.from_bytes(length, "little")
-        if header_size > min(_MAX_HEADER, size - 8):
+        if header_size > size - 8:
             raise self._error(f"its header claims {header_size} bytes of a file of {size}")
+        if header_size > _MAX_HEADER:
+            raise AnalysisError(f"{self.path}: its header has {header_size} bytes; expected at most {_MAX_HEADER}")
         text = bytearray(header_size)
         self._read_into(memoryview(text), 8)
         try:
@@ -123,8 +149,13 @@ class SafetensorsFile:
             begin, end = offsets
         except (TypeError, KeyError, ValueError):
             raise self._error(f"the header entry of tensor {name} is malformed") from None
-        if not all(type(n) is int and n >= 0 for n in numbers):
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise self._error(f"tensor {name} has shape {shape} and offsets {offsets}")
+        # What numpy cannot make an array of, which an axis of length 0 would hide below.
+        if len(shape) > _MAX_AXES or math.prod(n or 1 for n in shape) >= 2**59:
+            raise self._error(f"tensor {name} has shape {shape}, which is too large")
+        if not name.isascii() and not _is_text(name):
+            raise self._error(f"the name of tensor {name} is not valid Unicode")
         if not isinstance(dtype, str) or dtype not in _BITS:
             raise self._error(f"tensor {name} is of unknown type {dtype!r}")
         if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
@@ -133,6 +164,15 @@ class SafetensorsFile:
 
     def _error(self, what: str) -> AnalysisError:
         return AnalysisError(f"{self.path}: not a complete safetensors file: {what}; save or copy it again")
+
+
+def _is_text(name: str) -> bool:
+    """Whether there are no lone surrogates, which JSON can express and no table can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from adapters import write_adapter
+from safetensors.numpy import save_file
 
 from msplora_analysis import AnalysisError
 from msplora_analysis.files import discover, natural_key
@@ -135,6 +137,151 @@ def test_checkpoint_whose_saving_was_cut_off_before_the_adapter_is_ignored(tmp_p
     assert found(run) == [("run", 5, 1)]
 
 
+def bare(path: Path, *keys: str) -> Path:
+    """A safetensors file without a configuration beside it; by default with the keys that kohya writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = keys or ("lora_unet_mid_attn.lora_down.weight", "lora_unet_mid_attn.lora_up.weight")
+    save_file({key: np.ones((2, 2), np.float32) for key in keys}, path)
+    return path
+
+
+def test_names_of_kohya_tell_epoch_and_step(tmp_path):
+    for name in ("style", "style-000004", "style-000010", "style-step00000500", "v1-5"):
+        bare(tmp_path / "out" / f"{name}.safetensors")
+    assert found(tmp_path / "out") == [
+        ("style", 500, None),
+        ("style", None, 4),
+        ("style", None, 10),
+        ("style", None, None),
+        ("v1-5", None, None),
+    ]
+    assert found(tmp_path / "out" / "style-000004.safetensors") == [("style", None, 4)]
+    assert {a.run for a in discover(tmp_path)} == {"out/style", "out/v1-5"}
+    assert all(a.config == {} for a in discover(tmp_path))
+
+
+def test_checkpoints_of_the_diffusers_scripts(tmp_path):
+    run = tmp_path / "run"
+    bare(run / "pytorch_lora_weights.safetensors", "unet.to_q.lora_A.weight", "unet.to_q.lora_B.weight")
+    bare(run / "checkpoint-500" / "pytorch_lora_weights.safetensors", "unet.to_q.lora_A.weight")
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        (run / "checkpoint-500" / name).write_bytes(b"")
+    assert found(run) == [("run", 500, None), ("run", None, None)]
+
+
+@pytest.mark.parametrize("peft", ["adapter_model.safetensors", "adapter_model.bin", None])
+@pytest.mark.parametrize("own", ["adapter_model.pt", "adapter_{}.pt"])
+def test_epochs_of_torchtune(tmp_path, peft, own):
+    for epoch in (0, 1, 10):
+        folder = write_adapter(tmp_path / "run" / f"epoch_{epoch}")
+        weights = folder / "adapter_model.safetensors"
+        weights.rename(folder / peft) if peft else weights.unlink()
+        (folder / own.format(epoch)).write_bytes(b"")
+        (folder / "model-00001-of-00001.safetensors").write_bytes(b"")
+    (tmp_path / "run" / "recipe_state").mkdir()
+    (tmp_path / "run" / "recipe_state" / "recipe_state.pt").write_bytes(b"")
+    adapters = discover(tmp_path)
+    assert [(a.run, a.step, a.epoch) for a in adapters] == [("run", None, 0), ("run", None, 1), ("run", None, 10)]
+    assert [a.file.name for a in adapters] == [peft or own.format(epoch) for epoch in (0, 1, 10)]
+    assert all(a.config for a in adapters)
+
+
+def test_old_torchtune_has_every_epoch_in_one_folder(tmp_path):
+    folder = write_adapter(tmp_path / "run")
+    for epoch in (0, 1):
+        (folder / f"adapter_{epoch}.pt").write_bytes(b"")
+    assert found(folder) == [("run", None, 0), ("run", None, 1), ("run", None, None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "expected"),
+    [
+        ("epoch_3", {}, (None, 3)),
+        ("epoch-3", {}, (None, 3)),
+        ("epoch-3", {"epoch": 3.0, "global_step": 90}, (90, 3)),
+        ("step_500", {}, (500, None)),
+        ("step-500", {"epoch": 1.5, "global_step": 500}, (500, 1.5)),
+        ("checkpoint_500", {}, (500, None)),
+        ("my-adapter", {"epoch": 2.0, "global_step": 60}, (60, 2)),
+        ("my-adapter", {"epoch": 2.0}, (None, 2)),
+        ("epoch", {}, (None, None)),
+        ("epoch_3b", {}, (None, None)),
+    ],
+)
+def test_step_and_epoch_are_of_the_folder_name_or_the_state(tmp_path, name, state, expected):
+    folder = write_adapter(tmp_path / "run" / name)
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert [(a.step, a.epoch) for a in discover(tmp_path)] == [expected]
+
+
+def test_state_in_the_root_of_a_run_belongs_to_its_last_checkpoint(tmp_path):
+    run = write_adapter(tmp_path / "run", epoch=2)
+    write_adapter(run / "checkpoint-10", epoch=1)
+    assert found(run) == [("run", 10, 1), ("run", None, None)]
+    assert found(run / "adapter_model.safetensors") == [("run", None, None)]
+
+
+def test_adapters_side_by_side_and_in_folders_of_their_names(tmp_path):
+    run = write_adapter(tmp_path / "run")
+    write_adapter(run / "expert")
+    (run / "copy.safetensors").write_bytes((run / "adapter_model.safetensors").read_bytes())
+    assert found(run) == [("copy", None, None), ("expert", None, None), ("run", None, None)]
+    assert all(a.config["r"] == 2 for a in discover(run))
+
+
+def test_what_else_a_run_holds_is_neither_adapter_nor_error(tmp_path):
+    folder = write_adapter(tmp_path / "run" / "checkpoint-5")
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors", "._adapter_model.safetensors"):
+        (folder / name).write_bytes(b"not looked into")
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt", "x.ckpt", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"")
+    bare(folder / "embeddings.safetensors", "model.embed_tokens.weight")
+    assert found(tmp_path) == [("run", 5, None)]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt", ".pth", ".ckpt"])
+def test_a_file_that_is_given_is_taken_without_a_config(tmp_path, suffix):
+    file = tmp_path / f"one{suffix}"
+    file.write_bytes(b"")
+    assert [(a.run, a.file, a.config) for a in discover(file)] == [("one", file, {})]
+
+
+def test_broken_safetensors_in_a_searched_folder_is_named(tmp_path):
+    bare(tmp_path / "style-000001.safetensors")
+    (tmp_path / "style-000002.safetensors").write_bytes(b"cut off")
+    assert error(tmp_path).startswith(f"{tmp_path}/style-000002.safetensors: not a complete safetensors file")
+
+
+def test_two_adapters_of_one_run_and_step_are_told_apart(tmp_path):
+    folder = write_adapter(tmp_path / "run" / "checkpoint-5")
+    bare(folder / "pytorch_lora_weights.safetensors")
+    names = [("run/checkpoint-5/adapter_model", 5, None), ("run/checkpoint-5/pytorch_lora_weights", 5, None)]
+    assert found(tmp_path) == names
+
+
+def test_full_checkpoints_are_found_if_asked_for(tmp_path):
+    run = tmp_path / "run"
+    for step, names in {
+        10: ("model.safetensors", "pytorch_model.bin"),
+        20: ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        30: ("pytorch_model.bin",),
+    }.items():
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in (*names, "optimizer.pt", "training_args.bin"):
+            (folder / name).write_bytes(b"")
+        (folder / "trainer_state.json").write_text(json.dumps({"epoch": step / 10}))
+    write_adapter(run / "checkpoint-40", epoch=4)
+    expected = [("model.safetensors", 10, 1), ("model.safetensors.index.json", 20, 2), ("pytorch_model.bin", 30, 3)]
+    assert [(a.file.name, a.step, a.epoch) for a in discover(tmp_path, full=True)] == expected
+    assert all(a.config == {} and a.run == "run" for a in discover(tmp_path, full=True))
+    index = run / "checkpoint-20" / "model.safetensors.index.json"
+    assert [(a.run, a.file, a.step) for a in discover(index, full=True)] == [("run", index, 20)]
+    with pytest.raises(AnalysisError, match="no full checkpoint found; looked in it and all its folders for model.saf"):
+        discover(run / "checkpoint-40", full=True)
+    assert found(tmp_path) == [("run", 40, 4)]
+
+
 def test_run_name_that_is_not_valid_text_becomes_valid(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     try:
@@ -156,7 +303,8 @@ def test_nothing_found_says_what_was_looked_for(tmp_path):
     (tmp_path / "empty").mkdir()
     assert error(tmp_path / "full", tmp_path / "empty") == (
         f"{tmp_path}/empty: no adapter found; looked in it and all its folders for "
-        "adapter_model.safetensors or adapter_model.bin beside adapter_config.json"
+        "adapter_model.safetensors or adapter_model.bin beside adapter_config.json, and for .safetensors files "
+        "with the keys of an adapter"
     )
 
 
@@ -167,7 +315,7 @@ def test_missing_path(tmp_path):
 def test_file_that_is_no_adapter(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert error(tmp_path / "notes.txt") == (
-        f"{tmp_path}/notes.txt: not an adapter file; expected one of .safetensors, .bin, .pt"
+        f"{tmp_path}/notes.txt: not an adapter file; expected one of .safetensors, .bin, .pt, .pth, .ckpt"
     )
 
 
@@ -203,7 +351,7 @@ def test_json_of_another_kind(tmp_path):
     assert error(folder) == f"{folder}/adapter_config.json: expected a JSON object, got list"
 
 
-@pytest.mark.parametrize("epoch", ["'one'", True, float("nan"), float("inf"), [1]])
+@pytest.mark.parametrize("epoch", ["'one'", True, float("nan"), float("inf"), [1], 10**400])
 def test_epoch_that_is_no_number(tmp_path, epoch):
     folder = write_adapter(tmp_path / "run" / "checkpoint-5")
     (folder / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))

@@ -214,7 +214,9 @@ def test_unknown_tensors_are_an_error_or_a_warning(tmp_path):
 def test_one_warning_for_many_files(tmp_path):
     for step in (1, 2, 3):
         write_adapter(tmp_path / f"run/checkpoint-{step}", lora_tensors("layer.0.q") | {"what.weight": np.ones(2)})
-    with pytest.warns(UserWarning, match="what.weight, and others in 2 more files, are left out") as caught:
+    with pytest.warns(
+        UserWarning, match=r"\(and 2 more files\): unknown tensors \(1\): what.weight are left out"
+    ) as caught:
         load_spectra(tmp_path, ignore_unknown=True)
     assert len(caught) == 1
 
@@ -274,31 +276,22 @@ def test_no_factors_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "LOHA"}, "adapter_config.json: peft_type 'LOHA' is not supported; supported: LORA, MSPLORA"),
-        ({"r": 2}, "adapter_config.json: peft_type None is not supported; supported: LORA, MSPLORA"),
         (lora_config(lora_alpha="16"), "adapter_config.json: lora_alpha must be a number, got '16'"),
-        (lora_config(r=[2]), "adapter_config.json: r must be a number, got [2]"),
         (lora_config(rank_pattern=[1]), "adapter_config.json: rank_pattern must be an object, got [1]"),
         (lora_config(rank_pattern={"q": "4"}), "adapter_config.json: q must be a number, got '4'"),
         (
             lora_config(alpha_pattern={"(q": 4}),
             "adapter_config.json: the pattern '(q' is not a regular expression",
         ),
-        (
-            lora_config(use_dora=True),
-            "DoRA (lora_magnitude_vector) is not supported: its update is not scaling * B A",
-        ),
-        (lora_config(use_qalora=True), "QA-LoRA is not supported: its update is not scaling * B A"),
     ],
 )
 def test_configs_that_cannot_be_used(tmp_path, config, message):
     assert error(write_adapter(tmp_path / "a", lora_tensors("layer.0.q"), config)) == message
 
 
-def test_magnitudes_of_dora_are_told_whatever_the_config_says(tmp_path):
-    tensors = lora_tensors("layer.0.q") | {"base_model.model.layer.0.q.lora_magnitude_vector": np.ones(5)}
-    message = "tensor base_model.model.layer.0.q.lora_magnitude_vector: DoRA is not supported: its update is not"
-    assert error(write_adapter(tmp_path / "a", tensors), ignore_unknown=True).startswith(message)
+def test_a_method_that_is_not_known(tmp_path):
+    folder = write_adapter(tmp_path / "a", lora_tensors("layer.0.q"), {"peft_type": "NEWEST"})
+    assert error(folder).startswith("adapter_config.json: peft_type 'NEWEST' is not supported; supported: ")
 
 
 # MSPLoRA
@@ -478,20 +471,3 @@ def test_msplora_shared_pair_that_starts_too_late(tmp_path):
 def test_msplora_configs_that_cannot_be_used(tmp_path, changes, message):
     tensors = msplora_tensors(range(6), [0, 2, 4], RANKS)
     assert error(write_adapter(tmp_path / "a", tensors, msplora_config(**changes))) == message
-
-
-RELEASED = (
-    "this adapter was written by the released MSPLoRA code (keys like lora_A_0.weight), whose format is not "
-    "supported yet; adapters of msplora-train and PEFT are"
-)
-
-
-@pytest.mark.parametrize("r", [[8, 4, 2], 8])
-def test_released_format_is_recognised(tmp_path, r):
-    tensors = {"base_model.model.layer.0.query.lora_A_0.weight": np.ones((8, 9))}
-    assert error(write_adapter(tmp_path / "a", tensors, {"peft_type": "MSPLORA", "r": r})) == RELEASED
-
-
-def test_released_format_of_the_reference_is_recognised(reference):
-    with pytest.raises(AnalysisError, match="written by the released MSPLoRA code"):
-        load_spectra(reference / "original_msplora_6layers")

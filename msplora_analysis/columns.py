@@ -1,0 +1,129 @@
+"""From results to the columns of the two tidy tables, a batch of adapters at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from msplora_analysis import __version__, metrics
+from msplora_analysis.files import Adapter
+from msplora_analysis.results import Row, Spectra
+
+# The key columns of every table, and their types in pandas. epoch is Int64 where all are whole numbers.
+KEYS = {
+    "run": "str",
+    "step": "Int64",
+    "epoch": "Float64",
+    "scale": "str",
+    "group": "Int64",
+    "module": "str",
+    "name": "str",
+}
+VALUES = {"k": "int64", "sigma": "float64"}
+
+_BATCH = 2**16  # singular values from which on a batch is given out
+_ARROW = {"str": pa.string(), "Int64": pa.int64(), "Float64": pa.float64()}
+
+
+class Batch(NamedTuple):
+    """The same adapters in both tables."""
+
+    spectra: pa.RecordBatch
+    metrics: pa.RecordBatch
+
+
+class Columns:
+    """Makes batches. What all of them must agree on is known before the first adapter is read.
+
+    ks: the k of the columns m_eff_<k>.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], ks: Iterable[int]) -> None:
+        self.ks = sorted(set(ks))
+        self._types = dict(KEYS)
+        if all(adapter.epoch is None or isinstance(adapter.epoch, int) for adapter in adapters):
+            self._types["epoch"] = "Int64"
+
+    def batches(self, results: Iterable[Spectra]) -> Iterator[Batch]:
+        """Batches of whole adapters, in the order of the results."""
+        held: list[Spectra] = []
+        values = 0
+        for result in results:
+            if result.rows:
+                held.append(result)
+                values += sum(map(len, result.sigma))
+            if values >= _BATCH:
+                yield self._batch(held)
+                held, values = [], 0
+        if held:
+            yield self._batch(held)
+
+    def _batch(self, results: Sequence[Spectra]) -> Batch:
+        rows = [row for result in results for row in result.rows]
+        sigma = [values for result in results for values in result.sigma]
+        keys = self._keys(results, rows)
+        lengths = np.array([len(values) for values in sigma])
+        of_matrix = np.repeat(np.arange(len(sigma)), lengths)
+        k = np.arange(1, len(of_matrix) + 1) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        repeated = pa.array(of_matrix)
+        return Batch(
+            _record_batch(
+                {name: column.take(repeated) for name, column in keys.items()},
+                {"k": k, "sigma": np.concatenate(sigma)},
+                self._types,
+            ),
+            _record_batch(keys, self._measures(rows, sigma), self._types),
+        )
+
+    def _keys(self, results: Sequence[Spectra], rows: Sequence[Row]) -> dict[str, pa.Array]:
+        of_adapter = [(r.adapter.run, r.adapter.step, r.adapter.epoch) for r in results for _ in r.rows]
+        of_matrix = [(row.scale, row.group, row.module, row.name) for row in rows]
+        columns = [*zip(*of_adapter, strict=True), *zip(*of_matrix, strict=True)]
+        return {name: pa.array(column, _ARROW[self._types[name]]) for name, column in zip(KEYS, columns, strict=True)}
+
+    def _measures(self, rows: Sequence[Row], sigma: Sequence[Any]) -> dict[str, Any]:
+        """The value columns of the metrics table, one entry per matrix."""
+        padded = np.zeros((len(sigma), max(map(len, sigma))))
+        for values, target in zip(sigma, padded, strict=True):
+            target[: len(values)] = values
+        return {
+            "rows": np.array([row.rows for row in rows], dtype=np.int64),
+            "cols": np.array([row.cols for row in rows], dtype=np.int64),
+            "rank": np.array([row.rank for row in rows], dtype=np.int64),
+            "sigma_1": padded[:, 0],
+            "frobenius": metrics.frobenius(padded),
+            "nuclear": metrics.nuclear(padded),
+            "stable_rank": metrics.stable_rank(padded),
+            "effective_rank": metrics.effective_rank(padded),
+            "participation_ratio": metrics.participation_ratio(padded),
+            **{f"m_eff_{k}": metrics.m_eff(padded, k) for k in self.ks},
+        }
+
+
+def _record_batch(keys: dict[str, pa.Array], values: dict[str, Any], types: dict[str, str]) -> pa.RecordBatch:
+    # NaN (a ratio of an update of zero) is an empty cell, as pandas writes it.
+    columns = {**keys, **{name: pa.array(column, from_pandas=True) for name, column in values.items()}}
+    numpy_types = {**types, **{name: str(column.dtype) for name, column in values.items()}}
+    batch = pa.RecordBatch.from_pydict(columns)
+    return batch.replace_schema_metadata(
+        {"pandas": json.dumps(_pandas_metadata(numpy_types)), "msplora_analysis": __version__}
+    )
+
+
+def _pandas_metadata(types: dict[str, str]) -> dict[str, Any]:
+    """What lets pandas give each column its type back: an Int64 with empty cells is no float."""
+    columns = [
+        {
+            "name": name,
+            "field_name": name,
+            "pandas_type": "unicode" if kind == "str" else kind.lower(),
+            "numpy_type": kind,
+            "metadata": None,
+        }
+        for name, kind in types.items()
+    ]
+    return {"index_columns": [], "column_indexes": [], "columns": columns, "pandas_version": "2.2.0"}

@@ -1,0 +1,271 @@
+"""Singular values of many adapters: in this process, in several, or on a Dask cluster.
+
+Whatever computes them, the results come in the order of the adapters and are the same. The work is
+cut by bytes: many small adapters make one task, a large one makes several, so that memory stays flat
+and no worker waits for another. What the cache holds is not computed again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msplora_analysis.cache import Cache
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files import Adapter
+from msplora_analysis.options import Options
+from msplora_analysis.results import Failure, Result, Row, Spectra
+
+if TYPE_CHECKING:
+    from msplora_analysis.formats import Matrix
+
+Progress = Callable[[float, int], None]  # adapters done, with the share of the one at work; adapters in all
+
+_TASK = 2**24  # bytes of adapter files in one task
+_PATIENCE = 10  # seconds to reach a Dask scheduler
+_WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than it saves
+
+
+class _Piece(NamedTuple):
+    """The matrices of one adapter, or part number ``part`` of ``parts`` of them."""
+
+    index: int
+    adapter: Adapter
+    part: int = 0
+    parts: int = 1
+    is_cached: bool = False
+
+
+def compute(
+    adapters: Sequence[Adapter],
+    options: Options,
+    *,
+    workers: int | None = None,
+    dask: str | None = None,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Result]:
+    """The spectra of each adapter, in order, or what is wrong with it.
+
+    workers: processes on this machine; None: one for each CPU, if there is enough to do.
+    dask: address of a Dask scheduler whose workers compute instead. They see the same paths.
+    cache: where results are looked up and kept.
+    progress: called after each piece of work.
+
+    Raises AnalysisError if the cluster cannot be reached or a worker dies.
+    """
+    sizes = [_size(adapter) for adapter in adapters]
+    if workers is None:
+        workers = _cpus() if sum(sizes) > _WORTH_PROCESSES else 1
+    with _executor(workers, dask) as executor:
+        parts: list[Result] = []
+        for piece, result in _in_order(executor, _tasks(adapters, sizes, workers, cache, options), options):
+            parts.append(result)
+            if piece.part == piece.parts - 1:
+                whole = _joined(parts)
+                parts = []
+                if cache is not None and not piece.is_cached and isinstance(whole, Spectra):
+                    cache.put(piece.adapter, options, whole)
+                yield whole
+            if progress:
+                progress(piece.index + (piece.part + 1) / piece.parts, len(adapters))
+
+
+Task = tuple[list[_Piece], list[Result] | None]  # what to compute, and the results if they are known
+
+
+def _tasks(
+    adapters: Sequence[Adapter], sizes: Sequence[int], workers: int, cache: Cache | None, options: Options
+) -> Iterator[Task]:
+    """Pieces of about equal work, in order."""
+    most = min(_TASK, max(sum(sizes) // (4 * workers), 1))
+    batch: list[_Piece] = []
+    filled = 0
+    for index, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
+        known = cache.get(adapter, options) if cache is not None else None
+        if batch and (known is not None or filled + size > most):
+            yield batch, None
+            batch, filled = [], 0
+        if known is not None:
+            yield [_Piece(index, adapter, is_cached=True)], [known]
+        elif (parts := -(-size // _TASK)) > 1:
+            for part in range(parts):
+                yield [_Piece(index, adapter, part, parts)], None
+        else:
+            batch.append(_Piece(index, adapter))
+            filled += size
+    if batch:
+        yield batch, None
+
+
+def _in_order(executor: Executor | None, tasks: Iterable[Task], options: Options) -> Iterator[tuple[_Piece, Result]]:
+    """The result of every piece. Tasks are given out ahead, but only so far that memory stays flat."""
+    ahead = 4 * getattr(executor, "_max_workers", 16) if executor is not None else 0
+    pending: deque[tuple[list[_Piece], Future[list[Result]] | list[Result]]] = deque()
+    try:
+        for pieces, known in tasks:
+            if known is not None:
+                pending.append((pieces, known))
+            elif executor is not None:
+                pending.append((pieces, executor.submit(_compute, pieces, options)))
+            else:
+                pending.append((pieces, _compute(pieces, options)))
+            while len(pending) > ahead:
+                yield from _result(*pending.popleft())
+        while pending:
+            yield from _result(*pending.popleft())
+    finally:
+        for _, result in pending:
+            if not isinstance(result, list):
+                result.cancel()
+
+
+def _result(pieces: list[_Piece], result: Future[list[Result]] | list[Result]) -> Iterator[tuple[_Piece, Result]]:
+    try:
+        results = result if isinstance(result, list) else result.result()
+    except BrokenProcessPool:
+        raise AnalysisError("a worker process died (out of memory?); --workers 1 needs the least memory") from None
+    yield from zip(pieces, results, strict=True)
+
+
+def _compute(pieces: Sequence[_Piece], options: Options) -> list[Result]:
+    """What a worker does."""
+    results: list[Result] = []
+    for piece in pieces:
+        try:
+            results.append(_spectra(piece, options))
+        except AnalysisError as error:
+            results.append(Failure(piece.adapter, str(error)))
+        except OSError as error:
+            results.append(Failure(piece.adapter, f"{piece.adapter.file}: cannot be read: {error.strerror or error}"))
+    return results
+
+
+def _spectra(piece: _Piece, options: Options) -> Spectra:
+    from msplora_analysis.formats import read_contents
+    from msplora_analysis.spectra import adapter_spectra
+    from msplora_analysis.tensors import open_tensors
+
+    adapter = piece.adapter
+    with open_tensors(adapter.file) as file:
+        try:
+            contents = read_contents(adapter.config, file, options)
+        except AnalysisError as error:
+            raise AnalysisError(f"{adapter.file}: {error}") from None
+        if contents.unknown and not options.ignore_unknown:
+            raise AnalysisError(
+                f"{adapter.file}: {unknown_text(contents.unknown)}; "
+                "pass --ignore-unknown (ignore_unknown=True) to leave them out"
+            )
+        matrices = _share(contents.matrices, piece.part, piece.parts)
+        sigma = adapter_spectra(file, matrices)
+    rows = [Row(m.scale, m.group, m.module, m.name, m.update.rows, m.update.cols, m.update.rank) for m in matrices]
+    return Spectra(adapter, rows, sigma, contents.unknown, contents.notes)
+
+
+def unknown_text(names: Sequence[str]) -> str:
+    """Names the first few tensors that no format explains."""
+    return f"unknown tensors ({len(names)}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def _share(matrices: Sequence[Matrix], part: int, parts: int) -> Sequence[Matrix]:
+    """The matrices that begin in the part's share of all factors, in order."""
+    if parts == 1:
+        return matrices
+    costs = [(m.update.rows + m.update.cols) * m.update.rank for m in matrices]
+    starts = accumulate(costs, initial=0)
+    total = sum(costs)
+    return [m for m, start in zip(matrices, starts, strict=False) if start * parts // total == part]
+
+
+def _joined(parts: Sequence[Result]) -> Result:
+    """The result of an adapter from those of its parts, or the first failure."""
+    spectra: list[Spectra] = []
+    for part in parts:
+        if isinstance(part, Failure):
+            return part
+        spectra.append(part)
+    first = spectra[0]
+    if len(spectra) == 1:
+        return first
+    rows = [row for part in spectra for row in part.rows]
+    sigma = [values for part in spectra for values in part.sigma]
+    return first._replace(rows=rows, sigma=sigma)
+
+
+def _size(adapter: Adapter) -> int:
+    try:
+        return os.stat(adapter.file).st_size
+    except OSError:  # a remote one: its size is not worth a question
+        return 0
+
+
+def _cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux tells what this process may use
+        return os.cpu_count() or 1
+
+
+@contextmanager
+def _executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
+    if dask is not None:
+        with _dask_client(dask) as client:
+            yield client.get_executor(pure=False)
+    elif workers > 1:
+        # A copy of this process starts at once, but only one without threads may be copied.
+        method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
+        context = multiprocessing.get_context(method)
+        import msplora_analysis.spectra  # noqa: F401 (copies need not import it again)
+
+        with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt) as executor:
+            try:
+                yield executor
+            finally:
+                executor.shutdown(wait=False, cancel_futures=True)
+    else:
+        yield None
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """For processes started meanwhile: together they would run more threads than there are CPUs."""
+    name = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _ignore_interrupt() -> None:
+    """Ctrl-C reaches every process of the terminal: the one that waits for the workers ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _dask_client(address: str) -> Iterator[Any]:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise AnalysisError("--dask: Dask is not installed; run `pip install 'msplora[dask]'`") from None
+    try:
+        client = Client(address, timeout=_PATIENCE, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise AnalysisError(f"--dask {address}: no scheduler can be reached there: {reason}") from None
+    with client:
+        yield client

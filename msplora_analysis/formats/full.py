@@ -1,0 +1,147 @@
+"""Full fine-tuning: a model's checkpoint and the model before training, by ``tensors.with_base``.
+
+The update of a weight is its difference to the base's, whole. Weights are what has two axes of more than one element:
+linear layers and embeddings as they stand, convolutions (out, in, height, width) as (out, in height width). Biases,
+norms and buffers are left out; tensors of several experts are unknown. Both sides are compared as stored: in a file of
+bfloat16 the difference holds the rounding of the weights, up to 4e-3 of each, which looks like a broad spectrum.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.base import (
+    Config,
+    Contents,
+    Factor,
+    Matrix,
+    Shape,
+    Whole,
+    contents,
+    module_of,
+    stack_and_layer,
+    trained_in_full,
+)
+from msplora_analysis.options import Options
+from msplora_analysis.tensors import FloatArray, TensorFile
+from msplora_analysis.tensors.with_base import BASE
+
+PEFT_TYPE = "a whole model with --base (no peft_type)"
+
+# Tables of words (and outputs over them) grow at their end when tokens are added.
+_RESIZED = re.compile(r"(.+\.)?(\w*embed\w*|wte|shared|lm_head|output|decoder)")
+_BUFFERS = ("position_ids", "token_type_ids", "masked_bias", "inv_freq", "relative_position_index", "attn_mask")
+
+
+def matches(config: Config, file: TensorFile) -> bool:
+    return not config.get("peft_type") and any(name.startswith(BASE) for name in file.shapes)
+
+
+def read(config: Config, file: TensorFile, options: Options) -> Contents:
+    """One matrix per weight that is in both files, all of scale "layer"."""
+    tuned = {name: shape for name, shape in file.shapes.items() if not name.startswith(BASE) and _weight(name, shape)}
+    base = {
+        name.removeprefix(BASE): shape
+        for name, shape in file.shapes.items()
+        if name.startswith(BASE) and _weight(name.removeprefix(BASE), shape)
+    }
+    of_base = align(tuned, base)
+    matrices: list[Matrix] = []
+    unknown: list[str] = []
+    heads: list[str] = []
+    notes: list[str] = []
+    for name, shape in tuned.items():
+        other = of_base.get(name)
+        stacked = len(shape) == 3 and "experts" in name.split(".")  # (expert, in, out): not a convolution
+        if stacked or other is None or (base[other] != shape and _is_head(name)):
+            (heads if trained_in_full(name, {}) else unknown).append(name)
+            continue
+        if base[other] != shape:
+            notes.append(_resized(name, shape, base[other]))
+        path = name.removesuffix(".weight")
+        _, layer = stack_and_layer(path)
+        update = _difference(name, BASE + other, shape, base[other])
+        matrices.append(Matrix("layer", layer, module_of(path), path, update))
+    if heads:
+        notes.append(f"not in the base, or of another shape there, and left out: {', '.join(heads)}")
+    if missing := [name for name in base if name not in of_base.values()]:
+        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        notes.append(f"weights of the base that the checkpoint does not have, left out ({len(missing)}): {listed}")
+    return contents(matrices, unknown, notes)
+
+
+def _weight(name: str, shape: Shape) -> bool:
+    """Whether a tensor is a matrix, or a convolution: what has rows and columns."""
+    last = name.rpartition(".")[2]
+    return sum(length > 1 for length in shape) >= 2 and last != "bias" and last not in _BUFFERS
+
+
+def _is_head(name: str) -> bool:
+    """Whether a weight is an output of its task's own, so that the base's may be of another task."""
+    return trained_in_full(name, {}) and not _RESIZED.fullmatch(name.removesuffix(".weight"))
+
+
+def align(tuned: Collection[str], base: Collection[str]) -> dict[str, str]:
+    """The base's name of each tensor that it has: the same, or without or with one prefix that all share.
+
+    A model with a head calls its body "bert." or "model."; the body alone has no such prefix.
+    Raises AnalysisError where no prefix, or more than one, makes the most names agree.
+    """
+    votes: Counter[tuple[str, str]] = Counter()  # (prefix of the checkpoint, prefix of the base)
+    for name in tuned:
+        votes.update((prefix, "") for prefix in _prefixes(name) if name.removeprefix(prefix) in base)
+    for name in base:
+        votes.update(("", prefix) for prefix in _prefixes(name) if prefix and name.removeprefix(prefix) in tuned)
+    if not votes:
+        raise AnalysisError(
+            f"no weight of the checkpoint ({min(tuned, default='it has none')}) is in the base "
+            f"({min(base, default='it has none')}); is it another model?"
+        )
+    most = max(votes.values())
+    best = sorted(prefixes for prefixes, count in votes.items() if count == most)
+    if len(best) > 1 and ("", "") not in best:
+        prefixes = " or ".join(ours or theirs for ours, theirs in best)
+        raise AnalysisError(f"the checkpoint's names fit the base's by more than one prefix: {prefixes}")
+    ours, theirs = ("", "") if ("", "") in best else best[0]
+    return {
+        name: theirs + name.removeprefix(ours)
+        for name in tuned
+        if name.startswith(ours) and theirs + name.removeprefix(ours) in base
+    }
+
+
+def _prefixes(name: str) -> list[str]:
+    """Every path that leads to a tensor: "", "bert.", "bert.encoder.", ..."""
+    return ["", *(name[: match.end()] for match in re.finditer(r"\.", name))]
+
+
+def _resized(name: str, shape: Shape, base: Shape) -> str:
+    """The note of a table of another length; raises AnalysisError for any other difference of shapes."""
+    if shape[1:] != base[1:] or not _RESIZED.fullmatch(name.removesuffix(".weight")):
+        raise AnalysisError(
+            f"tensor {name} has shape {list(shape)}, in the base {list(base)}; is it another model, or quantised?"
+        )
+    return f"{name} has {shape[0]} rows, in the base {base[0]}: the first {min(shape[0], base[0])} are compared"
+
+
+def _difference(name: str, other: str, shape: Shape, base: Shape) -> Whole:
+    rows = next(i for i, length in enumerate(shape) if length > 1)  # (1, positions, dim) is (positions, dim)
+    count = min(shape[rows], base[rows])
+    cols = math.prod(shape[rows + 1 :])
+    return Whole(Factor((name, other), count, cols, partial(_subtract, rows=count, cols=cols)))
+
+
+def _subtract(weight: FloatArray, base: FloatArray, rows: int, cols: int) -> NDArray[np.float64]:
+    """weight - base of the first rows, in float64, where the difference of two float32 is exact or nearly."""
+    difference: NDArray[np.float64] = np.subtract(
+        weight.reshape(-1, cols)[:rows], base.reshape(-1, cols)[:rows], dtype=np.float64
+    )
+    return difference

@@ -1,0 +1,58 @@
+"""LoKr: the Kronecker product of two small matrices, as PEFT saves it.
+
+Each is whole (``<name>.lokr_w1``, ``lokr_w2``) or a low-rank product (``lokr_w1_a`` (rows, r) and ``lokr_w1_b``
+(r, cols)); the second, of a convolution, may have a Tucker core ``lokr_t2`` (r, r, *kernel) between (r, rows) and
+(r, cols).
+Edalati et al. 2022, arXiv 2212.10650; Yeh et al. 2023, arXiv 2309.14859.
+"""
+
+from __future__ import annotations
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.base import Config, Contents, Kronecker, Product, Shapes, Whole, contents
+from msplora_analysis.formats.parts import Parts, group_parts, layer_matrix
+from msplora_analysis.formats.structures import kronecker, leading, low_rank, peft_scaling, required, tucker, whole
+from msplora_analysis.options import Options
+from msplora_analysis.tensors import TensorFile
+
+PEFT_TYPE = "LOKR"
+
+_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+def matches(config: Config, file: TensorFile) -> bool:
+    return config.get("peft_type") == PEFT_TYPE
+
+
+def read(config: Config, file: TensorFile, options: Options) -> Contents:
+    """One matrix per adapted module, all of scale "layer"."""
+    modules, unknown = group_parts(file.shapes, config, (), _PARTS)
+    matrices = []
+    for name, parts in modules.items():
+        scaling = peft_scaling(config, name, rank(parts, file.shapes), next(iter(parts.values())))
+        matrices.append(layer_matrix(name, update(parts, file.shapes, scaling)))
+    return contents(matrices, unknown)
+
+
+def rank(parts: Parts, shapes: Shapes) -> int | None:
+    """The r of alpha / r; None where both matrices are whole."""
+    down = parts.get("lokr_w2_b") or parts.get("lokr_w1_b")
+    return leading(shapes[down]) if down else None
+
+
+def update(parts: Parts, shapes: Shapes, scaling: float = 1.0) -> Kronecker:
+    """The update of a module from its parts; raises AnalysisError naming one that is missing."""
+    return kronecker(_half(parts, shapes, 1), _half(parts, shapes, 2), scaling)
+
+
+def _half(parts: Parts, shapes: Shapes, number: int) -> Product | Whole:
+    if matrix := parts.get(f"lokr_w{number}"):
+        if other := parts.get(f"lokr_w{number}_a") or parts.get(f"lokr_w{number}_b"):
+            raise AnalysisError(f"tensors {matrix} and {other} are the same matrix, whole and as factors")
+        return whole(matrix, shapes)
+    if f"lokr_w{number}_a" not in parts and f"lokr_w{number}_b" not in parts:
+        required(parts, f"lokr_w{number}")
+    up, down = required(parts, f"lokr_w{number}_a", f"lokr_w{number}_b")
+    if number == 2 and "lokr_t2" in parts:
+        return tucker(parts["lokr_t2"], down, up, shapes, up_transposed=True)
+    return low_rank(down, up, shapes)

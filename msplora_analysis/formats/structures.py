@@ -1,0 +1,184 @@
+"""Updates that are not one plain product: Tucker cores, Hadamard and Kronecker products of low-rank matrices.
+
+None is multiplied out where its spectrum is that of smaller factors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.base import (
+    Config,
+    Factor,
+    Kronecker,
+    Product,
+    Shape,
+    Shapes,
+    Sum,
+    Whole,
+    make_product,
+    table,
+)
+from msplora_analysis.formats.parts import needed_number
+
+Array = NDArray[np.float64]
+
+
+# Factors
+
+
+def low_rank(down: str, up: str, shapes: Shapes) -> Product:
+    """``up @ down``, of tensors (rank, in, ...) and (out, rank, 1, ...)."""
+    return make_product(down, up, shapes, leading(shapes[down]) or 1, {})
+
+
+def tucker(core: str, down: str, up: str, shapes: Shapes, *, up_transposed: bool) -> Product:
+    """A convolution (out, in, *kernel) flattened to (out, in · kernel), as the product of ``up`` and core x down.
+
+    W[o, n, k] = sum over i and j of up[o, i] core[i, j, k] down[j, n] (Tucker-2: Kim et al. 2016, arXiv
+    1511.06530), so its rank is at most that of ``up``. core: (r, r, *kernel), down: (r, in), up: (out, r) or
+    with ``up_transposed`` (r, out); axes of size 1 may follow.
+    """
+    shape, shape_down, shape_up = shapes[core], shapes[down], shapes[up]
+    up_matrix = shape_up[1::-1] if up_transposed else shape_up[:2]
+    fits = (
+        len(shape) >= 3
+        and 0 not in (*shape, *shape_down, *shape_up)
+        and shape_down[:1] == shape[1:2]
+        and len(shape_up) >= 2
+        and up_matrix[1] == shape[0]
+        and len(shape_down) >= 2
+        and math.prod(shape_down[2:]) == math.prod(shape_up[2:]) == 1
+    )
+    if not fits:
+        raise AnalysisError(
+            f"tensors {core}, {down} and {up} have shapes {list(shape)}, {list(shape_down)} and {list(shape_up)}, "
+            "which do not make a Tucker product; save the adapter again"
+        )
+    rows, rank = up_matrix
+    return Product(
+        Factor((core, down), rank, shape_down[1] * math.prod(shape[2:]), _core_times_down),
+        Factor((up,), rows, rank, _transposed if up_transposed else None),
+        1.0,
+    )
+
+
+def whole(tensor: str, shapes: Shapes, scaling: float = 1.0) -> Whole:
+    """A tensor (out, ...) as a matrix whose columns are all its further axes."""
+    shape = shapes[tensor]
+    if len(shape) < 2 or 0 in shape:
+        raise AnalysisError(f"tensor {tensor} has shape {list(shape)}; expected a matrix that is not empty")
+    return Whole(Factor((tensor,), shape[0], math.prod(shape[1:])), scaling)
+
+
+def hadamard(left: Product, right: Product, scaling: float) -> Sum | Whole:
+    """``scaling * (B1 A1) ∘ (B2 A2)``, the elementwise product (FedPara, Hyeon-Woo et al. 2022, arXiv 2108.06098).
+
+    It is B A where B has the products of every column of B1 with every one of B2, and A those of the rows: exactly
+    a product of rank r1 r2. Where that is no smaller than the matrix itself, the matrix is multiplied out.
+    """
+    if (left.rows, left.cols) != (right.rows, right.cols):
+        raise AnalysisError(
+            f"tensors {left.a.tensors[-1]} and {right.a.tensors[-1]} belong to matrices of shapes "
+            f"{[left.rows, left.cols]} and {[right.rows, right.cols]}, whose product needs one shape"
+        )
+    scaling *= left.scaling * right.scaling
+    if left.rank * right.rank < min(left.rows, left.cols):
+        a = _joined((left.a, right.a), left.rank * right.rank, left.cols, _row_products)
+        b = _joined((left.b, right.b), left.rows, left.rank * right.rank, _column_products)
+        return Sum((Product(a, b, scaling),))
+    return Whole(_joined((left.a, left.b, right.a, right.b), left.rows, left.cols, _hadamard), scaling)
+
+
+def kronecker(left: Product | Whole, right: Product | Whole, scaling: float) -> Kronecker:
+    """``scaling * left ⊗ right``."""
+    left = replace(left, scaling=left.scaling * scaling)
+    return Kronecker(*(Sum((part,)) if isinstance(part, Product) else part for part in (left, right)))
+
+
+def _joined(factors: tuple[Factor, ...], rows: int, cols: int, combine: Callable[..., Array]) -> Factor:
+    """The matrix that ``combine`` makes of the matrices of ``factors``."""
+
+    def make(*tensors: NDArray[Any]) -> Array:
+        values, rest = [], tensors
+        for factor in factors:
+            own, rest = rest[: len(factor.tensors)], rest[len(factor.tensors) :]
+            values.append(factor.make(*own) if factor.make else _matrix(own[0], factor.rows))
+        return combine(*values)
+
+    return Factor(tuple(name for factor in factors for name in factor.tensors), rows, cols, make)
+
+
+def _matrix(tensor: NDArray[Any], rows: int) -> Array:
+    return tensor.astype(np.float64).reshape(rows, -1)
+
+
+def _transposed(tensor: NDArray[Any]) -> Array:
+    return _matrix(tensor, len(tensor)).T.copy()
+
+
+def _core_times_down(core: NDArray[Any], down: NDArray[Any]) -> Array:
+    kernels = core.astype(np.float64).reshape(*core.shape[:2], -1)
+    return np.einsum("ijk,jn->ink", kernels, _matrix(down, len(down)), optimize=True).reshape(len(core), -1)
+
+
+def _row_products(left: Array, right: Array) -> Array:
+    """Every row of one times every row of the other: (r1, n), (r2, n) -> (r1 r2, n)."""
+    return (left[:, None] * right[None]).reshape(-1, left.shape[1])
+
+
+def _column_products(left: Array, right: Array) -> Array:
+    return (left[:, :, None] * right[:, None]).reshape(len(left), -1)
+
+
+def _hadamard(left_a: Array, left_b: Array, right_a: Array, right_b: Array) -> Array:
+    product: Array = left_b @ left_a
+    product *= right_b @ right_a
+    return product
+
+
+# PEFT's alpha / r
+
+
+def leading(shape: Shape) -> int | None:
+    """The size of the first axis; None where it has none."""
+    return shape[0] or None if shape else None
+
+
+def required(parts: Mapping[str, str], *names: str) -> tuple[str, ...]:
+    """The tensors of these parts of a module; raises AnalysisError naming one that is missing."""
+    for name in names:
+        if name not in parts:
+            given = next(iter(parts.values()))
+            raise AnalysisError(f"tensor {given} has no {name} beside it; save the adapter again")
+    return tuple(parts[name] for name in names)
+
+
+def peft_scaling(config: Config, name: str, rank: int | None, tensor: str) -> float:
+    """alpha / r of a module by adapter_config.json; ``rank`` is that of ``tensor``, where it tells it."""
+    r = by_pattern(table(config, "rank_pattern"), name, needed_number(config, "r"))
+    alpha = by_pattern(table(config, "alpha_pattern"), name, needed_number(config, "alpha"))
+    if r <= 0 or rank not in (None, r):
+        raise AnalysisError(
+            f"tensor {tensor} has rank {rank}, adapter_config.json says {r:g}; is it the config of another adapter?"
+        )
+    return alpha / r
+
+
+def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """The first entry whose key matches the end of a module's name, as PEFT's get_pattern_key."""
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error:
+            raise AnalysisError(f"the pattern {pattern!r} of the config is not a regular expression") from None
+    return default

@@ -1,0 +1,89 @@
+"""VeRA and PVeRA as PEFT saves them: two projections that all modules share, two vectors for each.
+
+``base_model.vera_A`` (r, largest in) and ``base_model.vera_B`` (largest out, r) are random and
+frozen; a module uses their first columns and rows, and trains ``<name>.vera_lambda_d`` (r) and
+``vera_lambda_b`` (out). The update is diag(b) B diag(d) A (Kopiczko et al. 2023, arXiv 2310.11454,
+eq. 2). In PVeRA the second half of A and d is the logarithm of a variance, by which training
+samples; the first half is what PEFT merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.base import Config, Contents, Factor, Product, Sum, contents, module_of
+from msplora_analysis.formats.parts import expect_shape, group_parts, layer_matrix, shared
+from msplora_analysis.options import Options
+from msplora_analysis.tensors import TensorFile
+
+PEFT_TYPE = "VERA"
+
+_PREFIXES = {"VERA": "vera", "PVERA": "pvera"}
+# Last names of modules that read one input, so that they have the same number of columns.
+_SAME_INPUT = (
+    {"query", "key", "value"},
+    {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},
+    {"q", "k", "v"},
+    {"wi_0", "wi_1"},
+)
+
+
+def matches(config: Config, file: TensorFile) -> bool:
+    return config.get("peft_type") in _PREFIXES
+
+
+def read(config: Config, file: TensorFile, options: Options) -> Contents:
+    """One matrix per adapted module."""
+    shapes, prefix = file.shapes, _PREFIXES[config["peft_type"]]
+    names = [f"{prefix}_{part}" for part in ("lambda_b", "lambda_d")]
+    modules, unknown = group_parts(shapes, config, names)
+    a, b = (shared(shapes, f"{prefix}_{factor}", unknown) for factor in "AB")
+    if a is None or b is None:
+        raise AnalysisError(
+            f"no {prefix}_A and {prefix}_B in the file: they are drawn anew, for the sizes of the base model, where "
+            "save_projection is false; load the adapter in PEFT, set save_projection to true and save it again"
+        )
+    stored, cols = expect_shape(shapes, a, None, None)
+    largest, rank = expect_shape(shapes, b, None, stored // 2 if prefix == "pvera" else stored)
+    _check_inputs(modules, cols)
+
+    matrices = []
+    for name, parts in modules.items():
+        lambda_b, lambda_d = (parts[part] for part in names)
+        (rows,) = expect_shape(shapes, lambda_b, None)
+        expect_shape(shapes, lambda_d, stored)
+        if rows > largest:
+            raise AnalysisError(f"tensor {lambda_b} has {rows} values, but {b} only {largest} rows")
+        product = Product(
+            Factor((a, lambda_d), rank, cols, partial(_scaled, rows=rank)),
+            Factor((b, lambda_b), rows, rank, partial(_scaled, rows=rows)),
+            1.0,
+        )
+        matrices.append(layer_matrix(name, Sum((product,))))
+    notes = [
+        f"the input sizes of modules are not in a VeRA file: {cols}, the width of {prefix}_A, is taken for all "
+        f"({', '.join(sorted({module_of(name) for name in modules}))})"
+    ]
+    if prefix == "pvera":
+        notes.append("PVeRA samples its update in training: the spectra are of the mean")
+    return contents(matrices, unknown, notes)
+
+
+def _scaled(values: NDArray[Any], scales: NDArray[Any], rows: int) -> NDArray[np.float64]:
+    return np.multiply(values[:rows], scales[:rows, None], dtype=np.float64)
+
+
+def _check_inputs(modules: Iterable[str], cols: int) -> None:
+    """The modules must be such as read one input; those of another would have fewer columns of A."""
+    kinds = {module_of(name) for name in modules}
+    if len(kinds) > 1 and not any(kinds <= same for same in _SAME_INPUT):
+        raise AnalysisError(
+            f"which of {', '.join(sorted(kinds))} have {cols} inputs, and which fewer, is not in a VeRA file, and the "
+            "update depends on it; convert the adapter to LoRA with peft.convert_to_lora, or adapt modules of one input"
+        )

@@ -1,0 +1,215 @@
+"""Files of another machine, through fsspec: only the parts that are read are fetched.
+
+Whatever goes wrong (each file system has its own exceptions) is an AnalysisError of one line.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import PurePosixPath
+from typing import Any
+
+from msplora_analysis.errors import AnalysisError
+
+_BLOCK = 4 * 2**20  # bytes fetched at a time: fewer requests for small tensors, little waste beside large ones
+_MOST_STREAMED = 4 * 2**30  # bytes of a file that can only be fetched whole
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder of an fsspec file system, with as much of pathlib as is needed."""
+
+    address: str  # as a user writes it
+    path: str = field(compare=False, repr=False)  # as the file system names it
+    fs: Any = field(compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, address: str) -> Remote:
+        with one_line(address):
+            from fsspec.core import url_to_fs
+
+            fs, path = url_to_fs(address)
+        return cls(address.rstrip("/"), path, fs)
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __fspath__(self) -> str:
+        """The address, for it is given where paths are; who takes it for a local path finds no file."""
+        return self.address
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(f"{self.address.rstrip('/')}/{name}", f"{self.path.rstrip('/')}/{name}", self.fs)
+
+    @property
+    def parent(self) -> Remote:
+        address, path = (_without_query(text).rstrip("/").rpartition("/")[0] for text in (self.address, self.path))
+        return Remote(address, path, self.fs)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(part for part in _without_query(self.path).split("/") if part)
+
+    @property
+    def name(self) -> str:
+        return self.parts[-1] if self.parts else ""
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    def is_file(self) -> bool:
+        with one_line(self):
+            return bool(self.fs.isfile(self.path))
+
+    def is_dir(self) -> bool:
+        """Whether it can be searched. The web has no folders: a page, with its links, counts as one."""
+        with one_line(self):
+            info = self.fs.info(self.path)
+        if "mimetype" in info:
+            return str(info["mimetype"]).startswith("text/html")
+        return bool(info["type"] == "directory")
+
+    def names(self) -> tuple[set[str], set[str]]:
+        """Names of the files and of the folders in this folder."""
+        files: set[str] = set()
+        folders: set[str] = set()
+        with one_line(self):
+            for entry in self.fs.ls(self.path, detail=True):
+                name = entry["name"].rstrip("/").rpartition("/")[2]
+                (folders if entry["type"] == "directory" else files).add(name)
+        return files, folders
+
+    def tree(self) -> dict[Remote, tuple[set[str], set[str]]]:
+        """``names`` of this folder and of all under it."""
+        with one_line(self):
+            base = self.fs.info(self.path)["name"].rstrip("/") + "/"
+            found = [path.removeprefix(base).split("/") for path in self.fs.find(self.path)]
+        tree: dict[Remote, tuple[set[str], set[str]]] = {}
+        for *folders, name in found:
+            place = self
+            files, inside = tree.setdefault(place, (set(), set()))
+            for folder in folders:
+                inside.add(folder)
+                place = place / folder
+                files, inside = tree.setdefault(place, (set(), set()))
+            files.add(name)
+        return tree
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file open to read: blocks are fetched when first read, and kept in a temporary file."""
+
+    size: int
+
+    def __init__(self, place: Remote) -> None:
+        self._place = place
+        self._position = 0
+        self._blocks: set[int] = set()
+        # Named, for PyTorch maps files by name.
+        self.spool = tempfile.NamedTemporaryFile(prefix="msplora-", buffering=0)  # noqa: SIM115 (closed in close)
+        try:
+            with one_line(place):
+                self._file = place.fs.open(place.path, "rb", block_size=_BLOCK, cache_type="none")
+                size = getattr(self._file, "size", None)
+                if isinstance(size, int):
+                    self.size = size
+                else:
+                    self._stream()
+        except BaseException:
+            self.spool.close()
+            raise
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self.size - self._position)]
+        if not len(view):
+            return 0
+        self.fetch(self._position, self._position + len(view))
+        self.spool.seek(self._position)
+        count: int = self.spool.file.readinto(view)
+        self._position += count
+        return count
+
+    def fetch(self, begin: int, end: int) -> None:
+        """Have the bytes from ``begin`` to ``end`` in ``spool``."""
+        missing = [n for n in range(begin // _BLOCK, -(-end // _BLOCK)) if n not in self._blocks]
+        for _, run in groupby(enumerate(missing), key=lambda item: item[1] - item[0]):
+            blocks = [n for _, n in run]
+            for first in range(0, len(blocks), 8):  # memory stays bounded
+                part = blocks[first : first + 8]
+                start, stop = part[0] * _BLOCK, min((part[-1] + 1) * _BLOCK, self.size)
+                with one_line(self._place):
+                    try:
+                        self._file.seek(start)
+                        data = self._file.read(stop - start)
+                    except ValueError:  # a web server that cannot give parts
+                        self._file = self._place.fs.open(self._place.path, "rb", block_size=0)
+                        return self._stream()
+                if len(data) != stop - start:
+                    raise AnalysisError(f"{self._place}: {len(data)} bytes came, not {stop - start}; try again")
+                self.spool.seek(start)
+                self.spool.write(data)
+                self._blocks.update(part)
+
+    def _stream(self) -> None:
+        self.size = 0
+        self.spool.seek(0)
+        while data := self._file.read(_BLOCK):
+            self.size += self.spool.write(data)
+            if self.size > _MOST_STREAMED:
+                raise AnalysisError(f"{self._place}: the server gives no parts of this large file; download it first")
+        self._blocks.update(range(-(-self.size // _BLOCK)))
+
+    def close(self) -> None:
+        if not self.closed:
+            self.spool.close()
+            self._file.close()
+        super().close()
+
+
+def _without_query(text: str) -> str:
+    return text.partition("?")[0] if text.startswith(("http://", "https://")) else text
+
+
+@contextmanager
+def one_line(place: Remote | str) -> Iterator[None]:
+    """Turns any exception of a file system into an AnalysisError."""
+    try:
+        yield
+    except AnalysisError:
+        raise
+    except ImportError as error:
+        raise AnalysisError(f"{place}: a package that reads such addresses is missing: {_reason(error)}") from None
+    except Exception as error:
+        if type(error) is ValueError and "rotocol" in str(error):
+            raise AnalysisError(f"{place}: {_reason(error)}; expected hf://, s3://, https:// or such") from None
+        what = "not found" if isinstance(error, FileNotFoundError) else "cannot be read"
+        cause = error.__cause__ or error
+        reason = "" if isinstance(cause, FileNotFoundError) else f" ({_reason(cause)})"
+        raise AnalysisError(
+            f"{place}: {what}{reason}; check the address, the network, and your login if it is private"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,46 @@
+"""What is computed of one adapter, as plain data that travels between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msplora_analysis.files import Adapter
+
+
+class Row(NamedTuple):
+    """One matrix: its keys in the tables, its shape, and the rank of its factors."""
+
+    scale: str
+    group: int | None
+    module: str
+    name: str
+    rows: int
+    cols: int
+    rank: int
+
+
+class Spectra(NamedTuple):
+    """All matrices of an adapter, and the singular values (descending) of each.
+
+    ``unknown``: tensor names that were left out. ``notes``: what a reader must know of the adapter.
+    """
+
+    adapter: Adapter
+    rows: Sequence[Row]
+    sigma: Sequence[NDArray[np.floating[Any]]]
+    unknown: Sequence[str]
+    notes: Sequence[str]
+
+
+class Failure(NamedTuple):
+    """An adapter that cannot be read, and why."""
+
+    adapter: Adapter
+    message: str
+
+
+Result = Spectra | Failure

@@ -1,0 +1,156 @@
+"""What the command line shows: progress while adapters are read, and a summary of the tables."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from rich.table import Table
+
+    from msplora_analysis.engine import Progress
+
+_COLUMNS = {
+    "sigma_1": "sigma_1",
+    "effective\nrank": "effective_rank",
+    "stable\nrank": "stable_rank",
+    "M_eff-1": "m_eff_1",
+    "M_eff-4": "m_eff_4",
+}
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress | None]:
+    """A bar on standard error with rate and remaining time, if a person is looking."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, count="", rate="")
+
+        def show(done: float, total: int) -> None:
+            speed = bar.tasks[0].speed
+            rate = f"{speed:.3g}/s" if speed else ""
+            bar.update(task, completed=done, total=total, count=f"{int(done)} of {total} adapters", rate=rate)
+
+        yield show
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C only makes the function given true, so that what is done can be kept."""
+    stopped = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, before)  # a second one ends at once
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def closed_pipe_ignored() -> Iterator[None]:
+    """The files are written: that nobody reads the rest of the output (`| head`) is no failure."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered must not fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_paths(paths: Iterable[Path]) -> None:
+    for path in paths:
+        print(path)
+
+
+class Summary:
+    """Means over matrices per run, scale and checkpoint, gathered from batches of the metrics table."""
+
+    def __init__(self) -> None:
+        # run -> scale -> (step, epoch) -> per column (sum, count), and the number of matrices
+        self._runs: dict[str, dict[str, dict[tuple[Any, Any], _Means]]] = {}
+
+    def add(self, metrics: pa.RecordBatch) -> None:
+        keys = zip(*(metrics[name].to_pylist() for name in ("run", "scale", "step", "epoch")), strict=True)
+        values = zip(*(metrics[name].to_pylist() for name in _COLUMNS.values()), strict=True)
+        for (run, scale, step, epoch), row in zip(keys, values, strict=True):
+            scales = self._runs.setdefault(run, {})
+            scales.setdefault(scale, defaultdict(_Means))[step, epoch].add(row)
+
+    def print(self) -> None:
+        """One small table a run; the middle of a long run is left out."""
+        from rich.console import Console
+        from rich.markup import escape
+
+        console = Console(highlight=False)
+        with console.capture() as capture:  # rich would end the program at a closed pipe
+            for run, scales in self._runs.items():
+                checkpoints = list(dict.fromkeys(key for of_scale in scales.values() for key in of_scale))
+                shown = _spread(checkpoints)
+                some = "" if shown == checkpoints else f" ({len(shown)} of {len(checkpoints)} checkpoints shown)"
+                console.print(f"[bold]{escape(run)}[/bold]: means over matrices{some}")
+                console.print(_table(scales, shown), end="\n\n")
+        print(capture.get(), end="")
+
+
+class _Means:
+    """Means of columns in which a cell may be empty."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._sums = [0.0] * len(_COLUMNS)
+        self._counts = [0] * len(_COLUMNS)
+
+    def add(self, values: Sequence[float | None]) -> None:
+        self.rows += 1
+        for i, value in enumerate(values):
+            if value is not None:
+                self._sums[i] += value
+                self._counts[i] += 1
+
+    def texts(self) -> list[str]:
+        return [f"{total / n:.4g}" if n else "-" for total, n in zip(self._sums, self._counts, strict=True)]
+
+
+def _table(scales: dict[str, dict[tuple[Any, Any], _Means]], shown: list[tuple[Any, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table("scale", box=None, pad_edge=False)
+    for header in ("epoch", "matrices", *_COLUMNS):
+        table.add_column(header, justify="right", no_wrap=True)
+    for scale, of_scale in scales.items():
+        for step, epoch in shown:
+            if means := of_scale.get((step, epoch)):
+                when = f"{epoch:g}" if epoch is not None else f"step {step}" if step is not None else "-"
+                table.add_row(scale, when, str(means.rows), *means.texts())
+    return table
+
+
+def _spread(items: list[Any], most: int = 6) -> list[Any]:
+    """The first, the last and evenly spread items between them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

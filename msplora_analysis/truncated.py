@@ -1,0 +1,124 @@
+"""The largest singular values of a large matrix, with a bound of their error.
+
+Block Krylov (Musco & Musco 2015, arXiv 1504.05477): from a random block, an orthonormal basis of the row space is
+grown by powers of AᵀA until the Rayleigh-Ritz approximations in it are good enough.
+
+The bound. Take A V = U S, for the k largest Ritz values S, and the residuals R = Aᵀ U - V S. In bases that start with
+U and V, A is [[S, Rᵀ V⊥], [0, E]]. By Weyl's inequality the singular values of A differ from those of S and E
+together by no more than ‖R‖₂; with the first i columns alone, those up to the i-th by no more than ‖R[:, :i]‖_F. By
+interlacing none is below its Ritz value. What the residuals cannot show is that E has no value above S: a random
+block would have to be orthogonal to that singular vector, to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+SMALL = 1536  # up to this many rows or columns, LAPACK gives all singular values about as fast
+TOP_K = 64  # how many of a larger matrix, unless asked for another number
+
+_OVERSAMPLING = 8  # columns of a block beyond k, against values that lie close behind the k-th
+_EPS = float(np.finfo(np.float64).eps)
+
+
+class Spectrum(NamedTuple):
+    """The largest singular values of a matrix.
+
+    sigma: (k,), descending. bound: (k,), the error of each at most. frobenius: norm of the whole
+    matrix. whole: whether these are all min(rows, cols) of them.
+    """
+
+    sigma: Array
+    bound: Array
+    frobenius: float
+    whole: bool
+
+
+def matrix_spectrum(matrix: Array, top_k: int | None = None) -> Spectrum:
+    """All singular values of a matrix with SMALL rows or columns or fewer, the TOP_K largest of another.
+
+    matrix: (rows, cols), float64, finite. top_k: how many, at most.
+    """
+    small = min(matrix.shape)
+    k = min(small, top_k or (small if small <= SMALL else TOP_K))
+    sigma, bound = largest_singular_values(matrix, k)
+    scale = float(np.abs(matrix).max(initial=0))
+    frobenius = scale * float(np.linalg.norm(matrix / scale)) if scale else 0.0
+    return Spectrum(sigma, bound, frobenius, k == small)
+
+
+def largest_singular_values(matrix: Array, k: int, tolerance: float = 1e-5) -> tuple[Array, Array]:
+    """The k largest singular values (k,), descending, and bounds of their errors (k,).
+
+    matrix: (rows, cols), float64, finite. Each bound is at most ``tolerance`` times its value, or
+    times a hundredth of the largest. The same matrix gives the same values.
+    """
+    a = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    scale = float(np.abs(a).max(initial=0))
+    if scale == 0:
+        return np.zeros(k), np.zeros(k)
+    n = a.shape[1]
+    width = k + _OVERSAMPLING
+    if n <= SMALL or n <= 12 * width:  # LAPACK is about as fast
+        return _dense(a, k)
+    if not 1e-140 < scale < 1e140:  # squares are taken
+        sigma, bound = largest_singular_values(a / scale, k, tolerance)
+        return sigma * scale, bound * scale
+
+    basis = np.empty((n, width), order="F")
+    basis[:, :] = _orthonormal(a.T @ (a @ np.random.default_rng(0).standard_normal((n, width))))
+    projected = np.empty((0, 0))  # basisᵀ AᵀA basis
+    check = 3 * width
+    while True:
+        block = basis[:, len(projected) :]
+        image = a.T @ (a @ block)
+        coefficients = basis.T @ image
+        projected = _bordered(projected, coefficients)
+        if len(projected) >= check or len(projected) + width > n:
+            sigma, bound = _ritz(a, basis @ np.linalg.eigh(projected)[1][:, -k:])
+            if (bound <= tolerance * np.maximum(sigma, sigma[0] / 100)).all():
+                return sigma, bound
+            if len(projected) + width > n // 2:
+                return _dense(a, k)  # the basis nears the whole space: no cheaper
+            check = len(projected) + max(2 * width, len(projected) // 4)
+        image -= basis @ coefficients
+        image -= basis @ (basis.T @ image)  # twice is enough
+        basis = np.concatenate([basis, _orthonormal(image, basis)], axis=1)
+
+
+def _dense(a: Array, k: int) -> tuple[Array, Array]:
+    """LAPACK's values, and its error: rounding."""
+    sigma = np.asarray(np.linalg.svd(a, compute_uv=False)[:k], dtype=np.float64)
+    return sigma, np.full(k, min(a.shape) * _EPS * float(sigma[0]))
+
+
+def _orthonormal(block: Array, beside: Array | None = None) -> Array:
+    q: Array = np.linalg.qr(block)[0]
+    if beside is not None:  # directions that were all but in the basis have only rounding left
+        q = np.linalg.qr(q - beside @ (beside.T @ q))[0]
+    return q
+
+
+def _bordered(projected: Array, coefficients: Array) -> Array:
+    """The symmetric matrix ``projected`` (d, d) grown by columns ``coefficients`` (d + b, b)."""
+    d, total = len(projected), len(coefficients)
+    grown = np.empty((total, total))
+    grown[:d, :d] = projected
+    grown[:, d:] = coefficients
+    grown[d:, :d] = coefficients[:d].T
+    return grown
+
+
+def _ritz(a: Array, directions: Array) -> tuple[Array, Array]:
+    """Ritz values of ``a`` (m, n) in the span of ``directions`` (n, k), and the bounds of their errors."""
+    v = np.linalg.qr(directions)[0]
+    u, sigma, rotation = np.linalg.svd(a @ v, full_matrices=False)
+    residuals = a.T @ u - (v @ rotation.T) * sigma
+    squares = np.einsum("ij,ij->j", residuals, residuals)
+    # Rounding of the products themselves; far below any tolerance.
+    return sigma, np.sqrt(np.cumsum(squares)) + len(v) * _EPS * sigma[0]
