@@ -7,8 +7,8 @@ at the peak of the process that started it, so a large one would hide a small co
 
 wall: from the start of the command to its end. cpu: user and system time of it and all its
 workers. maxrss: of the largest single process (bytes). With --sample also pss: the peak, over
-samples 10 ms apart, of the proportional set size summed over the whole process tree, and anonymous:
-that of the part of it that is no file's. Sampling slows the command: take times without it.
+samples taken while it runs, of the proportional set size summed over the whole process tree, and
+anonymous: that of the part of it that is no file's. Sampling slows the command: take times without.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ def main() -> None:
         os.set_blocking(process.stderr.fileno(), False)
         errors = b""
         while not (done := os.wait4(process.pid, os.WNOHANG))[0]:
+            begin = time.perf_counter()
             both = [memory(pid) for pid in tree(process.pid)]
             peak = max(peak, sum(pss for pss, _ in both))
             anonymous = max(anonymous, sum(part for _, part in both))
             errors += process.stderr.read() or b""  # a full pipe would stop the command
-            time.sleep(0.01)
+            # The kernel walks all pages for a sample, and holds up a large process meanwhile.
+            time.sleep(max(0.01, 10 * (time.perf_counter() - begin)))
         errors += process.stderr.read() or b""
     else:
         assert process.stderr

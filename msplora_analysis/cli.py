@@ -164,7 +164,7 @@ def spectra(
     matrix), and prints a summary of each run.
     """
     ks = _parse_ks(k or [])
-    options = Options(ignore_unknown, semantics.value, base and str(base), top_k)
+    options = Options(ignore_unknown, semantics.value, str(base) if base else None, top_k)
     from msplora_analysis.files import discover
     from msplora_analysis.stream import write_tables
     from msplora_analysis.tables import KS, spectra_of

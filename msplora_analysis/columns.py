@@ -90,10 +90,7 @@ class Columns:
         padded = np.zeros((len(sigma), max(map(len, sigma))))
         for values, target in zip(sigma, padded, strict=True):
             target[: len(values)] = values
-        return {
-            "rows": np.array([row.rows for row in rows], dtype=np.int64),
-            "cols": np.array([row.cols for row in rows], dtype=np.int64),
-            "rank": np.array([row.rank for row in rows], dtype=np.int64),
+        measures = {
             "sigma_1": padded[:, 0],
             "frobenius": metrics.frobenius(padded),
             "nuclear": metrics.nuclear(padded),
@@ -101,6 +98,19 @@ class Columns:
             "effective_rank": metrics.effective_rank(padded),
             "participation_ratio": metrics.participation_ratio(padded),
             **{f"m_eff_{k}": metrics.m_eff(padded, k) for k in self.ks},
+        }
+        cut = np.array([i for i, row in enumerate(rows) if row.frobenius is not None], dtype=int)
+        if len(cut):  # what the missing values would change is not known
+            known = np.array([rows[i].frobenius for i in cut], dtype=np.float64)
+            for name in measures.keys() - {"sigma_1"}:
+                measures[name][cut] = np.nan
+            measures["frobenius"][cut] = known
+            measures["stable_rank"][cut] = (known / padded[cut, 0]) ** 2
+        return {
+            "rows": np.array([row.rows for row in rows], dtype=np.int64),
+            "cols": np.array([row.cols for row in rows], dtype=np.int64),
+            "rank": np.array([row.rank for row in rows], dtype=np.int64),
+            **measures,
         }
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from msplora_analysis.addresses import parse
 from msplora_analysis.cache import Cache
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files import Adapter
@@ -27,6 +28,7 @@ from msplora_analysis.results import Failure, Result, Row, Spectra
 
 if TYPE_CHECKING:
     from msplora_analysis.formats import Matrix
+    from msplora_analysis.tensors import TensorFile
 
 Progress = Callable[[float, int], None]  # adapters done, with the share of the one at work; adapters in all
 
@@ -38,7 +40,7 @@ _WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than
 class _Piece(NamedTuple):
     """The matrices of one adapter, or part number ``part`` of ``parts`` of them."""
 
-    index: int
+    number: int
     adapter: Adapter
     part: int = 0
     parts: int = 1
@@ -77,7 +79,7 @@ def compute(
                     cache.put(piece.adapter, options, whole)
                 yield whole
             if progress:
-                progress(piece.index + (piece.part + 1) / piece.parts, len(adapters))
+                progress(piece.number + (piece.part + 1) / piece.parts, len(adapters))
 
 
 Task = tuple[list[_Piece], list[Result] | None]  # what to compute, and the results if they are known
@@ -153,12 +155,12 @@ def _compute(pieces: Sequence[_Piece], options: Options) -> list[Result]:
 def _spectra(piece: _Piece, options: Options) -> Spectra:
     from msplora_analysis.formats import read_contents
     from msplora_analysis.spectra import adapter_spectra
-    from msplora_analysis.tensors import open_tensors
 
     adapter = piece.adapter
-    with open_tensors(adapter.file) as file:
+    with _open(adapter, options) as file:
         try:
             contents = read_contents(adapter.config, file, options)
+            notes = [*contents.notes, *_base_notes(adapter, file, options)]
         except AnalysisError as error:
             raise AnalysisError(f"{adapter.file}: {error}") from None
         if contents.unknown and not options.ignore_unknown:
@@ -167,9 +169,39 @@ def _spectra(piece: _Piece, options: Options) -> Spectra:
                 "pass --ignore-unknown (ignore_unknown=True) to leave them out"
             )
         matrices = _share(contents.matrices, piece.part, piece.parts)
-        sigma = adapter_spectra(file, matrices)
-    rows = [Row(m.scale, m.group, m.module, m.name, m.update.rows, m.update.cols, m.update.rank) for m in matrices]
-    return Spectra(adapter, rows, sigma, contents.unknown, contents.notes)
+        spectra = adapter_spectra(file, matrices, options.top_k)
+    rows = [
+        Row(m.scale, m.group, m.module, m.name, m.update.rows, m.update.cols, m.update.rank, found.frobenius)
+        for m, found in zip(matrices, spectra, strict=True)
+    ]
+    return Spectra(adapter, rows, [found.sigma for found in spectra], contents.unknown, notes)
+
+
+def _open(adapter: Adapter, options: Options) -> TensorFile:
+    """The file of an adapter; that of a whole model together with its base."""
+    from msplora_analysis.formats import looks_like_adapter
+    from msplora_analysis.tensors.sharded import open_checkpoint
+    from msplora_analysis.tensors.with_base import PairedFile
+
+    file = open_checkpoint(adapter.file)
+    if options.base is None or adapter.config or looks_like_adapter(file.shapes):
+        return file
+    try:
+        return PairedFile(file, open_checkpoint(parse(options.base)))
+    except BaseException:
+        file.__exit__(None, None, None)
+        raise
+
+
+def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[str]:
+    """What only the base can tell of an adapter: how far DoRA moved the magnitudes."""
+    if options.base is None or not adapter.config.get("use_dora"):
+        return []
+    from msplora_analysis.magnitude import magnitude_note
+    from msplora_analysis.tensors.sharded import open_checkpoint
+
+    with open_checkpoint(parse(options.base)) as base:
+        return [magnitude_note(file, base, adapter.config)]
 
 
 def unknown_text(names: Sequence[str]) -> str:

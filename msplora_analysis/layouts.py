@@ -9,7 +9,6 @@ LyCORIS (``<name>-<epoch>.safetensors``, ``<name>-step<step>.safetensors``, ``<n
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,14 +134,10 @@ def _number(path: Place, content: dict[str, Any], key: str) -> int | float | Non
     value = content.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _fits(value):
+    # The tables hold whole numbers as int64; NaN compares false.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**63:
         raise AnalysisError(f"{path}: {key} must be a number, got {value!r}")
     return int(value) if value == int(value) else value
-
-
-def _fits(value: int | float) -> bool:
-    """Whether the tables can hold it: finite, and if whole, an int64."""
-    return math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
 
 
 def read_json(path: Place) -> dict[str, Any]:

@@ -6,12 +6,14 @@ output and the norm over all else. At the start B A = 0 and m = ‖W‖, so m / 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.tensors import TensorFile
 
 
 class MagnitudeChange(NamedTuple):
@@ -19,6 +21,32 @@ class MagnitudeChange(NamedTuple):
 
     mean: float
     largest: float
+
+
+def magnitude_note(file: TensorFile, base: TensorFile, config: Mapping[str, Any]) -> str:
+    """One sentence on the magnitudes of all modules of a DoRA adapter, as PEFT saves it."""
+    from msplora_analysis.formats.full import align
+    from msplora_analysis.formats.lora import magnitude_vectors
+
+    vectors = magnitude_vectors(file.shapes)
+    of_base = align([f"{module}.weight" for module in vectors], base.shapes)
+    changes = {}
+    for module, name in vectors.items():
+        if (weight := of_base.get(f"{module}.weight")) is None:
+            raise AnalysisError(f"tensor {name} belongs to a module that the base does not have; is it another model?")
+        changes[module] = magnitude_change(
+            file.read(name).copy(),
+            base.read(weight),
+            name=name,
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+            embedding="lora_embedding" in "".join(key for key in file.shapes if f"{module}." in key),
+        )
+    mean = float(np.nanmean([change.mean for change in changes.values()]))
+    most = max(changes, key=lambda module: changes[module].largest)
+    return (
+        f"DoRA moved the magnitudes of the base's weights by {mean:.2%} in the mean, "
+        f"at most {changes[most].largest:.2%} (in {most})"
+    )
 
 
 def magnitude_change(

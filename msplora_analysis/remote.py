@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from msplora_analysis.errors import AnalysisError
 
@@ -146,7 +146,7 @@ class RemoteFile(io.RawIOBase):
             return 0
         self.fetch(self._position, self._position + len(view))
         self.spool.seek(self._position)
-        count: int = self.spool.file.readinto(view)
+        count: int = cast(io.FileIO, self.spool.file).readinto(view)
         self._position += count
         return count
 

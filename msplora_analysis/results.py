@@ -12,7 +12,10 @@ from msplora_analysis.files import Adapter
 
 
 class Row(NamedTuple):
-    """One matrix: its keys in the tables, its shape, and the rank of its factors."""
+    """One matrix: its keys in the tables, its shape, and the rank of its factors.
+
+    ``frobenius``: norm of the matrix, where only its largest singular values are known.
+    """
 
     scale: str
     group: int | None
@@ -21,6 +24,7 @@ class Row(NamedTuple):
     rows: int
     cols: int
     rank: int
+    frobenius: float | None = None
 
 
 class Spectra(NamedTuple):

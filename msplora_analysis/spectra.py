@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats import Factor, Kronecker, Matrix, Sum, Update
+from msplora_analysis.formats import Factor, Kronecker, Matrix, Sum, Update, Whole
 from msplora_analysis.scratch import scratch
 from msplora_analysis.tensors import FloatArray, TensorFile
 
@@ -30,49 +30,71 @@ Array = NDArray[np.floating[Any]]
 
 # A row of unit norm keeps this much (squared) beside the rows before it, or the factor takes QR:
 # Cholesky has then lost half of its digits.
-_DEPENDENT = 1e-7
+DEPENDENT = 1e-7
 _BLOCK = 2**21  # bytes of float64 factors held at once, unless one matrix alone takes more
 
 
-def adapter_spectra(file: TensorFile, matrices: Sequence[Matrix]) -> list[Array]:
-    """Singular values of each matrix, descending, ``matrix.update.rank`` of them, float64.
+class Spectrum(NamedTuple):
+    """Singular values, descending, float64; and the Frobenius norm where they are not all of the matrix's."""
+
+    sigma: Array
+    frobenius: float | None = None
+
+
+def adapter_spectra(file: TensorFile, matrices: Sequence[Matrix], top_k: int | None = None) -> list[Spectrum]:
+    """The spectrum of each matrix: ``matrix.update.rank`` singular values.
+
+    top_k: how many of a whole matrix, whose largest are computed (see ``truncated``).
 
     Reads each tensor as it is needed; memory stays at one block of factors. Raises AnalysisError
     naming the tensor that holds NaN or Inf.
     """
-    result: list[Array] = [np.empty(0)] * len(matrices)
+    result: list[Spectrum] = [Spectrum(np.empty(0))] * len(matrices)
     sums: dict[int, Sum] = {}
     for i, matrix in enumerate(matrices):
         if isinstance(matrix.update, Sum):
             sums[i] = matrix.update
+        elif isinstance(matrix.update, Whole):
+            result[i] = _whole_spectrum(file, matrix.update, matrix.name, top_k)
         else:
-            result[i] = _spectrum(file, matrix.update, matrix.name)
-    for block in _blocks(sums):
+            result[i] = Spectrum(_kronecker_sigma(file, matrix.update, matrix.name))
+    for block in factor_blocks(sums):
         updates = [sums[i] for i in block]
         sigma = _sum_spectra(file, updates)
-        finite = np.isfinite(sigma).all(axis=1)
-        for i, update, values, is_finite in zip(block, updates, sigma, finite, strict=True):
-            if not is_finite:
-                raise _not_finite(file, update, matrices[i].name)
-            result[i] = values
+        finite = np.isfinite(sigma).all()
+        for i, update, values in zip(block, updates, sigma, strict=True):
+            if not finite and not np.isfinite(values).all():
+                raise not_finite(file, update, matrices[i].name)
+            result[i] = Spectrum(values)
     return result
 
 
-def _spectrum(file: TensorFile, update: Update, name: str) -> Array:
-    """Singular values of one update of any kind."""
-    if isinstance(update, Kronecker):
-        left, right = _spectrum(file, update.left, name), _spectrum(file, update.right, name)
-        sigma: Array = np.sort(np.multiply.outer(left, right), axis=None)[::-1]
-    elif isinstance(update, Sum):
-        sigma = _sum_spectra(file, [update])[0]
-    else:
-        whole = np.multiply(_value(file, update.factor), update.scaling, dtype=np.float64)
-        if not np.isfinite(whole).all():
-            raise _not_finite(file, update, name)
-        sigma = np.linalg.svd(whole, compute_uv=False)
+def _kronecker_sigma(file: TensorFile, update: Kronecker, name: str) -> Array:
+    """All products of the singular values of both sides."""
+    sides = []
+    for side in (update.left, update.right):
+        if isinstance(side, Whole):
+            sides.append(_whole_spectrum(file, side, name, side.rank).sigma)
+        else:
+            sides.append(_sum_spectra(file, [side])[0])
+    with np.errstate(over="ignore", invalid="ignore"):
+        sigma: Array = np.sort(np.multiply.outer(*sides), axis=None)[::-1]
     if not np.isfinite(sigma).all():
-        raise _not_finite(file, update, name)
+        raise not_finite(file, update, name)
     return sigma
+
+
+def _whole_spectrum(file: TensorFile, update: Whole, name: str, top_k: int | None) -> Spectrum:
+    from msplora_analysis.truncated import matrix_spectrum
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        whole = np.multiply(value(file, update.factor), update.scaling, dtype=np.float64)
+    if not np.isfinite(whole).all():
+        raise not_finite(file, update, name)
+    found = matrix_spectrum(whole, top_k)
+    if not np.isfinite(found.sigma).all():
+        raise not_finite(file, update, name)
+    return Spectrum(found.sigma, None if found.whole else found.frobenius)
 
 
 def singular_values(a: Array, b: Array) -> Array:
@@ -84,25 +106,51 @@ def singular_values(a: Array, b: Array) -> Array:
     """
     rows, cols, rank = b.shape[1], a.shape[2], a.shape[1]
     with np.errstate(all="ignore"):  # what is not finite is reported as NaN
-        norms_a, lower_a = _triangular(a)
-        norms_b, lower_b = _triangular(b.transpose(0, 2, 1))
-        # Largest norms apart, so that nothing overflows or vanishes before the result does.
-        scale_a, scale_b = (np.max(norms, axis=1, keepdims=True) for norms in (norms_a, norms_b))
-        weights = norms_a / np.where(scale_a > 0, scale_a, 1)
-        weights *= norms_b / np.where(scale_b > 0, scale_b, 1)
-        core: Array = lower_b.transpose(0, 2, 1) @ (weights[:, :, None] * lower_a)
-        finite = np.asarray(np.isfinite(core).all(axis=(1, 2)))
-        core[~finite] = 0
-        sigma: Array = np.linalg.svd(core, compute_uv=False)
-        # Where exactly dependent rows cancel, only their rounding is left: that is zero.
-        rounding = 4 * rank * np.finfo(np.float64).eps * weights.max(axis=1)
-        sigma[sigma[:, 0] <= rounding] = 0
-        sigma *= scale_a
-        sigma *= scale_b
-        sigma[~finite] = np.nan
-        sigma[np.isinf(sigma)] = np.nan
+        core = reduced(a, b)
+        sigma: Array = core.scaled(np.linalg.svd(core.values, compute_uv=False))
     sigma[:, min(rows, cols, rank) :] = 0
     return sigma
+
+
+class Core(NamedTuple):
+    """n products ``b[i] @ a[i]`` as r×r matrices of the same singular values, but for two scales each.
+
+    values: (n, r, r), L_bᵀ W L_a, with the L's (n, r, r) of the factors' rows (columns of b) at unit norm, and W the
+    diagonal ``weights`` (n, r): products of the norms over those of the scales. finite: (n,).
+    """
+
+    values: Array
+    norms_a: Array
+    norms_b: Array
+    lower_a: Array
+    lower_b: Array
+    weights: Array
+    finite: Array
+
+    def scaled(self, sigma: Array) -> Array:
+        """Singular values (n, r) of the products from those of ``values``, in place; NaN for what is not finite."""
+        # Where exactly dependent rows cancel, only their rounding is left: that is zero.
+        rounding = 4 * sigma.shape[1] * np.finfo(np.float64).eps * self.weights.max(axis=1)
+        sigma[sigma[:, 0] <= rounding] = 0
+        sigma *= np.max(self.norms_a, axis=1, keepdims=True)
+        sigma *= np.max(self.norms_b, axis=1, keepdims=True)
+        sigma[~self.finite] = np.nan
+        sigma[np.isinf(sigma)] = np.nan
+        return sigma
+
+
+def reduced(a: Array, b: Array) -> Core:
+    """The cores of ``b[i] @ a[i]``, for arguments of ``singular_values``; to be called with numpy's errors ignored."""
+    norms_a, lower_a = _triangular(a)
+    norms_b, lower_b = _triangular(b.transpose(0, 2, 1))
+    # Largest norms apart, so that nothing overflows or vanishes before the result does.
+    scale_a, scale_b = (np.max(norms, axis=1, keepdims=True) for norms in (norms_a, norms_b))
+    weights = norms_a / np.where(scale_a > 0, scale_a, 1)
+    weights *= norms_b / np.where(scale_b > 0, scale_b, 1)
+    values: Array = lower_b.transpose(0, 2, 1) @ (weights[:, :, None] * lower_a)
+    finite = np.asarray(np.isfinite(values).all(axis=(1, 2)))
+    values[~finite] = 0
+    return Core(values, norms_a, norms_b, lower_a, lower_b, weights, finite)
 
 
 def _triangular(factor: Array) -> tuple[Array, Array]:
@@ -114,7 +162,7 @@ def _triangular(factor: Array) -> tuple[Array, Array]:
     norms = np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
     # Only here can squares have overflowed or vanished, or the factor hold NaN or Inf.
     for i in np.flatnonzero(~((norms > 1e-140) & (norms < 1e140)).all(axis=1)):
-        norms[i], unit = _unit_rows(factor[i])
+        norms[i], unit = unit_rows(factor[i])
         gram[i] = unit @ unit.T
     roots = np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
     roots[roots == 0] = 1
@@ -125,15 +173,15 @@ def _triangular(factor: Array) -> tuple[Array, Array]:
     gram[:, diagonal, diagonal] = 1  # for rows of zeros too, whose norms take them out again
     lower = _cholesky(gram)
     pivots = lower[:, diagonal, diagonal].min(axis=1) ** 2
-    for i in np.flatnonzero(pivots < _DEPENDENT):
-        _, unit = _unit_rows(factor[i])
+    for i in np.flatnonzero(pivots < DEPENDENT):
+        _, unit = unit_rows(factor[i])
         upper = np.asarray(np.linalg.qr(unit.T, mode="r"))
         lower[i] = 0
         lower[i, :, : len(upper)] = upper.T
     return norms, lower
 
 
-def _unit_rows(rows: Array) -> tuple[Array, Array]:
+def unit_rows(rows: Array) -> tuple[Array, Array]:
     """Row norms, and the rows divided by them; a row of zeros stays. Safe from over- and underflow."""
     peaks = np.abs(rows).max(axis=1)
     unit = rows / np.where(peaks > 0, peaks, 1)[:, None]
@@ -152,7 +200,7 @@ def _cholesky(gram: Array) -> Array:
         return np.concatenate([_cholesky(one[None]) for one in gram])
 
 
-def _blocks(sums: Mapping[int, Sum]) -> Iterator[list[int]]:
+def factor_blocks(sums: Mapping[int, Sum]) -> Iterator[list[int]]:
     """Keys of sums of equal shape and ranks, as many at once as _BLOCK holds."""
     alike: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
     for i, update in sums.items():
@@ -165,9 +213,18 @@ def _blocks(sums: Mapping[int, Sum]) -> Iterator[list[int]]:
 
 
 def _sum_spectra(file: TensorFile, sums: Sequence[Sum]) -> Array:
-    """Singular values (n, r) of n sums of equal shape and rank.
+    """Singular values (n, r) of n sums of equal shape and rank."""
+    a, b, scaling = load_factors(file, sums)
+    with np.errstate(over="ignore"):
+        sigma: Array = singular_values(a, b) * np.abs(scaling)[:, None]
+    return sigma
 
-    The factors of a sum are concatenated; a factor that several sums share is read once.
+
+def load_factors(file: TensorFile, sums: Sequence[Sum]) -> tuple[Array, Array, Array]:
+    """Factors (n, r, cols) and (n, rows, r) of n sums of equal shape and ranks, and what remains to scale by (n,).
+
+    The factors of a sum are concatenated; a factor that several sums share is read once. Both are
+    scratch memory, which the next call overwrites.
     """
     n, first = len(sums), sums[0]
     a = _floats("A", n, first.rank, first.cols)
@@ -182,19 +239,16 @@ def _sum_spectra(file: TensorFile, sums: Sequence[Sum]) -> Array:
             start = stop
     file.prefetch(name for factor in places for name in factor.tensors)
     for factor, targets in places.items():
-        values = _value(file, factor)
+        values = value(file, factor)
         for target in targets:
             np.copyto(target, values)
 
     # One scaling can wait for the singular values; several decide how the products add up.
     scalings = np.array([[product.scaling for product in update.products] for update in sums])
-    if scalings.shape[1] > 1:
-        ranks = [product.rank for product in first.products]
-        b *= np.repeat(scalings, ranks, axis=1)[:, None, :]
-        return singular_values(a, b)
-    with np.errstate(over="ignore"):
-        sigma: Array = singular_values(a, b) * np.abs(scalings)
-    return sigma
+    if scalings.shape[1] == 1:
+        return a, b, scalings[:, 0]
+    b *= np.repeat(scalings, [product.rank for product in first.products], axis=1)[:, None, :]
+    return a, b, np.ones(n)
 
 
 def _floats(use: str, *shape: int) -> Array:
@@ -202,7 +256,7 @@ def _floats(use: str, *shape: int) -> Array:
     return scratch(use, 8 * math.prod(shape)).view(np.float64).reshape(shape)
 
 
-def _value(file: TensorFile, factor: Factor) -> FloatArray:
+def value(file: TensorFile, factor: Factor) -> FloatArray:
     """The matrix that a factor stands for; it may be a view that the next read overwrites."""
     if factor.make is None:
         return file.read(factor.tensors[0]).reshape(factor.rows, factor.cols)
@@ -211,7 +265,7 @@ def _value(file: TensorFile, factor: Factor) -> FloatArray:
     return factor.make(*(file.read(name).copy() for name in factor.tensors))
 
 
-def _not_finite(file: TensorFile, update: Update, name: str) -> AnalysisError:
+def not_finite(file: TensorFile, update: Update, name: str) -> AnalysisError:
     for factor in _factors(update):
         for tensor in factor.tensors:
             if not np.isfinite(file.read(tensor)).all():

@@ -12,7 +12,7 @@ from msplora_analysis.columns import Columns
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files import Adapter
 from msplora_analysis.results import Failure, Spectra
-from msplora_analysis.table_files import table_writer
+from msplora_analysis.table_files import TableWriter, table_writer
 from msplora_analysis.tables import succeeding
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def write_tables(
 
     paths = [folder / f"{name}.{suffix}" for name in ("spectra", "metrics")]
     with ExitStack() as stack:
-        writers = []
+        writers: list[TableWriter] = []
         for batch in Columns(adapters, ks).batches(wanted()):
             if not writers:  # files appear only if there is something in them
                 writers = [stack.enter_context(table_writer(path)) for path in paths]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msplora_analysis.cache import open_cache
 from msplora_analysis.engine import Progress, compute, unknown_text
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter, StrPath, discover
+from msplora_analysis.files import Adapter, Place, StrPath, discover
 from msplora_analysis.options import Options
 from msplora_analysis.results import Failure, Spectra
 
@@ -93,7 +93,7 @@ def spectra_of(
     dask: str | None = None,
     cache: bool = True,
     progress: Progress | None = None,
-) -> Iterator[Spectra | Failure]:
+) -> Generator[Spectra | Failure, None, None]:
     """``engine.compute`` with the user's cache, and a warning for what its results must be read with."""
     said = _Warnings()
     with ExitStack() as stack:
@@ -101,7 +101,7 @@ def spectra_of(
         if opened is not None:
             stack.enter_context(closing(opened))
         results = compute(adapters, options, workers=workers, dask=dask, cache=opened, progress=progress)
-        for result in stack.enter_context(closing(results)):
+        for result in results:
             if isinstance(result, Spectra):
                 said.hear(result)
             yield result
@@ -120,7 +120,7 @@ class _Warnings:
     """What is noted of many adapters, told once: by its first file and how many others."""
 
     def __init__(self) -> None:
-        self._files: dict[str, list[Path]] = {}
+        self._files: dict[str, list[Place]] = {}
 
     def hear(self, result: Spectra) -> None:
         notes = list(result.notes)

@@ -39,12 +39,13 @@ from msplora_analysis.formats.base import (
     trained_in_full,
 )
 from msplora_analysis.formats.flattened import dotted
-from msplora_analysis.formats.parts import Parts, layer_matrix
-from msplora_analysis.formats.structures import by_pattern, leading, low_rank, required, tucker, whole
+from msplora_analysis.formats.parts import Parts, by_pattern, layer_matrix
+from msplora_analysis.formats.structures import leading, low_rank, required, tucker, whole
 from msplora_analysis.options import Options
 from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "none (files of kohya's scripts, LyCORIS and diffusers)"
+READS_VALUES = True
 
 _METADATA = "lora_adapter_metadata"  # diffusers: the PEFT configs of a pipeline's models, as one JSON object
 # In the order tried. A part is "down", "up" or "mid" of a LoRA, or what the key itself says.

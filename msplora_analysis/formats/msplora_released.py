@@ -43,6 +43,7 @@ from msplora_analysis.options import Options
 from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "MSPLORA"
+READS_VALUES = True
 
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?_(?P<scale>[0-9]{1,3})\.weight")
 

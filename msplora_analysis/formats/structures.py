@@ -6,7 +6,6 @@ None is multiplied out where its spectrum is that of smaller factors.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,7 @@ from msplora_analysis.formats.base import (
     make_product,
     table,
 )
-from msplora_analysis.formats.parts import needed_number
+from msplora_analysis.formats.parts import by_pattern, needed_number
 
 Array = NDArray[np.float64]
 
@@ -171,14 +170,3 @@ def peft_scaling(config: Config, name: str, rank: int | None, tensor: str) -> fl
             f"tensor {tensor} has rank {rank}, adapter_config.json says {r:g}; is it the config of another adapter?"
         )
     return alpha / r
-
-
-def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The first entry whose key matches the end of a module's name, as PEFT's get_pattern_key."""
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error:
-            raise AnalysisError(f"the pattern {pattern!r} of the config is not a regular expression") from None
-    return default

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from msplora_analysis.addresses import Place
+
+if TYPE_CHECKING:
+    from typing import Self
 
 Shape = tuple[int, ...]
 FloatArray = NDArray[np.floating[Any]]
@@ -17,12 +21,12 @@ FloatArray = NDArray[np.floating[Any]]
 class TensorFile(Protocol):
     """An open file of named tensors."""
 
-    path: Path
+    path: Place
     shapes: dict[str, Shape]
     metadata: dict[str, str]
 
     def read(self, name: str) -> FloatArray:
-        """One tensor, float16/32/64 (bfloat16 widened to float32).
+        """One tensor, float16/32/64 (bfloat16 widened to float32), or int32/64 of one element.
 
         It may be a view of a buffer that the next read, of any file, overwrites: copy what must last.
         """
@@ -32,7 +36,7 @@ class TensorFile(Protocol):
         """Say which tensors will be read next, so that those that lie side by side are read at once."""
         ...
 
-    def __enter__(self) -> TensorFile: ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(
         self,
@@ -42,7 +46,7 @@ class TensorFile(Protocol):
     ) -> None: ...
 
 
-def open_tensors(path: Path) -> TensorFile:
+def open_tensors(path: Place) -> TensorFile:
     """Open an adapter file by its suffix."""
     if path.suffix == ".safetensors":
         from msplora_analysis.tensors.safetensors import SafetensorsFile

@@ -10,14 +10,17 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from msplora_analysis.addresses import Place, read_bytes
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.tensors import FloatArray, Shape, TensorFile, open_tensors
 
 CHECKPOINT_NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 INDEX_SUFFIX = ".index.json"
 
+_LARGEST_INDEX = 32 * 2**20  # bytes
 
-def find_checkpoint(path: Path) -> Path:
+
+def find_checkpoint(path: Place) -> Place:
     """The file of a model, or the index of its shards: ``path`` itself, or in the folder ``path``."""
     if path.is_file():
         return path
@@ -30,7 +33,7 @@ def find_checkpoint(path: Path) -> Path:
     raise AnalysisError(f"{path}: no model in this folder; expected one of {', '.join(names)}")
 
 
-def open_checkpoint(path: Path) -> TensorFile:
+def open_checkpoint(path: Place) -> TensorFile:
     """Open a model's weights: a file, an index of shards, or the folder of either."""
     file = find_checkpoint(path)
     return ShardedFile(file) if file.name.endswith(INDEX_SUFFIX) else open_tensors(file)
@@ -39,7 +42,7 @@ def open_checkpoint(path: Path) -> TensorFile:
 class ShardedFile:
     """The shards of an index as one file. One shard is open at a time: read in the order of ``shapes``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
         self.shapes: dict[str, Shape] = {}
@@ -84,12 +87,12 @@ class ShardedFile:
             self.shapes[name] = shapes[name]
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: Place) -> dict[str, str]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_bytes(path, _LARGEST_INDEX))
         shards = value["weight_map"]
-    except OSError as error:
-        raise AnalysisError(f"{path}: cannot be read: {error.strerror}") from None
+    except AnalysisError:
+        raise
     except (ValueError, RecursionError, TypeError, KeyError):
         raise AnalysisError(f"{path}: expected a JSON object with a weight_map; save or copy it again") from None
     # A shard is a file beside the index: no path may lead elsewhere.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
+from msplora_analysis.addresses import Place
 from msplora_analysis.tensors import FloatArray, Shape, TensorFile
 from msplora_analysis.tensors.sharded import open_checkpoint
 
 BASE = "base:"  # the base's tensors are named with it
 
 
-def open_with_base(path: Path, base: Path) -> PairedFile:
+def open_with_base(path: Place, base: Place) -> PairedFile:
     """Open a checkpoint and its base, each a file, an index of shards, or the folder of either."""
     tuned = open_checkpoint(path)
     try:

@@ -30,7 +30,18 @@ from msplora_analysis import AnalysisError, load_tables
 NUMBERS = [0, 1, 2, 3, 4, 8, -1, 1.5, 1e300, float("nan"), 2**31, 2**53, 2**63, 2**64, 10**25, 10**400]
 WORDS = ["", "a", "F32", "F16", "BF16", "I64", "F4", "none", "all", "\n", "\0", "\x1b[1m"]
 WORDS += ["LORA", "MSPLORA", "LOHA", "LOKR", "ADALORA", "VERA", "VBLORA", "DELORA", "GRALORA", "OFT", "IA3", "RANDLORA"]
-WORDS += ["../x", "(", ".*", "\ud800", "query", "base_model.model.", "layer.0.query", "__metadata__", "global", "é" * 50]
+WORDS += [
+    "../x",
+    "(",
+    ".*",
+    "\ud800",
+    "query",
+    "base_model.model.",
+    "layer.0.query",
+    "__metadata__",
+    "global",
+    "é" * 50,
+]
 KEYS = ["r", "lora_alpha", "peft_type", "rank_pattern", "alpha_pattern", "ranks", "use_rslora", "bias", "use_dora"]
 KEYS += ["modules_to_save", "target_modules", "mid_groups", "dtype", "shape", "data_offsets", "__metadata__", "alpha"]
 KEYS += ["lora_bias", "trainable_token_indices", "rank", "module_dropout", "fan_in_fan_out", "layers_to_transform"]
@@ -40,7 +51,7 @@ PARTS += ["lora_magnitude_vector", "alpha", "diff", "lora_E", "vera_lambda_b", "
 
 
 def seeds() -> list[tuple[dict[str, np.ndarray], dict[str, Any] | None]]:
-    """Adapters to start from: LoRA, MSPLoRA, and one without a configuration, as kohya writes it."""
+    """Adapters to start from: of PEFT, of msplora_core, and one without a configuration, as kohya writes it."""
     rng = np.random.default_rng(0)
     msplora = {}
     for layer in range(3):
@@ -54,11 +65,21 @@ def seeds() -> list[tuple[dict[str, np.ndarray], dict[str, Any] | None]]:
         kohya[f"{key}.lora_down.weight"] = rng.standard_normal((2, 6)).astype(np.float32)
         kohya[f"{key}.lora_up.weight"] = rng.standard_normal((5, 2)).astype(np.float32)
         kohya[f"{key}.alpha"] = np.array(1.0, np.float32)
+    key = "base_model.model.layer.0.query"
+    loha = {f"{key}.hada_w{i}_a": rng.standard_normal((5, 2)) for i in (1, 2)}
+    loha |= {f"{key}.hada_w{i}_b": rng.standard_normal((2, 6)) for i in (1, 2)}
+    lokr = {f"{key}.lokr_w1": rng.standard_normal((2, 3)), f"{key}.lokr_w2_a": rng.standard_normal((4, 2))}
+    lokr |= {f"{key}.lokr_w2_b": rng.standard_normal((2, 5))}
+    adalora = {f"{key}.lora_A": rng.standard_normal((2, 6)), f"{key}.lora_B": rng.standard_normal((5, 2))}
+    adalora |= {f"{key}.lora_E": rng.standard_normal((2, 1))}
     scales = {"global": 2, "mid": 2, "layer": 2}
     return [
         (lora_tensors("layer.0.query", "layer.1.query"), lora_config(rank_pattern={"layer.1": 2})),
         (msplora, {"peft_type": "MSPLORA", "r": 8, "lora_alpha": 4, "ranks": scales, "mid_groups": 3}),
         (kohya, None),
+        (loha, {"peft_type": "LOHA", "r": 2, "alpha": 4, "rank_pattern": {}, "alpha_pattern": {}}),
+        (lokr, {"peft_type": "LOKR", "r": 2, "alpha": 4, "rank_pattern": {}, "alpha_pattern": {}}),
+        (adalora, {"peft_type": "ADALORA", "r": 2, "lora_alpha": 4, "target_r": 2, "init_r": 2, "rank_pattern": None}),
     ]
 
 
@@ -143,7 +164,7 @@ def write(rng: random.Random, folder: Path, started: list[Any]) -> Path:
         state = json.dumps(mutate_json(rng, json.loads(state), [])).encode()
     for file in folder.iterdir():
         file.unlink()
-    if config is None and target >= 0:
+    if config is None:
         (folder / "adapter.safetensors").write_bytes(content)
         return folder / "adapter.safetensors" if rng.random() < 0.5 else folder
     (folder / "adapter_model.safetensors").write_bytes(content)
@@ -171,7 +192,9 @@ def fuzz(count: int, root: Path, seed: int = 0) -> Counter[str]:
             outcomes["tables"] += 1
         except AnalysisError as error:
             message = str(error)
-            assert message.isprintable() and str(root) in message and len(message) < 2000, f"seed {seed}-{i}: {message}"
+            assert message.isprintable(), f"seed {seed}-{i}: {message!r}"
+            assert str(root) in message, f"seed {seed}-{i}: {message}"
+            assert len(message) < 2000, f"seed {seed}-{i}: {message}"
             outcomes["error"] += 1
         except Exception as error:
             raise AssertionError(f"seed {seed}-{i}: {type(error).__name__}: {error}") from error

@@ -237,7 +237,7 @@ def test_interrupt_is_status_130(runs, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("msplora_analysis.tables.load_tables", interrupt)
-    assert run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "out") == (130, "", "")
+    assert run(capsys, monkeypatch, "figures", runs, "--out", tmp_path / "out") == (130, "", "")
 
 
 def test_reader_that_goes_away_is_no_failure(runs, tmp_path):

@@ -277,7 +277,7 @@ def test_full_checkpoints_are_found_if_asked_for(tmp_path):
     assert all(a.config == {} and a.run == "run" for a in discover(tmp_path, full=True))
     index = run / "checkpoint-20" / "model.safetensors.index.json"
     assert [(a.run, a.file, a.step) for a in discover(index, full=True)] == [("run", index, 20)]
-    with pytest.raises(AnalysisError, match="no full checkpoint found; looked in it and all its folders for model.saf"):
+    with pytest.raises(AnalysisError, match="no full checkpoint found; looked in it and all its folders for model"):
         discover(run / "checkpoint-40", full=True)
     assert found(tmp_path) == [("run", 40, 4)]
 
@@ -351,7 +351,7 @@ def test_json_of_another_kind(tmp_path):
     assert error(folder) == f"{folder}/adapter_config.json: expected a JSON object, got list"
 
 
-@pytest.mark.parametrize("epoch", ["'one'", True, float("nan"), float("inf"), [1], 10**400])
+@pytest.mark.parametrize("epoch", ["'one'", True, float("nan"), float("inf"), [1], 2**63, 1e300])
 def test_epoch_that_is_no_number(tmp_path, epoch):
     folder = write_adapter(tmp_path / "run" / "checkpoint-5")
     (folder / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))

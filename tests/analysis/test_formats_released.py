@@ -27,7 +27,7 @@ def load(path: Path, config: dict, options: Options = PAPER):
     with open_tensors(path) as file:
         matrices, unknown, notes = read_contents(config, file, options)
         assert unknown == []
-        sigma = adapter_spectra(file, matrices)
+        sigma = [found.sigma for found in adapter_spectra(file, matrices)]
     found = {(m.scale, m.group, m.name): (m, values) for m, values in zip(matrices, sigma, strict=True)}
     assert len(found) == len(matrices)
     return found, notes

@@ -54,7 +54,7 @@ def load(path: Path, base: Path, unknown=()):
         assert full.matches({}, file)
         matrices, names, notes = full.read({}, file, Options(base=str(base)))
         assert names == list(unknown)
-        sigma = adapter_spectra(file, matrices)
+        sigma = [found.sigma for found in adapter_spectra(file, matrices)]
     assert all(matrix.scale == "layer" for matrix in matrices)
     return {matrix.name: (matrix, values) for matrix, values in zip(matrices, sigma, strict=True)}, notes
 

@@ -1,4 +1,4 @@
-"""Files that are broken or made to do harm: one clear line, in bounded time and memory, and nothing is run or written."""
+"""Files that are broken or made to do harm: one clear line in bounded time and memory; nothing is run or written."""
 
 import io
 import json
@@ -22,6 +22,7 @@ from adapters import lora_config, lora_tensors, write_adapter
 from fuzz import fuzz
 
 from msplora_analysis import AnalysisError, load_tables
+from msplora_analysis.cli import app
 from msplora_analysis.errors import printable
 from msplora_analysis.files import discover
 from msplora_analysis.layouts import read_json
@@ -153,12 +154,7 @@ def test_names_are_names_and_nothing_else(tmp_path, name, capfd):
     assert f"layer.0.{name}" in set(tables.metrics["name"])
     assert all(run.isprintable() for run in tables.metrics["run"])
     before = set(tmp_path.rglob("*"))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["msplora-analyze", "spectra", str(tmp_path / "runs"), "--out", str(tmp_path / "o")])
-        from msplora_analysis.cli import app
-
-        app(prog_name="msplora-analyze")
-    assert not end.value.code
+    app(["spectra", str(tmp_path / "runs"), "--out", str(tmp_path / "o")], standalone_mode=False)
     shown = "".join(capfd.readouterr())
     assert "\x1b[31m" not in shown
     assert {path for path in set(tmp_path.rglob("*")) - before if not path.is_relative_to(tmp_path / "o")} == set()
@@ -180,11 +176,12 @@ def test_config_of_wrong_types(tmp_path, value):
     keys = ("r", "lora_alpha", "bias", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "peft_type")
     for key in (*keys, "lora_bias", "target_modules", "layers_to_transform", "trainable_token_indices"):
         folder = write_adapter(tmp_path / key, config=lora_config(**{key: value}))
+        message = None
         try:
             load_tables(folder)
         except AnalysisError as caught:
-            assert str(folder) in str(caught)
-            assert str(caught).isprintable()
+            message = str(caught)
+        assert message is None or (str(folder) in message and message.isprintable())
 
 
 def test_config_that_is_huge(tmp_path):
@@ -274,7 +271,9 @@ def test_pickles_run_nothing(tmp_path, zipped, place):
     bomb = Bomb(tmp_path / "ran")
     value = {"value": {"x": bomb}, "key": {("a",): bomb}, "state_dict": {"state_dict": bomb}}.get(place)
     path = save(tmp_path / "x.bin", value or {**FACTORS, "config": bomb}, _use_new_zipfile_serialization=zipped)
-    assert load_error(path).startswith(f"{path}: PyTorch cannot open it: ")
+    assert (
+        load_error(path) == f"{path}: PyTorch cannot open it: Unsupported global: GLOBAL io.open; save or copy it again"
+    )
     assert not (tmp_path / "ran").exists()
 
 

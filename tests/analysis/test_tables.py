@@ -9,7 +9,7 @@ from adapters import lora_config, lora_tensors, write_adapter
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError
-from msplora_analysis.table_files import write_table
+from msplora_analysis.table_files import TableWriter, write_table
 from msplora_analysis.tables import gather_spectra, load_tables
 
 KEYS = ["run", "step", "epoch", "scale", "group", "module", "name"]
@@ -122,11 +122,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, runs, mon
     file = tmp_path / "spectra.csv"
     file.write_text("old")
 
-    def fail(self, path, **options):
-        Path(path).write_text("half")
+    def fail(self, batch):
+        self._path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    monkeypatch.setattr(TableWriter, "write", fail)
     with pytest.raises(AnalysisError) as caught:
         write_table(pd.DataFrame({"a": [1]}), file)
     assert str(caught.value) == f"{file}: cannot be written: No space left on device"

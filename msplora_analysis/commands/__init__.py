@@ -1,0 +1,1 @@
+"""The commands of ``msplora-analyze`` that have a module of their own."""

@@ -1,0 +1,139 @@
+"""Did every layer learn, and none too much? No update, NaN and Inf, norms that stand out or jump."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from msplora_analysis.findings.base import Array, Evidence, Finding, Kind, when
+from msplora_analysis.metrics import frobenius
+
+NO_UPDATE = Kind(
+    "no-update",
+    "error",
+    "the update is zero, or has not changed since the first checkpoint",
+    "exact: an update that trains moves by more than rounding",
+    "check that these modules take part in the forward pass, require gradients, are in the optimizer, and that the "
+    "checkpoint was saved after training; a B that reloads as zero is a loading fault",
+)
+NON_FINITE = Kind(
+    "non-finite",
+    "error",
+    "the file holds NaN or Inf",
+    "exact",
+    "take an earlier checkpoint; lower the learning rate, clip gradients, or train in bfloat16 or float32 instead of "
+    "float16",
+)
+NORM_OUTLIER = Kind(
+    "norm-outlier",
+    "warning",
+    "the norm stands out among the layers",
+    "modified z-score above 3.5 (Iglewicz & Hoaglin 1993) and a factor of 4 from the median (our choice: 3.2 is the "
+    "most in 45 healthy runs)",
+    "look at this layer's gradients and learning rate, and at what was merged or scaled by hand; compare the task "
+    "metric with the layer's part scaled down",
+)
+NORM_JUMP = Kind(
+    "norm-jump",
+    "warning",
+    "the norm jumped between two checkpoints",
+    "5 times the growth that a constant rate of change gives (our choice: 2.7 is the most in 45 healthy runs)",
+    "look at the loss around this step; lower the learning rate, clip gradients, or take the checkpoint before it",
+)
+
+Z = 3.5
+FACTOR = 4.0
+JUMP = 5.0
+PEERS = 4  # layers below which a median says nothing
+MOVED = 1e-6  # relative; files in float32 hold differences down to about 1e-7
+
+
+def no_update(evidence: Evidence) -> Iterator[Finding]:
+    """Zero at the run's last checkpoint (after step 0), or the same since its first."""
+    if evidence.matrices is None:
+        return
+    for run in evidence.matrices.parts().groups("run"):
+        first, last = (run.where(run.keys["time"] == time) for time in (0, run.keys["time"].max()))
+        if ((last.keys["step"] == 0) | (last.keys["step"].isna() & (last.keys["epoch"] == 0))).all():
+            continue  # the adapter before training, alone
+        before = {key: sigma for key, sigma in zip(_names(first), first.sigma, strict=True)}
+        span = when(first.place(0)) if len(first.keys) else ""
+        moved = bool(len(run.keys) > len(last.keys))
+        for row, (key, sigma) in enumerate(zip(_names(last), last.sigma, strict=True)):
+            place = last.place(row)
+            if sigma[0] == 0:
+                yield Finding(NO_UPDATE, place, 0.0, 0.0, f"every singular value is 0 at {when(place)}")
+            elif moved and key in before:
+                change = float(np.abs(sigma - before[key]).max() / sigma[0])
+                if change <= MOVED:
+                    text = f"no singular value moved by more than {change:.1g} of the largest since {span}"
+                    yield Finding(NO_UPDATE, place, change, MOVED, text)
+
+
+def non_finite(evidence: Evidence) -> Iterator[Finding]:
+    for broken in evidence.broken:
+        tensor = re.search(r"tensor (\S+) holds", broken.message)
+        place = {"run": broken.run, "step": broken.step, "epoch": broken.epoch, "name": tensor[1] if tensor else None}
+        yield Finding(NON_FINITE, place, np.nan, np.nan, broken.message)
+
+
+def norm_outlier(evidence: Evidence) -> Iterator[Finding]:
+    """Frobenius norms at the last checkpoint, against the median of the layers of the same module and scale."""
+    if evidence.matrices is None:
+        return
+    parts = evidence.matrices.parts()
+    for peers in parts.where(parts.keys["last"]).groups("run", "scale", "module"):
+        norms = frobenius(peers.sigma)
+        peers, norms = peers.where(norms > 0), norms[norms > 0]
+        if len(norms) < PEERS:
+            continue
+        factors, z = robust(norms)
+        for row in np.flatnonzero((np.maximum(factors, 1 / factors) >= FACTOR) & (np.abs(z) > Z)):
+            ratio = float(factors[row])
+            text = (
+                f"Frobenius norm {norms[row]:.3g}, {ratio:.3g} times the median of its {len(norms)} peers "
+                f"(modified z-score {z[row]:.3g})"
+            )
+            place = peers.place(int(row))
+            # A layer that learned little is no fault of itself.
+            severity = None if ratio > 1 else "info"
+            yield Finding(NORM_OUTLIER, place, ratio, FACTOR if ratio > 1 else 1 / FACTOR, text, severity)
+
+
+def robust(norms: Array) -> tuple[Array, Array]:
+    """Each norm over the median, and its modified z-score 0.6745 (x - median) / MAD, of logarithms."""
+    deviations = np.log(norms) - np.median(np.log(norms))
+    spread = np.median(np.abs(deviations))
+    z = np.divide(0.6745 * deviations, spread, out=np.sign(deviations) * np.inf, where=spread > 0)
+    return np.exp(deviations), np.where(deviations == 0, 0, z)
+
+
+def norm_jump(evidence: Evidence) -> Iterator[Finding]:
+    """Growth of the Frobenius norm from one checkpoint to the next, over the growth of the step."""
+    if evidence.matrices is None:
+        return
+    parts = evidence.matrices.parts()
+    for series in parts.groups("run", "scale", "module", "name"):
+        order = np.argsort(series.keys["time"].to_numpy())
+        norms = frobenius(series.sigma)[order]
+        steps = series.keys["step"].fillna(series.keys["epoch"]).to_numpy(dtype=np.float64)[order]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            growth = norms[1:] / norms[:-1] / (steps[1:] / steps[:-1])
+        # Before training the norm is 0 and so is the step: both give NaN or infinity.
+        for i in np.flatnonzero((growth >= JUMP) & np.isfinite(growth)):
+            place = series.place(int(order[i + 1]))
+            before = when(series.place(int(order[i])))
+            ratio = norms[i + 1] / norms[i]
+            text = f"Frobenius norm {norms[i]:.3g} at {before}, {norms[i + 1]:.3g} at {when(place)}: {ratio:.3g} times"
+            yield Finding(NORM_JUMP, place, float(growth[i]), JUMP, text)
+
+
+def _names(matrices: object) -> list[tuple[str, str]]:
+    keys = matrices.keys  # type: ignore[attr-defined]
+    return list(zip(keys["scale"], keys["name"], strict=True))
+
+
+CHECKS = (no_update, non_finite, norm_outlier, norm_jump)
+KINDS = (NO_UPDATE, NON_FINITE, NORM_OUTLIER, NORM_JUMP)
