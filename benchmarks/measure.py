@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -150,13 +151,25 @@ def launch(command: Sequence[str | Path], *, sample: bool = False) -> dict[str, 
     """What launch.py tells of one run of ``command``. Raises Failed unless it ends with status 0."""
     environment = {key: value for key, value in os.environ.items() if key not in _THREADS}
     arguments = [sys.executable, "-S", HERE / "launch.py", *(["--sample"] if sample else []), *command]
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
-    except subprocess.TimeoutExpired:
-        raise Failed(f"stopped after {TIMEOUT:.0f} s") from None
-    if done.returncode:
-        raise Failed(done.stderr.strip().splitlines()[-1])
-    result: dict[str, Any] = json.loads(done.stdout)
+        output, error = process.communicate(timeout=TIMEOUT)
+    except BaseException as reason:
+        os.killpg(process.pid, signal.SIGKILL)  # the command too
+        process.communicate()
+        if isinstance(reason, subprocess.TimeoutExpired):
+            raise Failed(f"stopped after {TIMEOUT:.0f} s") from None
+        raise
+    if process.returncode:
+        raise Failed(error.strip().splitlines()[-1])
+    result: dict[str, Any] = json.loads(output)
     errors = result.pop("stderr").strip().splitlines()
     if status := result.pop("status"):
         raise Failed(errors[-1] if errors else f"ended with status {status}")

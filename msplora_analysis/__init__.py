@@ -16,6 +16,7 @@ from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
     from msplora_analysis.figures import write_figures
+    from msplora_analysis.redundancy import load_pairs, load_redundancy, load_scale_pairs
     from msplora_analysis.table_files import read_spectra
     from msplora_analysis.tables import load_metrics, load_spectra, load_tables
 
@@ -25,6 +26,9 @@ __all__ = [
     "AnalysisError",
     "__version__",
     "load_metrics",
+    "load_pairs",
+    "load_redundancy",
+    "load_scale_pairs",
     "load_spectra",
     "load_tables",
     "read_spectra",
@@ -33,6 +37,9 @@ __all__ = [
 
 _MODULES = {
     "load_metrics": "tables",
+    "load_pairs": "redundancy",
+    "load_redundancy": "redundancy",
+    "load_scale_pairs": "redundancy",
     "load_spectra": "tables",
     "load_tables": "tables",
     "read_spectra": "table_files",

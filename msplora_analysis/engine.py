@@ -27,7 +27,7 @@ from msplora_analysis.options import Options
 from msplora_analysis.results import Failure, Result, Row, Spectra
 
 if TYPE_CHECKING:
-    from msplora_analysis.formats import Matrix
+    from msplora_analysis.formats import Contents, Matrix
     from msplora_analysis.tensors import TensorFile
 
 Progress = Callable[[float, int], None]  # adapters done, with the share of the one at work; adapters in all
@@ -37,7 +37,7 @@ _PATIENCE = 10  # seconds to reach a Dask scheduler
 _WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than it saves
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """The matrices of one adapter, or part number ``part`` of ``parts`` of them."""
 
     number: int
@@ -45,6 +45,10 @@ class _Piece(NamedTuple):
     part: int = 0
     parts: int = 1
     is_cached: bool = False
+
+
+# What is computed of a piece, in a worker: a function of a module. Its result has the method ``joined`` of ``Spectra``.
+Work = Callable[[Piece, Options], Any]
 
 
 def compute(
@@ -56,11 +60,28 @@ def compute(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Result]:
-    """The spectra of each adapter, in order, or what is wrong with it.
+    """The spectra of each adapter, in order, or what is wrong with it; see ``compute_each``.
+
+    cache: where results are looked up and kept.
+    """
+    return compute_each(_spectra, adapters, options, workers=workers, dask=dask, cache=cache, progress=progress)
+
+
+def compute_each(
+    work: Work,
+    adapters: Sequence[Adapter],
+    options: Options,
+    *,
+    workers: int | None = None,
+    dask: str | None = None,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Any]:
+    """The result of ``work`` for each adapter, in order, or the Failure that says what is wrong with it.
 
     workers: processes on this machine; None: one for each CPU, if there is enough to do.
     dask: address of a Dask scheduler whose workers compute instead. They see the same paths.
-    cache: where results are looked up and kept.
+    cache: for spectra alone.
     progress: called after each piece of work.
 
     Raises AnalysisError if the cluster cannot be reached or a worker dies.
@@ -70,7 +91,7 @@ def compute(
         workers = _cpus() if sum(sizes) > _WORTH_PROCESSES else 1
     with _executor(workers, dask) as executor:
         parts: list[Result] = []
-        for piece, result in _in_order(executor, _tasks(adapters, sizes, workers, cache, options), options):
+        for piece, result in _in_order(executor, _tasks(adapters, sizes, workers, cache, options), options, work):
             parts.append(result)
             if piece.part == piece.parts - 1:
                 whole = _joined(parts)
@@ -82,7 +103,7 @@ def compute(
                 progress(piece.number + (piece.part + 1) / piece.parts, len(adapters))
 
 
-Task = tuple[list[_Piece], list[Result] | None]  # what to compute, and the results if they are known
+Task = tuple[list[Piece], list[Result] | None]  # what to compute, and the results if they are known
 
 
 def _tasks(
@@ -90,7 +111,7 @@ def _tasks(
 ) -> Iterator[Task]:
     """Pieces of about equal work, in order."""
     most = min(_TASK, max(sum(sizes) // (4 * workers), 1))
-    batch: list[_Piece] = []
+    batch: list[Piece] = []
     filled = 0
     for index, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
         known = cache.get(adapter, options) if cache is not None else None
@@ -98,29 +119,31 @@ def _tasks(
             yield batch, None
             batch, filled = [], 0
         if known is not None:
-            yield [_Piece(index, adapter, is_cached=True)], [known]
+            yield [Piece(index, adapter, is_cached=True)], [known]
         elif (parts := -(-size // _TASK)) > 1:
             for part in range(parts):
-                yield [_Piece(index, adapter, part, parts)], None
+                yield [Piece(index, adapter, part, parts)], None
         else:
-            batch.append(_Piece(index, adapter))
+            batch.append(Piece(index, adapter))
             filled += size
     if batch:
         yield batch, None
 
 
-def _in_order(executor: Executor | None, tasks: Iterable[Task], options: Options) -> Iterator[tuple[_Piece, Result]]:
+def _in_order(
+    executor: Executor | None, tasks: Iterable[Task], options: Options, work: Work
+) -> Iterator[tuple[Piece, Result]]:
     """The result of every piece. Tasks are given out ahead, but only so far that memory stays flat."""
     ahead = 4 * getattr(executor, "_max_workers", 16) if executor is not None else 0
-    pending: deque[tuple[list[_Piece], Future[list[Result]] | list[Result]]] = deque()
+    pending: deque[tuple[list[Piece], Future[list[Result]] | list[Result]]] = deque()
     try:
         for pieces, known in tasks:
             if known is not None:
                 pending.append((pieces, known))
             elif executor is not None:
-                pending.append((pieces, executor.submit(_compute, pieces, options)))
+                pending.append((pieces, executor.submit(_compute, pieces, options, work)))
             else:
-                pending.append((pieces, _compute(pieces, options)))
+                pending.append((pieces, _compute(pieces, options, work)))
             while len(pending) > ahead:
                 yield from _result(*pending.popleft())
         while pending:
@@ -131,7 +154,7 @@ def _in_order(executor: Executor | None, tasks: Iterable[Task], options: Options
                 result.cancel()
 
 
-def _result(pieces: list[_Piece], result: Future[list[Result]] | list[Result]) -> Iterator[tuple[_Piece, Result]]:
+def _result(pieces: list[Piece], result: Future[list[Result]] | list[Result]) -> Iterator[tuple[Piece, Result]]:
     try:
         results = result if isinstance(result, list) else result.result()
     except BrokenProcessPool:
@@ -139,24 +162,45 @@ def _result(pieces: list[_Piece], result: Future[list[Result]] | list[Result]) -
     yield from zip(pieces, results, strict=True)
 
 
-def _compute(pieces: Sequence[_Piece], options: Options) -> list[Result]:
+def _compute(pieces: Sequence[Piece], options: Options, work: Work) -> list[Result]:
     """What a worker does."""
     results: list[Result] = []
     for piece in pieces:
         try:
-            results.append(_spectra(piece, options))
+            results.append(work(piece, options))
         except AnalysisError as error:
             results.append(Failure(piece.adapter, str(error)))
+        except MemoryError:
+            results.append(Failure(piece.adapter, f"{piece.adapter.file}: a tensor is larger than the memory there is"))
         except OSError as error:
             results.append(Failure(piece.adapter, f"{piece.adapter.file}: cannot be read: {error.strerror or error}"))
     return results
 
 
-def _spectra(piece: _Piece, options: Options) -> Spectra:
-    from msplora_analysis.formats import read_contents
+def _spectra(piece: Piece, options: Options) -> Spectra:
     from msplora_analysis.spectra import adapter_spectra
 
-    adapter = piece.adapter
+    with opened(piece.adapter, options) as (file, contents):
+        matrices = _share(contents.matrices, piece.part, piece.parts)
+        spectra = adapter_spectra(file, matrices, options.top_k)
+    notes = list(contents.notes)
+    if any(found.frobenius is not None for found in spectra):
+        notes.append(
+            "only the largest singular values of large matrices are computed (--top-k); "
+            "measures that need all of them are empty"
+        )
+    rows = [
+        Row(m.scale, m.group, m.module, m.name, m.update.rows, m.update.cols, m.update.rank, found.frobenius)
+        for m, found in zip(matrices, spectra, strict=True)
+    ]
+    return Spectra(piece.adapter, rows, [found.sigma for found in spectra], contents.unknown, notes)
+
+
+@contextmanager
+def opened(adapter: Adapter, options: Options) -> Iterator[tuple[TensorFile, Contents]]:
+    """The open file of an adapter, and what it holds. Raises AnalysisError naming it if that is not understood."""
+    from msplora_analysis.formats import read_contents
+
     with _open(adapter, options) as file:
         try:
             contents = read_contents(adapter.config, file, options)
@@ -168,13 +212,7 @@ def _spectra(piece: _Piece, options: Options) -> Spectra:
                 f"{adapter.file}: {unknown_text(contents.unknown)}; "
                 "pass --ignore-unknown (ignore_unknown=True) to leave them out"
             )
-        matrices = _share(contents.matrices, piece.part, piece.parts)
-        spectra = adapter_spectra(file, matrices, options.top_k)
-    rows = [
-        Row(m.scale, m.group, m.module, m.name, m.update.rows, m.update.cols, m.update.rank, found.frobenius)
-        for m, found in zip(matrices, spectra, strict=True)
-    ]
-    return Spectra(adapter, rows, [found.sigma for found in spectra], contents.unknown, notes)
+        yield file, contents._replace(notes=notes)
 
 
 def _open(adapter: Adapter, options: Options) -> TensorFile:
@@ -219,19 +257,10 @@ def _share(matrices: Sequence[Matrix], part: int, parts: int) -> Sequence[Matrix
     return [m for m, start in zip(matrices, starts, strict=False) if start * parts // total == part]
 
 
-def _joined(parts: Sequence[Result]) -> Result:
+def _joined(parts: Sequence[Any]) -> Any:
     """The result of an adapter from those of its parts, or the first failure."""
-    spectra: list[Spectra] = []
-    for part in parts:
-        if isinstance(part, Failure):
-            return part
-        spectra.append(part)
-    first = spectra[0]
-    if len(spectra) == 1:
-        return first
-    rows = [row for part in spectra for row in part.rows]
-    sigma = [values for part in spectra for values in part.sigma]
-    return first._replace(rows=rows, sigma=sigma)
+    failure = next((part for part in parts if isinstance(part, Failure)), None)
+    return failure or parts[0].joined(parts[1:])
 
 
 def _size(adapter: Adapter) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msplora_analysis.addresses import Place, StrPath, identity, natural_key, parse, parts, walk
+from msplora_analysis.addresses import Folder, Place, StrPath, identity, natural_key, parse, parts, walk
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.layouts import (
     CONFIG_NAME,
@@ -55,7 +55,7 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
     """All adapters at and under ``paths``, sorted by run (natural order), then step, then epoch.
 
     paths: local paths, or addresses of fsspec (``hf://owner/name``, ``s3://...``, ``https://...``).
-    full: look for full checkpoints (model.safetensors, or the index of its parts) instead of adapters.
+    full: take full checkpoints too (model.safetensors, or the index of its parts), in folders without an adapter.
 
     A run found inside a given path is named by its path relative to it ("cola/lora"), any other
     by its folder's own name; names that collide get more leading folders until they differ.
@@ -70,7 +70,7 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
         if _is_weights(root, full):
             files: Iterable[Place] = [root]
         elif root.is_dir():
-            files = (file for folder in walk(root, visited) for file in (models_in if full else adapters_in)(folder))
+            files = (file for folder in walk(root, visited) for file in _weights_in(folder, full))
         else:
             raise _no_such(root, full)
         for file in files:
@@ -86,7 +86,7 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
     items = _told_apart(list(found.values()))
     names = _run_names(items)
     adapters = [
-        Adapter(names[item.run], item.step, item.epoch, item.file, {} if full else _config(item.file))
+        Adapter(names[item.run], item.step, item.epoch, item.file, _config(item.file))
         for item, _ in items
     ]
     return sorted(adapters, key=_order)
@@ -101,6 +101,10 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _weights_in(folder: Folder, full: bool) -> list[Place]:
+    return list(adapters_in(folder)) or (list(models_in(folder)) if full else [])
 
 
 def _is_weights(place: Place, full: bool) -> bool:
@@ -122,9 +126,11 @@ def _no_such(place: Place, full: bool) -> AnalysisError:
 
 
 def _expected(full: bool) -> str:
-    names = f"{', '.join(FULL_NAMES)}" if full else f"{' or '.join(NEED_CONFIG)} beside {CONFIG_NAME}"
-    more = "" if full else ", and for .safetensors files with the keys of an adapter"
-    kind = "full checkpoint" if full else "adapter"
+    names = f"{' or '.join(NEED_CONFIG)} beside {CONFIG_NAME}"
+    more = ", and for .safetensors files with the keys of an adapter"
+    if full:
+        more += f", and for {' or '.join(FULL_NAMES)}"
+    kind = "adapter or full checkpoint" if full else "adapter"
     return f"{kind} found; looked in it and all its folders for {names}{more}"
 
 

@@ -6,10 +6,12 @@ their inner products X = U_i U_jᵀ, so that of n updates one matrix product giv
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike
+from typing import Any
 
-from msplora_analysis.metrics import Array
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.floating[Any]]
 
 
 def inner_products(x: Array, y: Array) -> Array:
@@ -17,9 +19,10 @@ def inner_products(x: Array, y: Array) -> Array:
 
     x: (n, K, d), y: (m, L, d). Returns (n, m, K, L), a view.
     """
-    (n, k, d), (m, l, _) = x.shape, y.shape
-    product: Array = x.reshape(n * k, d) @ y.reshape(m * l, d).T
-    return product.reshape(n, k, m, l).transpose(0, 2, 1, 3)
+    n, k, d = x.shape
+    m, other, _ = y.shape
+    product: Array = x.reshape(n * k, d) @ y.reshape(m * other, d).T
+    return product.reshape(n, k, m, other).transpose(0, 2, 1, 3)
 
 
 def subspace_overlap(inner: Array, k: ArrayLike) -> Array:
@@ -34,8 +37,8 @@ def subspace_overlap(inner: Array, k: ArrayLike) -> Array:
     if (k == top).all():
         total = np.einsum("...ab,...ab->...", inner, inner)
     else:
-        first = (np.arange(inner.shape[-2]) < k[..., None]).astype(np.float64)
-        second = (np.arange(inner.shape[-1]) < k[..., None]).astype(np.float64)
+        first = (np.arange(inner.shape[-2]) < k[..., None]).astype(inner.dtype)
+        second = (np.arange(inner.shape[-1]) < k[..., None]).astype(inner.dtype)
         total = np.einsum("...ab,...ab,...a,...b->...", inner, inner, first, second)
     with np.errstate(invalid="ignore", divide="ignore"):
         overlap: Array = np.where(k > 0, total / k, np.nan)
@@ -87,9 +90,7 @@ def principal_angles(x: Array, y: Array) -> Array:
     inner = y @ np.swapaxes(x, -1, -2)  # (..., L, K), L <= K
     cosines = np.linalg.svd(inner, compute_uv=False)[..., ::-1]  # ascending: descending angles
     sines = np.linalg.svd(y - inner @ x, compute_uv=False)  # descending
-    angles: Array = np.where(
-        cosines**2 < 0.5, np.arccos(np.clip(cosines, 0, 1)), np.arcsin(np.clip(sines, 0, 1))
-    )
+    angles: Array = np.where(cosines**2 < 0.5, np.arccos(np.clip(cosines, 0, 1)), np.arcsin(np.clip(sines, 0, 1)))
     return angles
 
 

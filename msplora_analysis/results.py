@@ -39,6 +39,16 @@ class Spectra(NamedTuple):
     unknown: Sequence[str]
     notes: Sequence[str]
 
+    def joined(self, others: Sequence[Spectra]) -> Spectra:
+        """With the matrices of further parts of the same adapter."""
+        if not others:
+            return self
+        parts = (self, *others)
+        return self._replace(
+            rows=[row for part in parts for row in part.rows],
+            sigma=[values for part in parts for values in part.sigma],
+        )
+
 
 class Failure(NamedTuple):
     """An adapter that cannot be read, and why."""

@@ -133,6 +133,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:
     """Key columns at their types: step and group may be empty, epoch is whole where it can be."""
-    table = table.astype(KEYS)
+    return with_whole_epochs(table.astype(KEYS))
+
+
+def with_whole_epochs(table: pd.DataFrame) -> pd.DataFrame:
+    """``epoch`` as Int64 where all are whole numbers."""
     known = table["epoch"].dropna()
     return table.astype({"epoch": "Int64"}) if (known == known.round()).all() else table

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from msplora_analysis.addresses import parse
 from msplora_analysis.cache import open_cache
 from msplora_analysis.engine import Progress, compute, unknown_text
 from msplora_analysis.errors import AnalysisError
@@ -77,7 +78,7 @@ def load_tables(
     from msplora_analysis.table_files import typed
 
     reading = Options(**options)
-    adapters = discover(paths)
+    adapters = discover(paths, full=reading.base is not None)
     results = succeeding(spectra_of(adapters, reading, workers, dask, cache, progress))
     batches = list(Columns(adapters, ks).batches(results))
     if not batches:  # every tensor was unknown and is left out
@@ -95,7 +96,7 @@ def spectra_of(
     progress: Progress | None = None,
 ) -> Generator[Spectra | Failure, None, None]:
     """``engine.compute`` with the user's cache, and a warning for what its results must be read with."""
-    said = _Warnings()
+    said = Warnings()
     with ExitStack() as stack:
         opened = open_cache() if cache else None
         if opened is not None:
@@ -116,7 +117,7 @@ def succeeding(results: Iterable[Spectra | Failure]) -> Iterator[Spectra]:
         yield result
 
 
-class _Warnings:
+class Warnings:
     """What is noted of many adapters, told once: by its first file and how many others."""
 
     def __init__(self) -> None:
@@ -139,14 +140,14 @@ def gather_spectra(paths: Sequence[StrPath], **how: Any) -> pd.DataFrame:
     """One spectra table from any mix of adapters and of tables written before.
 
     A path that is a .parquet or .csv file, or a folder with spectra.parquet or spectra.csv at its
-    top, is read as a table; all others as ``load_spectra`` does, with options ``how``. Raises AnalysisError also if two
-    of these hold a run of the same name.
+    top, is read as a table; all others as ``load_spectra`` does, with options ``how``. Raises
+    AnalysisError also if two of these hold a run of the same name.
     """
     import pandas as pd
 
     from msplora_analysis.table_files import read_spectra, typed
 
-    files = {Path(path): _table_at(Path(path)) for path in paths}
+    files = {path: _table_at(path) for path in paths}
     adapters = [path for path, file in files.items() if file is None]
     sources = {str(file): read_spectra(file) for file in files.values() if file is not None}
     if adapters:
@@ -163,8 +164,11 @@ def gather_spectra(paths: Sequence[StrPath], **how: Any) -> pd.DataFrame:
     return typed(pd.concat(sources.values(), ignore_index=True))
 
 
-def _table_at(path: Path) -> Path | None:
-    """The spectra table that ``path`` is or has at its top."""
+def _table_at(given: StrPath) -> Path | None:
+    """The spectra table that a local path is or has at its top."""
+    path = parse(given)
+    if not isinstance(path, Path):
+        return None
     if path.suffix in (".parquet", ".csv") and not path.is_dir():
         return path
     from msplora_analysis.table_files import FORMATS

@@ -39,6 +39,14 @@ class Spectrum(NamedTuple):
     whole: bool
 
 
+class Triplets(NamedTuple):
+    """The largest singular values (k,) of a matrix, with left (rows, k) and right (cols, k) singular vectors."""
+
+    sigma: Array
+    left: Array
+    right: Array
+
+
 def matrix_spectrum(matrix: Array, top_k: int | None = None) -> Spectrum:
     """All singular values of a matrix with SMALL rows or columns or fewer, the TOP_K largest of another.
 
@@ -58,17 +66,35 @@ def largest_singular_values(matrix: Array, k: int, tolerance: float = 1e-5) -> t
     matrix: (rows, cols), float64, finite. Each bound is at most ``tolerance`` times its value, or
     times a hundredth of the largest. The same matrix gives the same values.
     """
-    a = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    sigma, bound, *_ = _largest(matrix, k, tolerance, vectors=False)
+    return sigma, bound
+
+
+def largest_singular_triplets(matrix: Array, k: int, tolerance: float = 1e-5) -> Triplets:
+    """The k largest singular values (k,) with left (rows, k) and right (cols, k) singular vectors.
+
+    For the arguments see ``largest_singular_values``.
+    """
+    sigma, _, left, right = _largest(matrix, k, tolerance, vectors=True)
+    return Triplets(sigma, left, right)
+
+
+def _largest(matrix: Array, k: int, tolerance: float, *, vectors: bool) -> tuple[Array, Array, Array, Array]:
+    """Values, bounds of their errors, left and right vectors; these are empty where they cost and are not wanted."""
+    if matrix.shape[0] < matrix.shape[1]:
+        sigma, bound, right, left = _largest(matrix.T, k, tolerance, vectors=vectors)
+        return sigma, bound, left, right
+    a = matrix
     scale = float(np.abs(a).max(initial=0))
     if scale == 0:
-        return np.zeros(k), np.zeros(k)
+        return np.zeros(k), np.zeros(k), np.eye(len(a), k), np.eye(a.shape[1], k)
     n = a.shape[1]
     width = k + _OVERSAMPLING
     if n <= SMALL or n <= 12 * width:  # LAPACK is about as fast
-        return _dense(a, k)
+        return _dense(a, k, vectors)
     if not 1e-140 < scale < 1e140:  # squares are taken
-        sigma, bound = largest_singular_values(a / scale, k, tolerance)
-        return sigma * scale, bound * scale
+        sigma, bound, left, right = _largest(a / scale, k, tolerance, vectors=vectors)
+        return sigma * scale, bound * scale, left, right
 
     basis = np.empty((n, width), order="F")
     basis[:, :] = _orthonormal(a.T @ (a @ np.random.default_rng(0).standard_normal((n, width))))
@@ -80,21 +106,25 @@ def largest_singular_values(matrix: Array, k: int, tolerance: float = 1e-5) -> t
         coefficients = basis.T @ image
         projected = _bordered(projected, coefficients)
         if len(projected) >= check or len(projected) + width > n:
-            sigma, bound = _ritz(a, basis @ np.linalg.eigh(projected)[1][:, -k:])
+            found = _ritz(a, basis @ np.linalg.eigh(projected)[1][:, -k:])
+            sigma, bound, *_ = found
             if (bound <= tolerance * np.maximum(sigma, sigma[0] / 100)).all():
-                return sigma, bound
+                return found
             if len(projected) + width > n // 2:
-                return _dense(a, k)  # the basis nears the whole space: no cheaper
+                return _dense(a, k, vectors)  # the basis nears the whole space: no cheaper
             check = len(projected) + max(2 * width, len(projected) // 4)
         image -= basis @ coefficients
         image -= basis @ (basis.T @ image)  # twice is enough
         basis = np.concatenate([basis, _orthonormal(image, basis)], axis=1)
 
 
-def _dense(a: Array, k: int) -> tuple[Array, Array]:
+def _dense(a: Array, k: int, vectors: bool) -> tuple[Array, Array, Array, Array]:
     """LAPACK's values, and its error: rounding."""
-    sigma = np.asarray(np.linalg.svd(a, compute_uv=False)[:k], dtype=np.float64)
-    return sigma, np.full(k, min(a.shape) * _EPS * float(sigma[0]))
+    if vectors:
+        u, sigma, vt = np.linalg.svd(a, full_matrices=False)
+    else:
+        u, sigma, vt = np.empty((0, 0)), np.linalg.svd(a, compute_uv=False), np.empty((0, 0))
+    return sigma[:k], np.full(k, min(a.shape) * _EPS * float(sigma[0])), u[:, :k], vt[:k].T
 
 
 def _orthonormal(block: Array, beside: Array | None = None) -> Array:
@@ -114,11 +144,12 @@ def _bordered(projected: Array, coefficients: Array) -> Array:
     return grown
 
 
-def _ritz(a: Array, directions: Array) -> tuple[Array, Array]:
-    """Ritz values of ``a`` (m, n) in the span of ``directions`` (n, k), and the bounds of their errors."""
+def _ritz(a: Array, directions: Array) -> tuple[Array, Array, Array, Array]:
+    """Ritz values of ``a`` (m, n) in the span of ``directions`` (n, k), bounds of their errors, Ritz vectors."""
     v = np.linalg.qr(directions)[0]
     u, sigma, rotation = np.linalg.svd(a @ v, full_matrices=False)
-    residuals = a.T @ u - (v @ rotation.T) * sigma
+    right = v @ rotation.T
+    residuals = a.T @ u - right * sigma
     squares = np.einsum("ij,ij->j", residuals, residuals)
     # Rounding of the products themselves; far below any tolerance.
-    return sigma, np.sqrt(np.cumsum(squares)) + len(v) * _EPS * sigma[0]
+    return sigma, np.sqrt(np.cumsum(squares)) + len(v) * _EPS * sigma[0], u, right

@@ -1,1 +1,1 @@
-"""The commands of ``msplora-analyze`` that have a module of their own."""
+"""The commands of ``msplora-analyze``, one module each, with ``register(app)``."""

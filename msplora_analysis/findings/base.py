@@ -85,8 +85,10 @@ class Matrices(NamedTuple):
     sigma: Array
 
     def where(self, chosen: Any) -> Matrices:
+        """Those that a mask or indices choose."""
         chosen = np.asarray(chosen)
-        return Matrices(self.keys[chosen].reset_index(drop=True), self.sigma[chosen])
+        rows = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        return Matrices(self.keys.iloc[rows].reset_index(drop=True), self.sigma[rows])
 
     def parts(self) -> Matrices:
         """Without the totals of layers that have several parts: what is wrong is in a part."""
@@ -97,6 +99,7 @@ class Matrices(NamedTuple):
             yield self.where(np.sort(index))
 
     def place(self, row: int) -> dict[str, Any]:
+        """The key columns of one matrix."""
         return self.keys.iloc[row][list(KEYS)].to_dict()
 
 
@@ -118,15 +121,15 @@ class Evidence:
 Check = Callable[[Evidence], Iterator[Finding]]
 
 
-def gather(spectra: pd.DataFrame) -> Matrices:
-    """One row per matrix of the spectra table.
+def gather(spectra: pd.DataFrame, metrics: pd.DataFrame | None = None) -> Matrices:
+    """One row per matrix of the spectra table, with its ``rows`` and ``cols`` (NaN without the metrics table).
 
     A run's adapters without step and epoch (saved once more at the end) are left out where it has
     others. Raises AnalysisError for a table that is no spectra table.
     """
     if missing := [name for name in (*KEYS, "k", "sigma") if name not in spectra.columns]:
         raise AnalysisError(f"the spectra table lacks the column {', '.join(missing)}: pass what load_spectra returns")
-    table = spectra.astype({"step": "Float64", "epoch": "Float64"}).astype({"step": "float64", "epoch": "float64"})
+    table = _plain(spectra)
     matrix = table.groupby(list(KEYS), dropna=False, sort=False).ngroup().to_numpy()
     k = table["k"].to_numpy(dtype=np.int64)
     n, width = (matrix.max() + 1, k.max()) if len(k) else (0, 1)
@@ -134,12 +137,22 @@ def gather(spectra: pd.DataFrame) -> Matrices:
     sigma[matrix, k - 1] = table["sigma"].to_numpy(dtype=np.float64)
     keys = table.iloc[np.unique(matrix, return_index=True)[1]][list(KEYS)].reset_index(drop=True)
     keys["rank"] = np.bincount(matrix, minlength=n)
+    keys[["rows", "cols"]] = np.nan
+    if metrics is not None:
+        shapes = _plain(metrics)[[*KEYS, "rows", "cols"]].astype({"rows": "float64", "cols": "float64"})
+        keys = keys.drop(columns=["rows", "cols"]).merge(shapes, how="left", on=list(KEYS))
     dated = keys["step"].notna() | keys["epoch"].notna()
     kept = (dated | ~dated.groupby(keys["run"]).transform("any")).to_numpy()
     keys, sigma = keys[kept].reset_index(drop=True), sigma[kept]
     keys["time"] = _times(keys)
     keys["last"] = keys["time"] == keys.groupby("run")["time"].transform("max")
     return Matrices(keys, sigma)
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Key columns at types that compare and merge: numbers as float64, empty as NaN."""
+    kinds = {name: kind if kind == "str" else "Float64" for name, kind in KEYS.items()}
+    return table.astype(kinds).astype({name: kind.lower() for name, kind in kinds.items()})
 
 
 def _times(keys: pd.DataFrame) -> pd.Series:

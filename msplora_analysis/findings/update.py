@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from msplora_analysis.findings.base import Array, Evidence, Finding, Kind, when
+from msplora_analysis.findings.base import Array, Evidence, Finding, Kind, Matrices, when
 from msplora_analysis.metrics import frobenius
 
 NO_UPDATE = Kind(
@@ -42,10 +42,20 @@ NORM_JUMP = Kind(
     "5 times the growth that a constant rate of change gives (our choice: 2.7 is the most in 45 healthy runs)",
     "look at the loss around this step; lower the learning rate, clip gradients, or take the checkpoint before it",
 )
+LARGE = Kind(
+    "large-update",
+    "warning",
+    "the entries of the update are larger than those of trained weights usually are",
+    "our choice: root mean square of 0.25; the weights of transformers have about 0.02 to 0.1, healthy updates 0.03 or "
+    "less",
+    "the training has probably diverged: look at the loss, lower the learning rate by a factor of 10 or more, check "
+    "lora_alpha; --base compares with the weights themselves",
+)
 
 Z = 3.5
 FACTOR = 4.0
 JUMP = 5.0
+RMS = 0.25
 PEERS = 4  # layers below which a median says nothing
 MOVED = 1e-6  # relative; files in float32 hold differences down to about 1e-7
 
@@ -130,10 +140,23 @@ def norm_jump(evidence: Evidence) -> Iterator[Finding]:
             yield Finding(NORM_JUMP, place, float(growth[i]), JUMP, text)
 
 
-def _names(matrices: object) -> list[tuple[str, str]]:
-    keys = matrices.keys  # type: ignore[attr-defined]
-    return list(zip(keys["scale"], keys["name"], strict=True))
+def large_update(evidence: Evidence) -> Iterator[Finding]:
+    """Root mean square entry ‖ΔW‖_F / sqrt(rows cols) of the whole update of a layer, at the last checkpoint."""
+    if evidence.matrices is None:
+        return
+    keys = evidence.matrices.keys
+    is_total = keys["scale"] == "total"
+    last = evidence.matrices.where(keys["last"] & (is_total | ~is_total.groupby(keys["run"]).transform("any")))
+    rms = frobenius(last.sigma) / np.sqrt(last.keys["rows"] * last.keys["cols"]).to_numpy(dtype=np.float64)
+    for row in np.flatnonzero(rms >= RMS):
+        text = f"root mean square of the update's entries {rms[row]:.3g}, its largest singular value "
+        text += f"{last.sigma[row, 0]:.3g}"
+        yield Finding(LARGE, last.place(int(row)), float(rms[row]), RMS, text)
 
 
-CHECKS = (no_update, non_finite, norm_outlier, norm_jump)
-KINDS = (NO_UPDATE, NON_FINITE, NORM_OUTLIER, NORM_JUMP)
+def _names(matrices: Matrices) -> list[tuple[str, str]]:
+    return list(zip(matrices.keys["scale"], matrices.keys["name"], strict=True))
+
+
+CHECKS = (non_finite, no_update, large_update, norm_outlier, norm_jump)
+KINDS = (NON_FINITE, NO_UPDATE, LARGE, NORM_OUTLIER, NORM_JUMP)

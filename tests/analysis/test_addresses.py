@@ -157,7 +157,8 @@ def test_remote_bin_is_read_through_a_copy(memory, run):
 
 def test_full_checkpoint_at_an_address(memory):
     fsspec.filesystem("memory").pipe("/bucket/cola/checkpoint-20/model.safetensors.index.json", b"{}")
-    assert [(a.run, a.step) for a in discover(memory, full=True)] == [("cola", 20)]
+    found = discover(f"{memory}/cola/checkpoint-20", full=True)
+    assert [(a.run, a.step, a.file.name) for a in found] == [("cola", 20, "model.safetensors.index.json")]
 
 
 @pytest.mark.parametrize("inside", ["/runs", "/runs/cola/", "/runs/cola/checkpoint-10/adapter_model.safetensors"])

@@ -271,14 +271,16 @@ def test_full_checkpoints_are_found_if_asked_for(tmp_path):
         for name in (*names, "optimizer.pt", "training_args.bin"):
             (folder / name).write_bytes(b"")
         (folder / "trainer_state.json").write_text(json.dumps({"epoch": step / 10}))
-    write_adapter(run / "checkpoint-40", epoch=4)
+    (write_adapter(run / "checkpoint-40", epoch=4) / "model.safetensors").write_bytes(b"")  # a merged copy
     expected = [("model.safetensors", 10, 1), ("model.safetensors.index.json", 20, 2), ("pytorch_model.bin", 30, 3)]
+    expected.append(("adapter_model.safetensors", 40, 4))
     assert [(a.file.name, a.step, a.epoch) for a in discover(tmp_path, full=True)] == expected
-    assert all(a.config == {} and a.run == "run" for a in discover(tmp_path, full=True))
+    assert all((a.config == {}) == (a.step < 40) and a.run == "run" for a in discover(tmp_path, full=True))
     index = run / "checkpoint-20" / "model.safetensors.index.json"
     assert [(a.run, a.file, a.step) for a in discover(index, full=True)] == [("run", index, 20)]
-    with pytest.raises(AnalysisError, match="no full checkpoint found; looked in it and all its folders for model"):
-        discover(run / "checkpoint-40", full=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AnalysisError, match=r"no adapter or full checkpoint found; looked in .* model\.safetensors"):
+        discover(tmp_path / "empty", full=True)
     assert found(tmp_path) == [("run", 40, 4)]
 
 

@@ -143,8 +143,8 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 @pytest.mark.parametrize(
     ("header", "data", "what"),
     [
-        ({"a": entry()}, 7, "it has 7 bytes of data where its header describes 8"),
-        ({"a": entry()}, 9, "it has 9 bytes of data where its header describes 8"),
+        ({"a": entry()}, 7, "it has {size} bytes where its header describes {more}"),
+        ({"a": entry()}, 9, "it has {size} bytes where its header describes {less}"),
         ({"a": entry(dtype="F31")}, 8, "tensor a is of unknown type 'F31'"),
         ({"a": entry(shape=(3,))}, 8, "tensor a of type F32 and shape [3] cannot take 8 bytes"),
         ({"a": entry(shape=(-2,))}, 8, "tensor a has shape [-2] and offsets [0, 8]"),
@@ -161,6 +161,8 @@ def test_wrong_headers_are_told(tmp_path, header, data, what):
     text = json.dumps(header).encode()
     path = tmp_path / "t.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+    size = 8 + len(text) + data
+    what = what.format(size=size, more=size + 1, less=size - 1)
     assert error(path) == f"{path}: not a complete safetensors file: {what}; save or copy it again"
 
 

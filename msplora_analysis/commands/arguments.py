@@ -1,0 +1,83 @@
+"""Arguments and options that several commands have, and what they share in doing."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msplora_analysis.errors import AnalysisError
+
+
+class TableFormat(str, Enum):
+    parquet = "parquet"
+    csv = "csv"
+
+
+class FigureFormat(str, Enum):
+    pdf = "pdf"
+    png = "png"
+    svg = "svg"
+
+
+Paths = Annotated[
+    list[str],  # not Path: it would change an address such as hf://owner/name
+    typer.Argument(
+        metavar="PATH",
+        help="Trainer output folders, adapter folders or files, or folders of such (searched recursively); "
+        "local, hf://owner/name, or any fsspec address.",
+        show_default=False,
+    ),
+]
+
+
+class Semantics(str, Enum):
+    paper = "paper"
+    as_executed = "as-executed"
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Processes to compute with.  [default: one for each CPU]", show_default=False
+    ),
+]
+
+Dask = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Compute on the Dask cluster of this scheduler.", show_default=False),
+]
+
+UseCache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Use what earlier calls computed of the same files.")
+]
+
+IgnoreUnknown = Annotated[
+    bool,
+    typer.Option("--ignore-unknown", help="Leave out tensors that fit no part of an adapter, and go on."),
+]
+
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to; it is made.", show_default=False)]
+
+Format = Annotated[TableFormat, typer.Option(metavar="parquet|csv", help="File format of the tables.")]
+
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The model before training (a folder or file): full checkpoints are read as their difference to it.",
+        show_default=False,
+    ),
+]
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of ``--out``. Raises AnalysisError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise AnalysisError(f"--out {folder}: not a folder; give another path") from None
+    except OSError as error:
+        raise AnalysisError(f"--out {folder}: cannot be made: {error.strerror}") from None

@@ -1,0 +1,64 @@
+"""``msplora-analyze figures``: figures 3 and 4 of the MSPLoRA paper, and more."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from msplora_analysis.commands.arguments import (
+    FigureFormat,
+    IgnoreUnknown,
+    Out,
+    Paths,
+    UseCache,
+    Workers,
+    make_folder,
+)
+from msplora_analysis.terminal import closed_pipe_ignored, print_paths, progress_bar
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        short_help="Draw figures 3 and 4 of the MSPLoRA paper, and more.",
+        epilog="""Examples:
+
+\b
+  msplora-analyze figures runs --out figures
+  msplora-analyze figures runs/lora runs/msplora --out figures --format pdf --format svg
+  msplora-analyze figures tables/spectra.parquet --out figures
+""",
+    )(figures)
+
+
+def figures(
+    paths: Paths,
+    out: Out,
+    format: Annotated[
+        list[FigureFormat] | None,
+        typer.Option(
+            metavar="pdf|png|svg",
+            help="File format; may be repeated.  [default: pdf and png]",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Workers = None,
+    cache: UseCache = True,
+    ignore_unknown: IgnoreUnknown = False,
+) -> None:
+    """Draw what the adapters show: figures 3 and 4 of the MSPLoRA paper, and more.
+
+    PATH may also be a table that `msplora-analyze spectra` wrote (spectra.parquet or spectra.csv),
+    or the folder that holds it: nothing is then computed again.
+    """
+    formats = tuple(f.value for f in format or (FigureFormat.pdf, FigureFormat.png))
+    from msplora_analysis.tables import gather_spectra
+
+    make_folder(out)
+    with progress_bar("Reading") as progress:
+        table = gather_spectra(paths, workers=workers, cache=cache, ignore_unknown=ignore_unknown, progress=progress)
+    from msplora_analysis.figures import write_figures
+
+    written = write_figures(table, out, formats)
+    with closed_pipe_ignored():
+        print_paths(written)

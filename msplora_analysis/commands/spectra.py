@@ -1,0 +1,123 @@
+"""``msplora-analyze spectra``: singular values and measures of every matrix, as tables."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from msplora_analysis.commands.arguments import (
+    Base,
+    Dask,
+    Format,
+    IgnoreUnknown,
+    Out,
+    Paths,
+    Semantics,
+    TableFormat,
+    UseCache,
+    Workers,
+    make_folder,
+)
+from msplora_analysis.options import Options
+from msplora_analysis.terminal import Summary, closed_pipe_ignored, interruptible, print_paths, progress_bar
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        short_help="Write tables: the singular values of every adapter, measures of each matrix.",
+        epilog="""Examples:
+
+\b
+  msplora-analyze spectra runs/cola --out tables
+  msplora-analyze spectra runs --out tables --format csv
+  msplora-analyze spectra adapter/adapter_model.safetensors --out tables --k 8,16
+""",
+    )(spectra)
+
+
+def spectra(
+    paths: Paths,
+    out: Out,
+    format: Format = TableFormat.parquet,
+    k: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="K",
+            help="Also give M_eff-K, beside K = 1, 2, 4; may be repeated or a list (8,16).",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Workers = None,
+    dask: Dask = None,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="Leave adapters out that cannot be read; list them at the end (status 1)."),
+    ] = False,
+    cache: UseCache = True,
+    base: Base = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="With --base: singular values to compute of each matrix.  [default: all of small ones, else 64]",
+            show_default=False,
+        ),
+    ] = None,
+    semantics: Annotated[
+        Semantics,
+        typer.Option(
+            metavar="paper|as-executed",
+            help="For checkpoints of the released MSPLoRA code: the paper's sharing, or what that code computed.",
+        ),
+    ] = Semantics.paper,
+    ignore_unknown: IgnoreUnknown = False,
+) -> None:
+    """Write the singular values of every adapter, and measures of each matrix.
+
+    Makes DIR/spectra.FORMAT (one row per singular value) and DIR/metrics.FORMAT (one row per
+    matrix), and prints a summary of each run.
+    """
+    ks = _parse_ks(k or [])
+    options = Options(ignore_unknown, semantics.value, base, top_k)
+    from msplora_analysis.files import discover
+    from msplora_analysis.stream import write_tables
+    from msplora_analysis.tables import KS, spectra_of
+
+    make_folder(out)
+    adapters = discover(paths, full=base is not None)
+    summary = Summary()
+    with interruptible() as stopped, progress_bar("Reading") as progress:
+        written = write_tables(
+            adapters,
+            spectra_of(adapters, options, workers, dask, cache, progress),
+            out,
+            format.value,
+            {*KS, *ks},
+            keep_going=keep_going,
+            stopped=stopped,
+            seen=summary.add,
+        )
+        interrupted = stopped()
+    with closed_pipe_ignored():
+        summary.print()
+        print_paths(written.paths)
+    for failure in written.failures:
+        print(f"error: {failure.message}", file=sys.stderr)
+    if written.failures:
+        print(f"error: {len(written.failures)} of {len(adapters)} adapters are left out", file=sys.stderr)
+    if interrupted:
+        more = "; the same command again completes the tables" if cache else ""
+        print(f"interrupted: {written.done} of {len(adapters)} adapters are in the tables{more}", file=sys.stderr)
+        raise SystemExit(130)
+    if written.failures:
+        raise SystemExit(1)
+
+
+def _parse_ks(values: list[str]) -> list[int]:
+    ks = [text.strip() for value in values for text in value.split(",")]
+    if not all(text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) for text in ks):
+        raise typer.BadParameter("expected whole numbers of at least 1, such as 8 or 8,16", param_hint="--k")
+    return [int(text) for text in ks]

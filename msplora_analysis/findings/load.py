@@ -1,0 +1,105 @@
+"""Evidence from adapter files: everything that ``diagnose`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msplora_analysis.engine import Progress
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files import Adapter, StrPath, discover
+from msplora_analysis.findings.base import Broken
+from msplora_analysis.options import Options
+from msplora_analysis.results import Failure, Spectra
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NOT_FINITE = ("holds NaN or Inf", "exceed float64")  # what the readers say of such a file
+
+
+def load_findings(
+    paths: StrPath | Iterable[StrPath],
+    *,
+    base: StrPath | None = None,
+    workers: int | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """The findings (see ``diagnose``) of the adapters at and under ``paths``.
+
+    base: the model that was trained, to compare the updates with its weights. Layers, scales and
+    weights are compared at the last readable checkpoint of each run.
+    workers, cache, progress: as in ``tables.load_tables``. options: fields of ``options.Options``.
+
+    Raises AnalysisError for input that cannot be used; a file with NaN or Inf is a finding.
+    """
+    from msplora_analysis.findings import diagnose
+    from msplora_analysis.findings.against_base import measure
+    from msplora_analysis.tables import spectra_of
+
+    adapters = discover(paths)
+    reading = Options(**options)
+    good: list[Spectra] = []
+    broken: list[Broken] = []
+    for result in spectra_of(adapters, reading, workers, cache=cache, progress=progress):
+        if isinstance(result, Spectra):
+            good.append(result)
+        else:
+            broken.append(_broken(result))
+    spectra, metrics = _tables([result.adapter for result in good], good)
+    latest = _latest([result.adapter for result in good])
+    pairs, scales = _redundancy(latest, workers, options)
+    relative = measure(latest, Path(base), reading, progress) if base is not None and latest else None
+    return diagnose(spectra, metrics, pairs, scales=scales, relative=relative, broken=broken)
+
+
+def _broken(failure: Failure) -> Broken:
+    if not any(text in failure.message for text in _NOT_FINITE):
+        raise AnalysisError(failure.message)
+    return Broken(failure.adapter.run, failure.adapter.step, failure.adapter.epoch, failure.message)
+
+
+def _tables(adapters: Sequence[Adapter], results: Sequence[Spectra]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    import pandas as pd
+    import pyarrow as pa
+
+    from msplora_analysis.columns import KEYS, VALUES, Columns
+
+    batches = list(Columns(adapters, (1,)).batches(results))
+    if not batches:
+        empty = pd.DataFrame(columns=[*KEYS, *VALUES]).astype(KEYS | VALUES)
+        return empty, empty
+    spectra, metrics = (pa.Table.from_batches(table).to_pandas() for table in zip(*batches, strict=True))
+    return spectra, metrics
+
+
+def _latest(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The last checkpoint of each run; one without step and epoch only where there is no other."""
+    latest: dict[str, Adapter] = {}
+    for adapter in adapters:  # in order within each run, those without step and epoch last
+        if adapter.run not in latest or adapter.step is not None or adapter.epoch is not None:
+            latest[adapter.run] = adapter
+    return list(latest.values())
+
+
+def _redundancy(
+    adapters: Sequence[Adapter], workers: int | None, options: dict[str, Any]
+) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
+    """The tables of ``redundancy`` for these adapters alone."""
+    if not adapters:
+        return None, None
+    import warnings
+
+    from msplora_analysis.redundancy import load_redundancy
+
+    files = [str(adapter.file) for adapter in adapters]
+    # Given alone, a file's run has a shorter name.
+    of_file = {str(adapter.file): adapter for adapter in adapters}
+    names = {found.run: of_file[str(found.file)].run for found in discover(files) if str(found.file) in of_file}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all was said when the spectra were read
+        found = load_redundancy(files, details=True, workers=workers, **options)
+    return tuple(table.assign(run=table["run"].map(names)) for table in (found.pairs, found.scales))  # type: ignore[return-value]
