@@ -14,7 +14,7 @@ import sqlite3
 import sys
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy as np
 from msplora_analysis.files import Adapter
 from msplora_analysis.options import Options
 from msplora_analysis.results import Row, Spectra
+from msplora_analysis.tensors.sharded import INDEX_SUFFIX
 
 DIRECTORY_VARIABLE = "MSPLORA_CACHE"  # a folder; empty: no cache
 
@@ -118,8 +119,15 @@ def _key(adapter: Adapter, options: Options) -> bytes | None:
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
-def _files(adapter: Adapter, options: Options) -> Iterable[Path]:
-    yield Path(adapter.file)
+def _files(adapter: Adapter, options: Options) -> Iterator[Path]:
+    """Every file that the result comes from; of a model in several files, all in its folder."""
+    for place in (adapter.file, options.base):
+        if place is not None:
+            path = Path(place)  # an address is no file: looking at it fails, and there is no key
+            yield path
+            if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
+                folder = path if path.is_dir() else path.parent
+                yield from sorted(file for file in folder.iterdir() if file.is_file())
 
 
 def _identity(path: Path) -> tuple[str, int, int, int, int]:

@@ -12,7 +12,7 @@ them, the larger is cut to the number of the smaller, and both are normalised af
 overlap_in, overlap_out: of the input (right) and output (left) singular directions, the first K of each; K is the
 smaller numerical rank of the two, or ``top_k`` if that is less.
 overlap_expected: what random subspaces would give, K / d, the mean of both sides where these differ in d.
-cosine: of the whole updates, from the same directions; empty where only the largest singular directions of a large matrix are known.
+cosine: of the whole updates; empty where only the largest singular directions of a large matrix are known.
 All are empty for an update of zero. Overlaps and cosines are exact to 1e-6.
 """
 
@@ -30,9 +30,9 @@ from msplora_analysis.engine import Piece, Progress, compute_each, opened
 from msplora_analysis.files import Adapter, StrPath, discover
 from msplora_analysis.formats import Matrix, Product, Sum
 from msplora_analysis.formats.base import stack_and_layer
-from msplora_analysis.metrics import Array
 from msplora_analysis.options import Options
 from msplora_analysis.overlap import (
+    Array,
     expected_overlap,
     inner_products,
     overlap_deviation,
@@ -135,7 +135,7 @@ def load_redundancy(
     from msplora_analysis.tables import Warnings, succeeding
 
     reading = Options(top_k=top_k, **options)
-    adapters = discover(paths)
+    adapters = discover(paths, full=reading.base is not None)
     said = Warnings()
     found: list[Redundancy] = []
     results: Any = compute_each(measure, adapters, reading, workers=workers, dask=dask, progress=progress)

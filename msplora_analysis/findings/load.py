@@ -38,6 +38,7 @@ def load_findings(
     """
     from msplora_analysis.findings import diagnose
     from msplora_analysis.findings.against_base import measure
+    from msplora_analysis.selected import redundancy_of
     from msplora_analysis.tables import spectra_of
 
     adapters = discover(paths)
@@ -51,7 +52,7 @@ def load_findings(
             broken.append(_broken(result))
     spectra, metrics = _tables([result.adapter for result in good], good)
     latest = _latest([result.adapter for result in good])
-    pairs, scales = _redundancy(latest, workers, options)
+    pairs, scales = redundancy_of(latest, workers=workers, **options) if latest else (None, None)
     relative = measure(latest, Path(base), reading, progress) if base is not None and latest else None
     return diagnose(spectra, metrics, pairs, scales=scales, relative=relative, broken=broken)
 
@@ -83,23 +84,3 @@ def _latest(adapters: Sequence[Adapter]) -> list[Adapter]:
         if adapter.run not in latest or adapter.step is not None or adapter.epoch is not None:
             latest[adapter.run] = adapter
     return list(latest.values())
-
-
-def _redundancy(
-    adapters: Sequence[Adapter], workers: int | None, options: dict[str, Any]
-) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
-    """The tables of ``redundancy`` for these adapters alone."""
-    if not adapters:
-        return None, None
-    import warnings
-
-    from msplora_analysis.redundancy import load_redundancy
-
-    files = [str(adapter.file) for adapter in adapters]
-    # Given alone, a file's run has a shorter name.
-    of_file = {str(adapter.file): adapter for adapter in adapters}
-    names = {found.run: of_file[str(found.file)].run for found in discover(files) if str(found.file) in of_file}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all was said when the spectra were read
-        found = load_redundancy(files, details=True, workers=workers, **options)
-    return tuple(table.assign(run=table["run"].map(names)) for table in (found.pairs, found.scales))  # type: ignore[return-value]

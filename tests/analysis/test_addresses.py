@@ -156,9 +156,9 @@ def test_remote_bin_is_read_through_a_copy(memory, run):
 
 
 def test_full_checkpoint_at_an_address(memory):
-    fsspec.filesystem("memory").pipe("/bucket/cola/checkpoint-20/model.safetensors.index.json", b"{}")
-    found = discover(f"{memory}/cola/checkpoint-20", full=True)
-    assert [(a.run, a.step, a.file.name) for a in found] == [("cola", 20, "model.safetensors.index.json")]
+    fsspec.filesystem("memory").pipe("/bucket/full/checkpoint-20/model.safetensors.index.json", b"{}")
+    found = discover(f"{memory}/full", full=True)
+    assert [(a.run, a.step, a.file.name) for a in found] == [("full", 20, "model.safetensors.index.json")]
 
 
 @pytest.mark.parametrize("inside", ["/runs", "/runs/cola/", "/runs/cola/checkpoint-10/adapter_model.safetensors"])

@@ -11,6 +11,7 @@ import torch
 from adapters import assert_promised
 from safetensors.numpy import save_file
 
+import msplora_analysis as ma
 from msplora_analysis import AnalysisError
 from msplora_analysis.formats import full
 from msplora_analysis.magnitude import magnitude_change
@@ -361,3 +362,51 @@ def test_magnitudes_of_zero_rows_are_left_out():
     weight = np.array([[0.0, 0.0], [3.0, 4.0]])
     assert magnitude_change([1.0, 6.0], weight, name="m") == pytest.approx((0.2, 0.2))
     assert np.isnan(magnitude_change([1.0], weight[:1], name="m")).all()
+
+
+def test_dora_tells_how_far_the_magnitudes_moved(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = bert("BertModel")
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["query"], use_dora=True)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1.5 if "layer.1" in name else 1.1
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"by 30.00% in the mean, at most 50.00% \(in encoder.layer.1.attention"):
+        spectra = ma.load_spectra(tmp_path / "adapter", base=str(tmp_path / "base"))
+    assert spectra["name"].nunique() == 2
+
+
+def test_the_command_reads_full_checkpoints_of_a_run(tmp_path):
+    base = bert()
+    base.save_pretrained(tmp_path / "base")
+    for step in (10, 20):
+        torch.manual_seed(step)
+        tuned(base).save_pretrained(tmp_path / "run" / f"checkpoint-{step}", **SHARDED)
+    metrics = ma.load_metrics(tmp_path / "run", base=str(tmp_path / "base"))
+    assert metrics.groupby("step").size().tolist() == [17, 17]
+    assert metrics["effective_rank"].notna().all()
+    assert (metrics["rank"] == metrics[["rows", "cols"]].min(axis=1)).all()
+
+
+def test_only_the_largest_of_many_values_leave_the_rest_empty(tmp_path):
+    base = bert()
+    base.save_pretrained(tmp_path / "base")
+    changed = tuned(base)
+    changed.save_pretrained(tmp_path / "tuned")
+    with pytest.warns(UserWarning, match="only the largest singular values"):
+        spectra, metrics = ma.load_tables(tmp_path / "tuned", base=str(tmp_path / "base"), top_k=3)
+    name = "bert.encoder.layer.0.attention.self.query"
+    difference = (
+        changed.get_submodule(name).weight.detach().double() - base.get_submodule(name).weight.detach().double()
+    )
+    exact = np.linalg.svd(difference.numpy(), compute_uv=False)
+    np.testing.assert_allclose(spectra[spectra["name"] == name]["sigma"], exact[:3], rtol=1e-5)
+    row = metrics[metrics["name"] == name].iloc[0]
+    assert (row["rank"], row["rows"]) == (24, 24)
+    assert row["frobenius"] == pytest.approx(np.linalg.norm(exact))
+    assert row["stable_rank"] == pytest.approx((exact**2).sum() / exact[0] ** 2)
+    assert row[["effective_rank", "nuclear", "participation_ratio", "m_eff_1"]].isna().all()

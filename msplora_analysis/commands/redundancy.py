@@ -1,0 +1,125 @@
+"""``msplora-analyze redundancy``: how much the layers, and the scales of MSPLoRA, share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msplora_analysis.commands.arguments import (
+    Base,
+    Dask,
+    Format,
+    IgnoreUnknown,
+    Out,
+    Paths,
+    Semantics,
+    TableFormat,
+    Workers,
+    make_folder,
+)
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.terminal import closed_pipe_ignored, print_paths, progress_bar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        short_help="Write tables: what layers share (spectra, directions), and how decoupled scales are.",
+        epilog="""Examples:
+
+\b
+  msplora-analyze redundancy runs/cola --out tables
+  msplora-analyze redundancy runs --out tables --top-k 4 --format csv
+""",
+    )(redundancy)
+
+
+def redundancy(
+    paths: Paths,
+    out: Out,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Compare the first K singular directions at most.  [default: the smaller numerical rank of a pair]",
+            show_default=False,
+        ),
+    ] = None,
+    format: Format = TableFormat.parquet,
+    workers: Workers = None,
+    dask: Dask = None,
+    base: Base = None,
+    semantics: Annotated[
+        Semantics,
+        typer.Option(
+            metavar="paper|as-executed",
+            help="For checkpoints of the released MSPLoRA code: the paper's sharing, or what that code computed.",
+        ),
+    ] = Semantics.paper,
+    ignore_unknown: IgnoreUnknown = False,
+) -> None:
+    """Compare the weight updates of every two layers, and of the scales within each layer.
+
+    Makes DIR/pairs.FORMAT (one row per pair of layers: divergences of their spectra, overlap of their singular
+    directions beside what chance gives, cosine) and, for MSPLoRA, DIR/scales.FORMAT (one row per layer and pair of
+    scales); prints means of the last checkpoint of each run.
+    """
+    make_folder(out)
+    from msplora_analysis.redundancy import Tables, load_redundancy
+    from msplora_analysis.redundancy_summary import summary
+    from msplora_analysis.table_files import write_table
+
+    with progress_bar("Comparing") as progress:
+        tables = load_redundancy(
+            paths,
+            top_k=top_k,
+            workers=workers,
+            dask=dask,
+            progress=progress,
+            ignore_unknown=ignore_unknown,
+            semantics=semantics.value,
+            base=base,
+        )
+    if tables.pairs.empty and tables.scales.empty:
+        listed = ", ".join(paths[:3])
+        raise AnalysisError(
+            f"{listed}: nothing to compare: no two layers of one stack with a module of one name and shape"
+        )
+    written = [out / f"{name}.{format.value}" for name in Tables._fields]
+    for table, path in zip(tables, written, strict=True):
+        write_table(table, path)
+    with closed_pipe_ignored():
+        _print(summary(tables.pairs, tables.scales))
+        print_paths(written)
+
+
+def _print(means: pd.DataFrame) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    with console.capture() as capture:  # rich would end the program at a closed pipe
+        for run, rows in means.groupby("run", sort=False):
+            table = Table("between", box=None, pad_edge=False)
+            for header in ("pairs", "overlap\nin", "overlap\nout", "by\nchance", "cosine", "Jensen-\nShannon"):
+                table.add_column(header, justify="right", no_wrap=True)
+            for row in rows.to_dict("records"):
+                numbers = (row[name] for name in ("overlap_in", "overlap_out", "overlap_expected", "cosine", "js"))
+                cells = ["-" if number != number else f"{number:.3g}" for number in numbers]
+                table.add_row(row["between"], str(row["pairs"]), *cells)
+            console.print(f"[bold]{escape(str(run))}[/bold]: means over pairs and modules{_when(rows)}")
+            console.print(table, end="\n\n")
+    print(capture.get(), end="")
+
+
+def _when(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    for name in ("epoch", "step"):
+        if first[name] == first[name] and first[name] is not None and str(first[name]) != "<NA>":
+            return f", {name} {first[name]:g}"
+    return ""
