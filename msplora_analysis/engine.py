@@ -292,7 +292,7 @@ def _executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
             try:
                 yield executor
             finally:
-                executor.shutdown(wait=False, cancel_futures=True)
+                executor.shutdown(cancel_futures=True)
     else:
         yield None
 

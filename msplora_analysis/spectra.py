@@ -33,7 +33,7 @@ Array = NDArray[np.floating[Any]]
 DEPENDENT = 1e-7
 _SMALL_RANK = 32
 _SMALL_WIDTH = 256
-_BLOCK = 2**21  # bytes of float64 factors held at once, unless one matrix alone takes more
+_BLOCK = 2**23  # bytes of float64 factors held at once, unless one matrix alone takes more
 
 
 class Spectrum(NamedTuple):

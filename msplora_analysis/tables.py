@@ -57,7 +57,7 @@ def load_tables(
     paths: StrPath | Iterable[StrPath],
     *,
     ks: Iterable[int] = KS,
-    workers: int | None = None,
+    workers: int | None = 1,
     dask: str | None = None,
     cache: bool = True,
     progress: Progress | None = None,
@@ -66,7 +66,8 @@ def load_tables(
     """Both tables, reading every adapter once.
 
     ks: the k of the columns m_eff_<k>.
-    workers, dask, progress: see ``engine.compute``.
+    workers, dask, progress: see ``engine.compute_each``. More than one worker needs a script whose
+        own work stands under ``if __name__ == "__main__":``.
     cache: use what earlier calls computed (see the module ``cache``).
     options: fields of ``options.Options``: ignore_unknown, semantics, base, top_k.
 
@@ -147,7 +148,7 @@ def gather_spectra(paths: Sequence[StrPath], **how: Any) -> pd.DataFrame:
 
     from msplora_analysis.table_files import read_spectra, typed
 
-    files = {path: _table_at(path) for path in paths}
+    files = {path: table_at(path) for path in paths}
     adapters = [path for path, file in files.items() if file is None]
     sources = {str(file): read_spectra(file) for file in files.values() if file is not None}
     if adapters:
@@ -164,7 +165,7 @@ def gather_spectra(paths: Sequence[StrPath], **how: Any) -> pd.DataFrame:
     return typed(pd.concat(sources.values(), ignore_index=True))
 
 
-def _table_at(given: StrPath) -> Path | None:
+def table_at(given: StrPath) -> Path | None:
     """The spectra table that a local path is or has at its top."""
     path = parse(given)
     if not isinstance(path, Path):
