@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from msplora_analysis import __version__, metrics
 from msplora_analysis.files import Adapter
@@ -26,7 +27,6 @@ KEYS = {
 VALUES = {"k": "int64", "sigma": "float64"}
 
 _BATCH = 2**16  # singular values from which on a batch is given out
-_ARROW = {"str": pa.string(), "Int64": pa.int64(), "Float64": pa.float64()}
 
 
 class Batch(NamedTuple):
@@ -69,7 +69,7 @@ class Columns:
         lengths = np.array([len(values) for values in sigma])
         of_matrix = np.repeat(np.arange(len(sigma)), lengths)
         k = np.arange(1, len(of_matrix) + 1) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        repeated = pa.array(of_matrix)
+        repeated = _numbers(of_matrix)
         return Batch(
             _record_batch(
                 {name: column.take(repeated) for name, column in keys.items()},
@@ -83,7 +83,7 @@ class Columns:
         of_adapter = [(r.adapter.run, r.adapter.step, r.adapter.epoch) for r in results for _ in r.rows]
         of_matrix = [(row.scale, row.group, row.module, row.name) for row in rows]
         columns = [*zip(*of_adapter, strict=True), *zip(*of_matrix, strict=True)]
-        return {name: pa.array(column, _ARROW[self._types[name]]) for name, column in zip(KEYS, columns, strict=True)}
+        return {name: _MAKERS[self._types[name]](column) for name, column in zip(KEYS, columns, strict=True)}
 
     def _measures(self, rows: Sequence[Row], sigma: Sequence[Any]) -> dict[str, Any]:
         """The value columns of the metrics table, one entry per matrix."""
@@ -114,11 +114,44 @@ class Columns:
         }
 
 
+# pa.array would import pandas to ask whether it is given something of pandas, which takes longer than all else.
+
+
+def _texts(values: Sequence[str]) -> pa.Array:
+    encoded = [value.encode() for value in values]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.Array.from_buffers(
+        pa.string(), len(encoded), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    )
+
+
+def _whole_numbers(values: Sequence[int | None]) -> pa.Array:
+    present = np.array([value is not None for value in values], dtype=bool)
+    return _numbers(np.array([value or 0 for value in values], dtype=np.int64), present)
+
+
+def _floats(values: Sequence[float | None]) -> pa.Array:
+    return _numbers(np.array([np.nan if value is None else value for value in values], dtype=np.float64))
+
+
+def _numbers(values: NDArray[Any], present: NDArray[np.bool_] | None = None) -> pa.Array:
+    """An Arrow array of numbers; what is not present, or is NaN, is an empty cell, as pandas writes it."""
+    values = np.ascontiguousarray(values)
+    if present is None and values.dtype.kind == "f":
+        present = ~np.isnan(values)
+    empty = 0 if present is None else int((~present).sum())
+    valid = pa.py_buffer(np.packbits(present, bitorder="little")) if present is not None and empty else None
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(values)], null_count=empty)
+
+
+_MAKERS = {"str": _texts, "Int64": _whole_numbers, "Float64": _floats}
+
+
 def _record_batch(keys: dict[str, pa.Array], values: dict[str, Any], types: dict[str, str]) -> pa.RecordBatch:
-    # NaN (a ratio of an update of zero) is an empty cell, as pandas writes it.
-    columns = {**keys, **{name: pa.array(column, from_pandas=True) for name, column in values.items()}}
+    arrays = {**keys, **{name: _numbers(column) for name, column in values.items()}}
     numpy_types = {**types, **{name: str(column.dtype) for name, column in values.items()}}
-    batch = pa.RecordBatch.from_pydict(columns)
+    batch = pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
     return batch.replace_schema_metadata(
         {"pandas": json.dumps(_pandas_metadata(numpy_types)), "msplora_analysis": __version__}
     )

@@ -70,7 +70,8 @@ def test_the_package_and_help_import_nothing_heavy():
 
 
 def test_spectra_imports_neither_torch_nor_plots(runs, tmp_path):
-    assert imported(MAIN, f"{HEAVY} pandas", "spectra", runs, "--out", tmp_path / "out") == "pandas"
+    for options in ([], ["--format", "csv"], ["--workers", 2]):
+        assert imported(MAIN, f"{HEAVY} pandas", "spectra", runs, "--out", tmp_path / "out", *options) == ""
 
 
 def test_lazy_names():
