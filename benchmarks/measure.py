@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,14 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(middle), "q1": float(low), "q3": float(high), "n": len(values)}
 
 
-def launch(command: Sequence[str | Path], *, sample: bool = False) -> dict[str, float]:
-    """What launch.py tells of one run of ``command``. Raises Failed unless it ends with status 0."""
-    environment = {key: value for key, value in os.environ.items() if key not in _THREADS}
+def launch(
+    command: Sequence[str | Path], *, sample: bool = False, variables: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """What launch.py tells of one run of ``command``. Raises Failed unless it ends with status 0.
+
+    variables: of its environment, beside those of this process.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in _THREADS} | dict(variables or {})
     arguments = [sys.executable, "-S", HERE / "launch.py", *(["--sample"] if sample else []), *command]
     process = subprocess.Popen(
         arguments,

@@ -78,6 +78,8 @@ def markdown(results: Result) -> str:
             for row in results["help"]
         ]
         lines += _table(("", "s of CPU", "quartiles", "× `python -c pass`"), rows)
+    if "scale" in results:
+        lines += _scale(results["scale"])
     return "\n".join(lines) + "\n"
 
 
@@ -123,6 +125,50 @@ def _command(row: Result) -> Sequence[str]:
         *(_number(row["ratio"]["median"]), f"{row['memory'] / 1e6:.0f}", f"{row['anonymous'] / 1e6:.0f}"),
         _number(row["memory_ratio"]),
     )
+
+
+def _scale(scale: Result) -> list[str]:
+    size = f"{scale['runs']} runs, {scale['bytes'] / 1e6:.0f} MB"
+    same = "The tables of all ways are the same, byte by byte." if scale["identical"] else "**The tables differ.**"
+    title = f"## {scale['adapters']} small adapters: {scale['title']} ({size})"
+    lines = ["", title, "", f"Whole commands `msplora-analyze spectra`. {same}", ""]
+    base = [row["command"] for row in scale["workers"][:2]]
+    header = ("`--no-cache` and", "seconds", "s of CPU", *(f"× `{label}`, quartiles" for label in base), "rounds")
+    lines += _table(
+        header,
+        (
+            (f"`{row['command']}`", *_times(row), *(_with_spread(row[f"of_{label}"]) for label in base), _rounds(row))
+            if "failed" not in row
+            else (f"`{row['command']}`", row["failed"], *["–"] * 4)
+            for row in scale["workers"]
+        ),
+    )
+    lines += ["", *_table(
+        ("with a cache", "seconds", "s of CPU", "× first call, quartiles", "rounds", "cache MB"),
+        (
+            (row["call"], *_times(row), _with_spread(row["of_first"]), _rounds(row), _number(row["bytes"] / 1e6))
+            for row in scale["cache"]
+        ),
+    )]  # fmt: skip
+    counts = list(dict.fromkeys(row["adapters"] for row in scale["memory"]))
+    of_command: dict[str, list[str]] = {}
+    for row in scale["memory"]:
+        text = f"{row['memory'] / 1e6:.0f} ({row['anonymous'] / 1e6:.0f})"
+        of_command.setdefault(f"`{row['command']}`", []).append(text)
+    header = ("memory MB (of no file)", *(f"{count} adapters" for count in counts))
+    return [*lines, "", *_table(header, ((label, *cells) for label, cells in of_command.items()))]
+
+
+def _times(row: Result) -> tuple[str, str]:
+    return _number(row["wall"]["median"]), _number(row["cpu"]["median"])
+
+
+def _with_spread(ratio: dict[str, float]) -> str:
+    return "1" if ratio["q1"] == ratio["q3"] == 1 else f"{_number(ratio['median'])}, {_spread(ratio)}"
+
+
+def _rounds(row: Result) -> str:
+    return str(row["wall"]["n"])
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -93,8 +93,9 @@ def walk(root: Place, visited: set[str]) -> Iterator[Folder]:
 
 
 def _first_time(folder: Place, visited: set[str]) -> bool:
-    known = identity(folder) in visited
-    visited.add(identity(folder))
+    name = identity(folder)
+    known = name in visited
+    visited.add(name)
     return not known
 
 

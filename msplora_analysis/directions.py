@@ -129,17 +129,20 @@ def _keep(
 
 def _orthonormal_rows(factor: Array, norms: Array, lower: Array, rotation: Array) -> Array:
     """``rotation @ Q`` for the orthonormal rows Q of ``factor`` (n, r, m) = norms * lower @ Q."""
-    usual = ((norms > 1e-140) & (norms < 1e140) | (norms == 0)).all(axis=1)
-    usual &= np.diagonal(lower, axis1=1, axis2=2).min(axis=1) ** 2 >= DEPENDENT
-    usual &= (np.diagonal(lower, axis1=1, axis2=2) > 0).all(axis=1)
-    triangle = np.where(usual[:, None, None], lower, np.eye(lower.shape[1]))
+    diagonal = np.diagonal(lower, axis1=1, axis2=2)
+    cholesky = np.asarray(((diagonal > 0) & (diagonal**2 >= DEPENDENT)).all(axis=1))
+    triangle = np.where(cholesky[:, None, None], lower, np.eye(lower.shape[1]))
     # rotation L⁻¹, by way of Lᵀ x = rotationᵀ.
-    transform = np.linalg.solve(triangle.transpose(0, 2, 1), rotation.transpose(0, 2, 1)).transpose(0, 2, 1)
-    transform /= np.where(norms > 0, norms, 1)[:, None, :]
-    result: Array = transform @ factor
-    for i in np.flatnonzero(~usual & np.isfinite(norms).all(axis=1)):
-        q = np.linalg.qr(unit_rows(factor[i])[1].T)[0].T
-        result[i] = rotation[i][:, : len(q)] @ q
+    of_unit_rows = np.linalg.solve(triangle.transpose(0, 2, 1), rotation.transpose(0, 2, 1)).transpose(0, 2, 1)
+    result: Array = (of_unit_rows / np.where(norms > 0, norms, 1)[:, None, :]) @ factor
+    in_range = ((norms > 1e-140) & (norms < 1e140) | (norms == 0)).all(axis=1)
+    for i in np.flatnonzero(~(cholesky & in_range) & np.isfinite(norms).all(axis=1)):
+        unit = unit_rows(factor[i])[1]
+        if cholesky[i]:
+            result[i] = of_unit_rows[i] @ unit
+        else:
+            q = np.linalg.qr(unit.T)[0].T
+            result[i] = rotation[i][:, : len(q)] @ q
     return result
 
 

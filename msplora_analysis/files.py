@@ -68,9 +68,9 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         root = parse(path)
         if _is_weights(root, full):
-            files: Iterable[Place] = [root]
+            files = [root]
         elif root.is_dir():
-            files = (file for folder in walk(root, visited) for file in _weights_in(folder, full))
+            files = [file for folder in walk(root, visited) for file in _weights_in(folder, full)]
         else:
             raise _no_such(root, full)
         for file in files:
@@ -79,16 +79,14 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
             key = identity(file.parent), name
             if key not in found:
                 found[key] = describe(file), root
-        top = identity(root).rstrip("/")
-        if not _is_weights(root, full) and not any(f"{folder}/".startswith(f"{top}/") for folder, _ in found):
-            raise AnalysisError(f"{path}: no {_expected(full)}")
+        if not files:  # unless all of it was visited before
+            top = identity(root).rstrip("/")
+            if not any(f"{folder}/".startswith(f"{top}/") for folder, _ in found):
+                raise AnalysisError(f"{path}: no {_expected(full)}")
 
     items = _told_apart(list(found.values()))
     names = _run_names(items)
-    adapters = [
-        Adapter(names[item.run], item.step, item.epoch, item.file, _config(item.file))
-        for item, _ in items
-    ]
+    adapters = [Adapter(names[item.run], item.step, item.epoch, item.file, _config(item.file)) for item, _ in items]
     return sorted(adapters, key=_order)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from msplora_analysis.files import Adapter
+import numpy as np
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files import Adapter, Place
+from msplora_analysis.layouts import read_json
+from msplora_analysis.metrics import Array
 
 RECORD = "run.json"
 TASKS = ("cola", "mrpc", "stsb", "rte", "sst2", "qnli", "qqp", "mnli", "wnli", "alpaca", "acceptability")
@@ -56,14 +60,42 @@ def pair(ours: Sequence[Unit], theirs: Sequence[Unit]) -> list[tuple[Unit, Unit]
     return [(unit, sides[1][key]) for key, unit in sides[0].items() if key in sides[1]]
 
 
-def _settings(file: Any) -> dict[str, Any]:
-    """``settings`` of the nearest run.json at most two folders above an adapter's file."""
-    for folder in list(file.parents)[:3] if hasattr(file, "parents") else [file.parent, file.parent.parent]:
-        record = folder / RECORD
-        if record.is_file():
-            try:
-                settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
-            except (OSError, ValueError, KeyError, TypeError):
-                return {}
+def drawn(ours: Sequence[Unit], theirs: Sequence[Unit], *, paired: bool, tasks: bool) -> tuple[list[Array], str]:
+    """What a bootstrap draws anew, in strata that are drawn each by itself, and its name.
+
+    A stratum is an array (clusters, runs of both): which runs each cluster brings. Clusters are pairs
+    of runs, or runs, within their task; whole tasks with ``tasks``. Where a task has one alone, all
+    tasks are one stratum; no strata where a method has one alone.
+    """
+    of = [unit.task for unit in (*ours, *theirs)]
+    eye = np.eye(len(of))
+    names = list(dict.fromkeys(of))
+    if tasks:
+        if None in of or {unit.task for unit in ours} != {unit.task for unit in theirs}:
+            raise AnalysisError("tasks can be resampled only where the task of every run is known, and both have all")
+        clusters = np.array([[float(task == name) for task in of] for name in names])
+        return ([clusters] if len(names) > 1 else []), "tasks"
+    split = len(ours)
+    sides = [eye[:split] + eye[split:]] if paired else [eye[:split], eye[split:]]
+    # The task of a cluster is that of any run in it.
+    within = [
+        chosen
+        for side in sides
+        for name in names
+        if len(chosen := side[[of[int(cluster.argmax())] == name for cluster in side]])
+    ]
+    what = "pairs of runs" if paired else "runs"
+    if min(map(len, within)) > 1:
+        return within, f"{what} within tasks" if len(names) > 1 else what
+    return (sides, what) if min(map(len, sides)) > 1 else ([], "")
+
+
+def _settings(file: Place) -> dict[str, Any]:
+    """``settings`` of the nearest run.json, at most two folders above that of an adapter's file."""
+    folder = file.parent
+    for _ in range(3):
+        if (folder / RECORD).is_file():
+            settings = read_json(folder / RECORD).get("settings")
             return settings if isinstance(settings, dict) else {}
+        folder = folder.parent
     return {}

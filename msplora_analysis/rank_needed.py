@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -23,8 +21,3 @@ def energy_rank(sigma: ArrayLike, share: float = SHARE) -> NDArray[np.float64]:
     # Rounding of the sum must not ask for one direction more.
     enough = energy >= share * energy[..., -1:] * (1 - 1e-12)
     return np.where(np.isnan(energy[..., -1]), np.nan, enough.argmax(axis=-1) + 1.0)
-
-
-def rank_pattern(ranks: dict[str, float]) -> dict[str, Any]:
-    """``rank_pattern`` of PEFT's LoraConfig: full module name -> rank, for those in ``ranks`` (name -> rank)."""
-    return {name: int(rank) for name, rank in ranks.items() if rank == rank}

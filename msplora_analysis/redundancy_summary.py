@@ -27,11 +27,10 @@ def adjacent(pairs: pd.DataFrame) -> pd.Series:
 
 def last_checkpoints(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the last checkpoint of each run: that of the highest step, or else epoch."""
-    step, epoch = (table[name].astype("Float64") for name in ("step", "epoch"))
-    for when in (step, epoch):
+    for name in ("step", "epoch"):
+        when = table[name].astype("Float64")
         last = when.groupby(table["run"]).transform("max")
-        if when.notna().any():
-            table = table[(when.reindex(table.index) == last.reindex(table.index)).fillna(False) | last.isna()]
+        table = table[(last.isna() | (when == last)).fillna(False)]
     return table
 
 

@@ -57,8 +57,12 @@ def figures(
     make_folder(out)
     with progress_bar("Reading") as progress:
         table = gather_spectra(paths, workers=workers, cache=cache, ignore_unknown=ignore_unknown, progress=progress)
+    from msplora_analysis.redundancy_files import gather_redundancy
+
+    with progress_bar("Comparing") as progress:
+        pairs, scales = gather_redundancy(paths, workers=workers, ignore_unknown=ignore_unknown, progress=progress)
     from msplora_analysis.figures import write_figures
 
-    written = write_figures(table, out, formats)
+    written = write_figures(table, out, formats, pairs=pairs, scales=scales)
     with closed_pipe_ignored():
         print_paths(written)

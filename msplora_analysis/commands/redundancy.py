@@ -118,8 +118,5 @@ def _print(means: pd.DataFrame) -> None:
 
 
 def _when(rows: pd.DataFrame) -> str:
-    first = rows.iloc[0]
-    for name in ("epoch", "step"):
-        if first[name] == first[name] and first[name] is not None and str(first[name]) != "<NA>":
-            return f", {name} {first[name]:g}"
-    return ""
+    known = rows[["epoch", "step"]].iloc[0].dropna()
+    return f", {known.index[0]} {known.iloc[0]:g}" if len(known) else ""

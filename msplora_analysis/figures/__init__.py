@@ -19,7 +19,18 @@ import pandas as pd
 
 from msplora_analysis.errors import AnalysisError
 
-from . import effective_rank, kl_difference, kl_matrices, layer_kl, layer_spectra, m_eff, singular_values
+from . import (
+    decoupling,
+    effective_rank,
+    kl_difference,
+    kl_matrices,
+    layer_kl,
+    layer_spectra,
+    m_eff,
+    overlap_matrices,
+    singular_values,
+)
+from .decoupling import decoupling_over_epochs
 from .effective_rank import effective_rank_over_epochs
 from .kl_difference import figure4
 from .kl_matrices import kl_between_layers
@@ -27,11 +38,14 @@ from .layer_kl import kl_per_run, kl_summary
 from .layer_spectra import spectra_by_layer
 from .m_eff import m_eff_over_epochs
 from .matrices import prepare
+from .overlap_matrices import overlap_between_layers
+from .pairs import prepare_pairs
 from .plot import FORMATS, check_formats
 from .singular_values import figure3
 
 __all__ = [
     "FORMATS",
+    "decoupling_over_epochs",
     "effective_rank_over_epochs",
     "figure3",
     "figure4",
@@ -39,18 +53,26 @@ __all__ = [
     "kl_per_run",
     "kl_summary",
     "m_eff_over_epochs",
+    "overlap_between_layers",
     "spectra_by_layer",
     "write_figures",
 ]
 
 
 def write_figures(
-    spectra: pd.DataFrame, out_dir: Path, formats: Sequence[str] = ("pdf", "png"), *, epoch: float | None = None
+    spectra: pd.DataFrame,
+    out_dir: Path,
+    formats: Sequence[str] = ("pdf", "png"),
+    *,
+    epoch: float | None = None,
+    pairs: pd.DataFrame | None = None,
+    scales: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Draw all that the table allows, with the numbers of each figure beside it as CSV. Returns the paths, in order.
 
     `epoch` is that of the figures of one checkpoint (Figure 4 and others); without it the last epoch that all runs
-    share which a figure shows. Equal tables give equal bytes.
+    share which a figure shows. `pairs` and `scales`, of `load_redundancy` for the same runs, are drawn too. Equal
+    tables give equal bytes.
     """
     formats = check_formats(formats)
     matrices = prepare(spectra)
@@ -63,6 +85,11 @@ def write_figures(
         *effective_rank.plots(matrices),
         *layer_spectra.plots(matrices, epoch),
     ]
+    labels = dict(zip(matrices["run"], matrices["variant"], strict=True))
+    if pairs is not None and len(pairs):
+        plots += overlap_matrices.plots(prepare_pairs(pairs[pairs["run"].isin(labels)], labels), epoch)
+    if scales is not None and len(scales):
+        plots += decoupling.plots(prepare_pairs(scales[scales["run"].isin(labels)], labels))
     if not plots:
         raise AnalysisError(
             "nothing to draw: figures need checkpoints of two or more epochs, or adapters of numbered layers"

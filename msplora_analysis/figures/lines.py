@@ -1,5 +1,6 @@
 """Lines over the epochs: one column of panels per scale, one row per quantity, one line per variant."""
 
+from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
@@ -19,12 +20,12 @@ from .style import DASHES, DOUBLE, PALETTE, label_epochs, title
 SHARED = ["variant", "scale", "epoch"]
 
 
-def over_epochs(matrices: pd.DataFrame, quantities: dict[str, Array]) -> pd.DataFrame:
+def over_epochs(matrices: pd.DataFrame, quantities: dict[str, Array], scales: Sequence[str] = SCALES) -> pd.DataFrame:
     """Mean and standard deviation of a number per matrix, for each variant of two or more epochs, scale and epoch.
 
     The number is averaged within each run over its matrices (groups, modules), leaving out all-zero ones (NaN); `mean`
     and `std` (n − 1) are those of the runs' averages. Where MSPLoRA runs have a `total`, the single part of a LoRA run,
-    which is its total, stands there too.
+    which is its total, stands there too. `scales` is their order.
     """
     table = matrices[["run", *SHARED]].assign(**quantities)
     timed = [v for v in variants(matrices) if len(epochs_of(matrices[matrices["variant"] == v])) > 1]
@@ -34,15 +35,20 @@ def over_epochs(matrices: pd.DataFrame, quantities: dict[str, Array]) -> pd.Data
     per_run = table.groupby([*SHARED, "run"])[list(quantities)].mean()
     spread = per_run.melt(var_name="quantity", ignore_index=False).groupby([*SHARED, "quantity"])["value"]
     result = spread.agg(["mean", "std", "size"]).reset_index().rename(columns={"size": "runs"})
-    for column, order in (("variant", timed), ("scale", SCALES), ("quantity", list(quantities))):
+    for column, order in (("variant", timed), ("scale", scales), ("quantity", list(quantities))):
         result[column] = pd.Categorical(result[column], order)
     result = result.sort_values(["variant", "scale", "quantity", "epoch"], ignore_index=True)
     return result.astype({"variant": str, "scale": str, "quantity": str})
 
 
-def draw_lines(numbers: pd.DataFrame, heading: str, labels: dict[str, str]) -> Figure:
-    """Panels of `numbers` as `over_epochs` gives them; `labels` names the quantities, one row of panels each."""
-    scales = [scale for scale in SCALES if scale in set(numbers["scale"])]
+def draw_lines(
+    numbers: pd.DataFrame, heading: str, labels: dict[str, str], order: Sequence[str] = SCALES, *, least: float = 1.0
+) -> Figure:
+    """Panels of `numbers` as `over_epochs` gives them; `labels` names the quantities, one row of panels each.
+
+    The vertical axes reach from 0, or below the lowest value, to `least` at least. A column `chance` is drawn dotted.
+    """
+    scales = [scale for scale in order if scale in set(numbers["scale"])]
     looks = dict(zip(numbers["variant"].unique(), zip(cycle(PALETTE), cycle(DASHES), strict=False), strict=False))
     figure = Figure(figsize=(DOUBLE, 0.8 + 1.3 * len(labels)), layout="constrained")
     axes = figure.subplots(len(labels), len(scales), sharex=True, sharey="row", squeeze=False)
@@ -54,8 +60,10 @@ def draw_lines(numbers: pd.DataFrame, heading: str, labels: dict[str, str]) -> F
             ax.set_xlim(numbers["epoch"].min(), numbers["epoch"].max())
             ax.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(label)
-        highest = (numbers["mean"] + numbers["std"].fillna(0))[numbers["quantity"] == quantity].max()
-        row[0].set_ylim(0, 1.03 * np.fmax(highest, 1))
+        of_row = numbers[numbers["quantity"] == quantity]
+        spread = of_row["std"].fillna(0)
+        lowest, highest = (of_row["mean"] - spread).min(), (of_row["mean"] + spread).max()
+        row[0].set_ylim(1.03 * np.fmin(lowest, 0), 1.03 * np.fmax(highest, least) or 1)
     for ax, scale in zip(axes[0], scales, strict=True):
         ax.set_title(scale)
     for ax in axes[-1]:
@@ -76,5 +84,7 @@ def draw_lines(numbers: pd.DataFrame, heading: str, labels: dict[str, str]) -> F
 def _line(ax: Axes, line: pd.DataFrame, colour: str, dash: Any) -> None:
     marker = "o" if line["mean"].notna().sum() <= 12 else ""
     ax.plot(line["epoch"], line["mean"], color=colour, linestyle=dash, marker=marker, markersize=2, clip_on=False)
+    if "chance" in line:
+        ax.axhline(line["chance"].iloc[0], color=colour, linestyle=(0, (1, 2)), linewidth=0.8)
     low, high = line["mean"] - line["std"], line["mean"] + line["std"]
     ax.fill_between(line["epoch"], low, high, color=colour, alpha=0.18, linewidth=0)

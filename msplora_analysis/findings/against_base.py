@@ -19,9 +19,10 @@ from msplora_analysis.engine import Progress
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files import Adapter
 from msplora_analysis.findings.base import Array, Evidence, Finding, Kind
-from msplora_analysis.formats import Factor, Kronecker, Matrix, Sum, Update, read_contents
+from msplora_analysis.formats import Kronecker, Matrix, Sum, Update, read_contents
 from msplora_analysis.formats.full import align
 from msplora_analysis.options import Options
+from msplora_analysis.spectra import value
 from msplora_analysis.tensors import TensorFile, open_tensors
 from msplora_analysis.tensors.sharded import open_checkpoint
 
@@ -111,18 +112,16 @@ def compare(weight: Array, update: Array, left: Array, sigma: Array) -> dict[str
 def dense(file: TensorFile, update: Update) -> Array:
     """The update as a matrix (rows, cols), float64."""
     if isinstance(update, Kronecker):
-        return np.kron(dense(file, update.left), dense(file, update.right))
-    if isinstance(update, Sum):
-        products = [p.scaling * (_value(file, p.b) @ _value(file, p.a)) for p in update.products]
-        return np.sum(products, axis=0)
-    return update.scaling * _value(file, update.factor)
-
-
-def _value(file: TensorFile, factor: Factor) -> Array:
-    tensors = [file.read(name).copy() for name in factor.tensors]
-    if factor.make is not None:
-        return factor.make(*tensors)
-    return tensors[0].reshape(factor.rows, factor.cols).astype(np.float64)
+        whole = np.asarray(np.kron(dense(file, update.left), dense(file, update.right)), dtype=np.float64)
+    elif isinstance(update, Sum):
+        whole = np.zeros((update.rows, update.cols))
+        for product in update.products:
+            # The next read may overwrite what this one gave.
+            left = np.array(value(file, product.b), dtype=np.float64)
+            whole += product.scaling * (left @ np.asarray(value(file, product.a), dtype=np.float64))
+    else:
+        whole = update.scaling * np.array(value(file, update.factor), dtype=np.float64)
+    return whole
 
 
 def _whole_updates(adapter: Adapter, file: TensorFile, options: Options) -> list[Matrix]:

@@ -141,7 +141,7 @@ def drawn(monkeypatch):
     """Calls of write_figures, which draws nothing here."""
     calls = []
 
-    def write_figures(spectra, out, formats):
+    def write_figures(spectra, out, formats, *, pairs, scales):
         calls.append((spectra, out, formats))
         return [Path(out) / f"figure3_x.{name}" for name in formats]
 
@@ -205,7 +205,7 @@ def test_out_that_is_no_folder(runs, tmp_path, capsys, monkeypatch, command, out
 
 
 def test_nothing_to_draw(runs, tmp_path, capsys, monkeypatch, drawn):
-    def write_figures(*_):
+    def write_figures(*_, **__):
         raise ma.AnalysisError("nothing to draw")
 
     monkeypatch.setattr(sys.modules["msplora_analysis.figures"], "write_figures", write_figures)

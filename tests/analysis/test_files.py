@@ -93,6 +93,12 @@ def test_the_same_folder_given_twice_or_through_a_link_is_one(tmp_path):
     assert found(file, tmp_path / "runs") == [("cola", 5, 1)]
 
 
+def test_folder_of_links_to_adapters_elsewhere(tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(write_adapter(tmp_path / "elsewhere" / "adapter"))
+    assert found(tmp_path / "links") == [("a", None, None)]
+
+
 def test_loops_of_links_end(tmp_path):
     run = write_adapter(tmp_path / "run" / "checkpoint-5", epoch=1).parent
     (run / "loop").symlink_to(tmp_path)

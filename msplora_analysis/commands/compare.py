@@ -1,0 +1,125 @@
+"""``msplora-analyze compare``: two methods, with intervals."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from msplora_analysis.commands.arguments import Format, IgnoreUnknown, Out, TableFormat, UseCache, Workers, make_folder
+from msplora_analysis.terminal import closed_pipe_ignored, print_paths, progress_bar
+
+
+class Averaging(str, Enum):
+    spectra = "spectra"
+    divergences = "divergences"
+
+
+class Resample(str, Enum):
+    seeds = "seeds"
+    tasks = "tasks"
+
+
+class _Several(TyperCommand):
+    """``--with`` takes all paths up to the next option, so that a shell's pattern may stand there."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        inside = False
+        for arg in args:
+            if arg.startswith("-"):
+                inside = arg.partition("=")[0] == "--with"
+                spread += [] if arg == "--with" else [arg]
+            else:
+                spread += ["--with", arg] if inside else [arg]
+        return super().parse_args(ctx, spread)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        cls=_Several,
+        short_help="Compare two methods: do layers differ more, by how much, and is it beyond chance?",
+        epilog="""Examples:
+
+\b
+  msplora-analyze compare runs/*/msplora-8-8-8 --with runs/*/lora-8 --out comparison
+  msplora-analyze compare runs/msplora --with runs/lora --out comparison --average divergences
+  msplora-analyze compare spectra.parquet --method "MSPLoRA 8/8/8" \\
+      --with spectra.parquet --with-method "LoRA r=8" --out comparison
+""",
+    )(compare)
+
+
+def compare(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="A...", help="Runs of one method, or a spectra table.", show_default=False),
+    ],
+    other: Annotated[
+        list[str],
+        typer.Option("--with", metavar="B...", help="Runs of the other, or a spectra table.", show_default=False),
+    ],
+    out: Out,
+    format: Format = TableFormat.parquet,
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of A, take this method, such as 'LoRA r=8'.", show_default=False),
+    ] = None,
+    with_method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of B, take this method.", show_default=False)
+    ] = None,
+    average: Annotated[
+        Averaging,
+        typer.Option(
+            metavar="spectra|divergences",
+            help="Average spectra over runs and modules and then compare layers, as the paper; or the reverse.",
+        ),
+    ] = Averaging.spectra,
+    resample: Annotated[
+        Resample,
+        typer.Option(metavar="seeds|tasks", help="What intervals are about: these tasks, or tasks like them."),
+    ] = Resample.seeds,
+    epoch: Annotated[
+        float | None, typer.Option(metavar="E", help="Compare at this epoch.  [default: the last that all share]")
+    ] = None,
+    stack: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The numbered layers to compare, if a model has several.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(metavar="P", help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the resampling.")] = 0,
+    workers: Workers = None,
+    cache: UseCache = True,
+    ignore_unknown: IgnoreUnknown = False,
+) -> None:
+    """Compare two methods by how much their layers differ, with bootstrap intervals and permutation tests.
+
+    Prints a sentence for each question, and writes DIR/comparison.FORMAT. Runs are paired by task
+    and seed where run.json or their names tell these. Subspace overlap is compared for runs, and
+    for tables with a pairs table beside them.
+    """
+    from msplora_analysis.compare import compare as compared
+    from msplora_analysis.sides import load_sides
+    from msplora_analysis.statements import sentences
+    from msplora_analysis.table_files import write_table
+
+    make_folder(out)
+    with progress_bar("Reading") as progress:
+        how = {"workers": workers, "cache": cache, "ignore_unknown": ignore_unknown, "progress": progress}
+        sides = load_sides(paths, other, method, with_method, epoch=epoch, **how)
+    table = compared(
+        *sides,
+        averaging=average.value,
+        resample=resample.value,
+        epoch=epoch,
+        stack=stack,
+        confidence=confidence,
+        seed=seed,
+    )
+    path: Path = out / f"comparison.{format.value}"
+    write_table(table, path)
+    with closed_pipe_ignored():
+        print("\n\n".join(sentences(table)), end="\n\n")
+        print_paths([path])

@@ -1,0 +1,133 @@
+"""``msplora-analyze diagnose``: what deserves a look."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msplora_analysis.commands.arguments import IgnoreUnknown, Paths, UseCache, Workers
+from msplora_analysis.terminal import closed_pipe_ignored, progress_bar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+_SHOWN = 4  # places named in full, of each finding
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        short_help="Say what deserves a look: faults, redundancy, unused rank.",
+        epilog="""Examples:
+
+\b
+  msplora-analyze diagnose runs/cola
+  msplora-analyze diagnose runs --json > findings.json
+  msplora-analyze diagnose runs/cola --base models/roberta-base
+""",
+    )(diagnose)
+
+
+def diagnose(
+    paths: Paths,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per finding and place.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare the updates with the weights of the model that was trained (a folder or file).",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Workers = None,
+    cache: UseCache = True,
+    ignore_unknown: IgnoreUnknown = False,
+) -> None:
+    """Say what in the adapters deserves a look, with the evidence and what to try.
+
+    Findings are evidence, not verdicts: a spectrum does not prove what rank a task needs. The exit
+    status is 0 whatever is found.
+    """
+    from msplora_analysis.findings import load_findings
+
+    with progress_bar("Reading") as progress:
+        found = load_findings(
+            paths, base=base, workers=workers, cache=cache, ignore_unknown=ignore_unknown, progress=progress
+        )
+    with closed_pipe_ignored():
+        if as_json:
+            print(json.dumps(as_objects(found), indent=2, ensure_ascii=False))
+        else:
+            print_findings(found)
+
+
+def as_objects(findings: pd.DataFrame) -> dict[str, Any]:
+    """``findings``: a list of objects, empty cells null; ``rank_pattern``: run -> what PEFT's LoraConfig takes."""
+    from msplora_analysis.findings import rank_patterns
+
+    rows = findings.astype(object).where(findings.notna(), None).to_dict("records")
+    for row in rows:
+        row["details"] = json.loads(row["details"]) if row["details"] else {}
+        for name in ("value", "threshold"):  # JSON has no infinity
+            row[name] = None if row[name] in (float("inf"), float("-inf")) else row[name]
+    return {"findings": rows, "rank_pattern": rank_patterns(findings)}
+
+
+def print_findings(findings: pd.DataFrame) -> None:
+    """One paragraph per kind of finding, the most severe first, with its places run by run."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from msplora_analysis.findings import KINDS, SEVERITIES, rank_patterns
+
+    console = Console(highlight=False)
+    with console.capture() as capture:  # rich would end the program at a closed pipe
+        if findings.empty:
+            console.print("No findings.")
+        for (severity, kind), rows in findings.groupby(["severity", "id"], sort=False):
+            about = KINDS[str(kind)]
+            count = f"{len(rows)} place{'s' if len(rows) > 1 else ''}"
+            colour = _COLOURS[str(severity)]
+            console.print(f"[bold {colour}]{severity}[/] [bold]{kind}[/]: {escape(about.title)} ({count})")
+            for run, of_run in rows.groupby("run", sort=False):
+                for line in _places(str(run), of_run):
+                    console.print(Padding(escape(line), (0, 0, 0, 4)))
+            console.print(Padding(f"[dim]threshold:[/] {escape(about.source)}", (0, 0, 0, 2)))
+            console.print(Padding(f"[dim]try:[/] {escape(about.advice)}", (0, 0, 1, 2)))
+        for run, pattern in rank_patterns(findings).items():
+            console.print(f"[bold]rank_pattern[/] of {escape(run)}:")
+            console.print(json.dumps(pattern), markup=False, soft_wrap=True, end="\n\n")
+        counts = findings["severity"].value_counts()
+        console.print(", ".join(f"{counts.get(severity, 0)} {severity}" for severity in SEVERITIES))
+    print(capture.get(), end="")
+
+
+def _places(run: str, rows: pd.DataFrame) -> list[str]:
+    """The first place with its evidence, then where else, in a line or two."""
+    first = rows.iloc[0]
+    when = next(
+        (f"{name} {first[name]:g}, " for name in ("epoch", "step") if _is(first[name])),
+        "",
+    )
+    lines = [f"{run}: {when}{_where(first)}: {first['evidence']}"]
+    if len(rows) > 1:
+        others = [_where(row) for _, row in rows.iloc[1:].iterrows()]
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        lines.append(f"  also {', '.join(others[:_SHOWN])}{more}")
+    return lines
+
+
+def _is(value: Any) -> bool:
+    import pandas as pd
+
+    return not pd.isna(value)
+
+
+def _where(row: Any) -> str:
+    """'layer 3 query', 'mid 0 value', or the name of what is in no numbered layer."""
+    group = f"{row['scale']} {row['group']}" if _is(row["group"]) else row["scale"] if _is(row["scale"]) else ""
+    module = row["module"] if _is(row["module"]) else row["name"] if _is(row["name"]) else ""
+    return f"{group} {module}".strip() or "the run"

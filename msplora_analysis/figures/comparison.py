@@ -1,0 +1,77 @@
+"""Two methods side by side: differences between layers with their intervals, from the table of `compare`."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from msplora_analysis.errors import AnalysisError
+
+from .plot import Plot
+from .style import DOUBLE, PALETTE, SINGLE, styled, title
+
+_NAMES = {
+    "kl": "KL, as Figure 4",
+    "kl_matched": "KL, ranks matched",
+    "overlap_in": "overlap of inputs",
+    "overlap_out": "overlap of outputs",
+}
+_FAMILIES = {"kl": "KL divergence (nats)", "overlap": "subspace overlap beyond chance"}
+_PAIRS = {"all": ("all pairs", "o"), "adjacent": ("adjacent layers", "s")}
+
+
+def comparison_with_intervals(comparison: pd.DataFrame) -> Figure:
+    """Difference between two methods of each measure, a − b, with its bootstrap interval; filled where it excludes 0.
+
+    `comparison` is the table of `msplora_analysis.compare.compare`. Divergences and overlaps have an axis each.
+    """
+    rows = comparison[comparison["question"] == "difference"]
+    if rows.empty:
+        raise AnalysisError("the comparison table holds no differences: pass what compare returns")
+    return draw(rows)
+
+
+def plot(comparison: pd.DataFrame) -> Plot:
+    """The figure with its numbers, to be written."""
+    return Plot("comparison", comparison[comparison["question"] == "difference"], comparison_with_intervals)
+
+
+@styled
+def draw(rows: pd.DataFrame) -> Figure:
+    families = [name for name in _FAMILIES if rows["measure"].str.startswith(name).any()]
+    figure = Figure(figsize=(DOUBLE if len(families) > 1 else SINGLE, 1.9), layout="constrained")
+    axes = figure.subplots(1, len(families), squeeze=False)[0]
+    for ax, family in zip(axes, families, strict=True):
+        _panel(ax, rows[rows["measure"].str.startswith(family)], _FAMILIES[family])
+    first = rows.iloc[0]
+    handles = [
+        axes[0].plot([], [], marker, color=PALETTE[i], markersize=4, label=label)[0]
+        for i, (label, marker) in enumerate(_PAIRS.values())
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    has_interval = rows["low"].notna().any()
+    title(
+        figure,
+        f"{first['a']} − {first['b']}",
+        f"{first['confidence']:.0%} intervals" if has_interval else "too few runs for intervals",
+        f"{first['n_a']:g} and {first['n_b']:g} runs; filled: excludes 0",
+    )
+    return figure
+
+
+def _panel(ax: Axes, rows: pd.DataFrame, label: str) -> None:
+    measures = [name for name in _NAMES if name in set(rows["measure"])]
+    ax.axvline(0, color="0.6", linewidth=0.6)
+    for i, (pairs, (_, marker)) in enumerate(_PAIRS.items()):
+        for row in rows[rows["pairs"] == pairs].to_dict("records"):
+            y = measures.index(row["measure"]) + 0.3 * (i - 0.5)
+            if np.isfinite(row["low"]):
+                ax.plot([row["low"], row["high"]], [y, y], color=PALETTE[i], linewidth=1)
+            face = PALETTE[i] if row["decided"] else "white"
+            ax.plot(row["estimate"], y, marker, color=PALETTE[i], markerfacecolor=face, markersize=4)
+    ax.set_yticks(range(len(measures)), [_NAMES[name] for name in measures])
+    ax.set_ylim(len(measures) - 0.5, -0.5)
+    ax.margins(x=0.1)
+    ax.locator_params(axis="x", nbins=4)
+    ax.set_xlabel(label)
+    ax.spines[["top", "right"]].set_visible(False)

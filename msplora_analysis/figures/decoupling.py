@@ -1,0 +1,47 @@
+"""How decoupled the scales of MSPLoRA are, over the epochs."""
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from msplora_analysis.formats.base import SCALES
+
+from .lines import draw_lines, over_epochs
+from .pairs import prepare_pairs
+from .plot import Plot
+from .style import styled
+
+LABELS = {"overlap_in": "overlap, input side", "overlap_out": "overlap, output side", "cosine": "cosine of updates"}
+PANELS = [f"{one} – {other}" for one, other in combinations(SCALES[:3], 2)]
+
+
+def decoupling_over_epochs(scales: pd.DataFrame, *, labels: Mapping[str, str] | None = None) -> Figure:
+    """Subspace overlap on either side and cosine: rows; two scales of one layer: columns; variants: lines.
+
+    Low means decoupled; the dotted line is what random subspaces would give. Computed for each layer and module, then
+    averaged. scales: of `load_scale_pairs`; labels: variant of each run (see `pairs.prepare_pairs`).
+    """
+    return draw(numbers(prepare_pairs(scales, labels)))
+
+
+def plots(scales: pd.DataFrame) -> Iterator[Plot]:
+    """scales: of `prepare_pairs`."""
+    table = numbers(scales)
+    if len(table):
+        yield Plot("decoupling_over_epochs", table, draw)
+
+
+def numbers(scales: pd.DataFrame) -> pd.DataFrame:
+    table = scales.assign(scale=scales["scale_i"] + " – " + scales["scale_j"])
+    result = over_epochs(table, {name: table[name].to_numpy() for name in LABELS}, PANELS)
+    chance = table.groupby(["variant", "scale"])["overlap_expected"].mean().rename("chance").reset_index()
+    result = result.merge(chance, on=["variant", "scale"], how="left")
+    result.loc[result["quantity"] == "cosine", "chance"] = 0.0
+    return result
+
+
+@styled
+def draw(numbers: pd.DataFrame) -> Figure:
+    return draw_lines(numbers, "Between scales: low = decoupled, dotted = by chance", LABELS, PANELS, least=0.0)

@@ -1,0 +1,391 @@
+"""Comparison of two methods: the numbers of figure 4, intervals and p-values against cases whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from msplora_analysis.commands import compare as command
+from msplora_analysis.compare import Side, compare, layer_kl
+from msplora_analysis.divergence import kl, pairwise_kl
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.figures import kl_summary
+from msplora_analysis.figures.comparison import comparison_with_intervals
+from msplora_analysis.figures.rank_needed import rank_needed_map
+from msplora_analysis.pairing import Unit, drawn, pair, units
+from msplora_analysis.statements import sentences
+from msplora_analysis.uncertainty import adjacent_test, interval
+
+FIRST_LOOK = Path(__file__).parents[1] / "data" / "first_look"
+
+FEW = {"resamples": 199}
+
+
+def table(spectra: dict[str, np.ndarray], epochs: int = 1) -> pd.DataFrame:
+    """Spectra table of runs: name -> (modules, L, r)."""
+    return pd.DataFrame(
+        [
+            {"run": run, "step": 10 * epoch, "epoch": epoch, "scale": "layer", "group": layer, "module": f"m{module}"}
+            | {"name": f"layer.{layer}.m{module}", "k": k + 1, "sigma": sigma}
+            for run, modules in spectra.items()
+            for epoch in range(1, epochs + 1)
+            for module, layers in enumerate(modules)
+            for layer, values in enumerate(layers)
+            for k, sigma in enumerate(values)
+        ]
+    )
+
+
+def random_spectra(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return -np.sort(-rng.random(shape), axis=-1) + 0.01
+
+
+def runs(rng: np.random.Generator, method: str, rank: int, spread: float = 1.0, seeds: int = 3) -> pd.DataFrame:
+    """Runs of two tasks; ``spread`` is how much the layers differ."""
+    spectra = {}
+    for task in ("cola", "mrpc"):
+        for seed in range(seeds):
+            steep = 1 + spread * np.arange(4)[:, None] + 0.05 * rng.standard_normal((2, 4, 1))
+            spectra[f"{task}/{method}/seed-{seed}"] = np.exp(-np.arange(rank) * steep / rank)
+    return table(spectra)
+
+
+def row(result: pd.DataFrame, **chosen: Any) -> dict[str, Any]:
+    for name, value in chosen.items():
+        result = result[result[name] == value]
+    assert len(result) == 1
+    return result.iloc[0].to_dict()
+
+
+def test_layer_kl_is_pairwise_kl() -> None:
+    spectra = random_spectra(np.random.default_rng(0), 3, 5, 4)
+    spectra[1, 2] = 0
+    spectra[2, 1, 2:] = 0
+    for one, many in zip(spectra, layer_kl(spectra), strict=True):
+        np.testing.assert_allclose(many, pairwise_kl(one), atol=1e-12)
+
+
+def test_values_are_those_of_figure_4() -> None:
+    rng = np.random.default_rng(0)
+    sides = [
+        table({f"cola/{name}/seed-{s}": random_spectra(rng, 2, 5, rank) for s in range(3)})
+        for name, rank in (("a", 6), ("b", 4))
+    ]
+    result = compare(Side("A", sides[0]), Side("B", sides[1]), **FEW)
+    for pairs, column in (("all", "kl_all_pairs"), ("adjacent", "kl_adjacent")):
+        found = row(result, measure="kl", pairs=pairs, question="difference")
+        expected = [kl_summary(side)[column].item() for side in sides]
+        assert [found["value_a"], found["value_b"]] == pytest.approx(expected, abs=1e-12)
+        assert found["estimate"] == pytest.approx(expected[0] - expected[1], abs=1e-12)
+        assert (found["n_a"], found["n_b"], found["paired"], found["k_a"], found["k_b"]) == (3, 3, True, 6, 4)
+
+
+def test_divergences_first_is_the_mean_over_runs_and_modules() -> None:
+    rng = np.random.default_rng(1)
+    spectra = random_spectra(rng, 3, 2, 4, 5)
+    side = table({f"r{i}": one for i, one in enumerate(spectra)})
+    result = compare(Side("A", side), Side("B", side), averaging="divergences", **FEW)
+    expected = np.mean(
+        [kl(one[i], one[j]) for run in spectra for one in run for i in range(4) for j in range(4) if i != j]
+    )
+    assert row(result, measure="kl", pairs="all", question="difference")["value_a"] == pytest.approx(expected)
+
+
+def test_rank_matching_removes_what_is_only_rank() -> None:
+    """B is A without its smaller values: unlike as it stands, the same once matched."""
+    rng = np.random.default_rng(2)
+    spectra = random_spectra(rng, 4, 2, 5, 6)
+    a = table({f"a/seed-{i}": one for i, one in enumerate(spectra)})
+    b = table({f"b/seed-{i}": one[..., :2] for i, one in enumerate(spectra)})
+    result = compare(Side("A", a), Side("B", b), **FEW)
+    assert abs(row(result, measure="kl", pairs="all", question="difference")["estimate"]) > 1e-3
+    matched = row(result, measure="kl_matched", pairs="all", question="difference")
+    assert (matched["k_a"], matched["k_b"]) == (2, 2)
+    assert [matched[name] for name in ("estimate", "low", "high")] == pytest.approx([0, 0, 0], abs=1e-12)
+    assert not matched["decided"]
+
+
+def test_a_planted_difference_is_decided_with_its_sign() -> None:
+    rng = np.random.default_rng(3)
+    far, near = runs(rng, "far", 4, spread=2.0), runs(rng, "near", 4, spread=0.5)
+    for averaging in ("spectra", "divergences"):
+        found = row(
+            compare(Side("far", far), Side("near", near), averaging=averaging, **FEW),
+            measure="kl",
+            pairs="all",
+            question="difference",
+        )
+        assert found["decided"]
+        assert 0 < found["low"] < found["estimate"] < found["high"]
+        assert (found["tasks"], found["resampled"]) == (2, "pairs of runs within tasks")
+    text = list(sentences(compare(Side("near", near), Side("far", far), **FEW)))
+    assert "Layers differ less under near." in text[0]
+    by_task = compare(Side("far", far), Side("near", near), resample="tasks", **FEW)
+    assert set(by_task.query("question == 'difference'")["resampled"]) == {"tasks"}
+
+
+def test_one_run_does_not_decide() -> None:
+    rng = np.random.default_rng(4)
+    a, b = (table({"run": random_spectra(rng, 1, 4, 3)}) for _ in range(2))
+    result = compare(Side("A", a), Side("B", b))
+    differences = result[result["question"] == "difference"]
+    assert differences[["low", "high"]].isna().all(axis=None)
+    assert not differences["decided"].any()
+    assert all("do not decide" in text for text in list(sentences(result))[:2])
+    comparison_with_intervals(result)
+
+
+def test_overlaps_come_from_the_pairs_table() -> None:
+    rng = np.random.default_rng(5)
+    sides = []
+    expected = []
+    for name in "ab":
+        spectra = {f"{name}/seed-{s}": random_spectra(rng, 1, 4, 3) for s in range(3)}
+        rows = [
+            {"run": run, "step": 10, "epoch": 1, "scale": "layer", "module": "m0", "group_i": i, "group_j": j}
+            | {"overlap_in": rng.random(), "overlap_out": rng.random(), "overlap_expected": 0.25}
+            for run in spectra
+            for i in range(4)
+            for j in range(i + 1, 4)
+        ]
+        pairs = pd.DataFrame(rows)
+        sides.append(Side(name, table(spectra), pairs))
+        adjacent = pairs[pairs["group_j"] - pairs["group_i"] == 1]
+        expected.append((pairs["overlap_in"].mean() - 0.25, adjacent["overlap_out"].mean() - 0.25))
+    result = compare(*sides, **FEW)
+    for measure, kind, which in (("overlap_in", "all", 0), ("overlap_out", "adjacent", 1)):
+        found = row(result, measure=measure, pairs=kind, question="difference")
+        assert [found["value_a"], found["value_b"]] == pytest.approx([e[which] for e in expected])
+    assert any("overlap beyond chance of the input directions" in text for text in sentences(result))
+    incomplete = Side("a", sides[0].spectra, sides[0].pairs[sides[0].pairs["run"] != "a/seed-1"])
+    with pytest.raises(AnalysisError, match="lacks a/seed-1"):
+        compare(incomplete, sides[1], **FEW)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"averaging": "runs"}, "averaging must be one of spectra, divergences"),
+        ({"resample": "layers"}, "resample must be one of seeds, tasks"),
+        ({"confidence": 1.0}, "between 0 and 1"),
+        ({"epoch": 7}, "epoch 7"),
+        ({"resample": "tasks"}, "task of every run"),
+    ],
+)
+def test_bad_choices(change: dict[str, Any], message: str) -> None:
+    side = table({f"r{i}": random_spectra(np.random.default_rng(i), 1, 4, 3) for i in range(2)})
+    with pytest.raises(AnalysisError, match=message):
+        compare(Side("A", side), Side("B", side), **change)
+
+
+def test_other_layers_and_several_methods_are_errors() -> None:
+    rng = np.random.default_rng(0)
+    four, five = (table({"r": random_spectra(rng, 1, layers, 3)}) for layers in (4, 5))
+    with pytest.raises(AnalysisError, match="do not adapt the same"):
+        compare(Side("A", four), Side("B", five))
+    mixed = table({"r": random_spectra(rng, 1, 4, 3), "s": random_spectra(rng, 1, 4, 2)})
+    with pytest.raises(AnalysisError, match=r"A: holds several methods \(LoRA r=3, LoRA r=2\)"):
+        compare(Side("A", mixed), Side("B", four))
+
+
+@pytest.mark.parametrize("layers", [3, 4, 5])
+def test_permutation_p_is_that_of_all_orders(layers: int) -> None:
+    rng = np.random.default_rng(layers)
+    matrix = rng.random((layers, layers))
+    matrix += 2 * np.abs(np.subtract.outer(np.arange(layers), np.arange(layers)))
+    near, far, p = adjacent_test(matrix)
+
+    def difference(order: tuple[int, ...]) -> float:
+        both = {True: [], False: []}
+        for x in range(layers):
+            for y in range(x + 1, layers):
+                i, j = order[x], order[y]
+                both[y - x == 1].append((matrix[i, j] + matrix[j, i]) / 2)
+        return float(np.mean(both[True]) - np.mean(both[False]))
+
+    everything = np.array([difference(order) for order in permutations(range(layers))])
+    actual = difference(tuple(range(layers)))
+    assert near - far == pytest.approx(actual)
+    tail = min((everything <= actual + 1e-12).mean(), (everything >= actual - 1e-12).mean())
+    assert p == pytest.approx(min(1, 2 * tail))
+
+
+def test_permutation_p_is_uniform_without_order() -> None:
+    """Layers in random order: p below 0.1 in about a tenth of cases."""
+    rng = np.random.default_rng(0)
+    p = [adjacent_test(rng.random((6, 6)))[2] for _ in range(200)]
+    assert 0.04 < np.mean(np.array(p) < 0.1) < 0.17
+    assert np.isnan(adjacent_test(rng.random((2, 2)))[2])
+
+
+def mean_of(values: np.ndarray) -> Any:
+    return lambda weights: (weights @ values) / weights.sum(axis=-1)
+
+
+def test_interval_covers_the_truth() -> None:
+    """A mean of 3 tasks with 5 seeds each, drawn within tasks: near its level, a little below as it must be."""
+    rng = np.random.default_rng(0)
+    strata = [np.eye(15)[start : start + 5] for start in (0, 5, 10)]
+    held = 0
+    for _ in range(150):
+        values = rng.normal([0] * 5 + [5] * 5 + [-5] * 5)  # tasks far apart do not matter
+        low, high = interval(mean_of(values), strata, resamples=299, seed=int(rng.integers(1 << 30)))
+        assert high - low < 2
+        held += low <= 0 <= high
+    assert 0.85 <= held / 150 <= 0.98
+
+
+def test_interval_of_special_cases() -> None:
+    values = np.array([1.0, 2, 3, 4])
+    assert np.isnan(interval(mean_of(values), [np.eye(4)[:1]])).all()
+    assert np.isnan(interval(mean_of(values), [])).all()
+    assert interval(mean_of(np.ones(4)), [np.eye(4)], resamples=99) == (1, 1)
+    first, again = (interval(mean_of(values), [np.eye(4)], resamples=99, seed=3) for _ in range(2))
+    assert first == again
+
+
+def test_pairs_cancel_what_they_share() -> None:
+    """Seeds differ much, methods little: only pairs show it."""
+    rng = np.random.default_rng(0)
+    common = 10 * rng.standard_normal(6)
+    values = np.concatenate([common + 1 + 0.1 * rng.standard_normal(6), -common])
+    ours, theirs = ([Unit(f"{x}{i}", "cola", i) for i in range(6)] for x in "ab")
+    assert pair(ours, theirs) == list(zip(ours, theirs, strict=True))
+    widths = []
+    for paired in (True, False):
+        strata, _ = drawn(ours, theirs, paired=paired, tasks=False)
+        assert sum(part.sum() for part in strata) == 12
+
+        def difference(weights: np.ndarray) -> np.ndarray:
+            return (weights @ values) / weights[..., :6].sum(axis=-1)
+
+        low, high = interval(difference, strata, resamples=499)
+        assert low < 1 < high
+        widths.append(high - low)
+    assert widths[0] < 0.3 < 3 < widths[1]
+
+
+def test_strata() -> None:
+    ours = [Unit("a", "cola", 1), Unit("b", "cola", 2), Unit("c", "mrpc", 1)]
+    theirs = [Unit("d", "cola", 3), Unit("e", "mrpc", 2), Unit("f", "mrpc", 3)]
+    strata, what = drawn(ours, theirs, paired=False, tasks=False)
+    assert what == "runs"  # a task with one run alone: all tasks together
+    assert [part.shape for part in strata] == [(3, 6), (3, 6)]
+    strata, what = drawn(ours, theirs, paired=False, tasks=True)
+    assert what == "tasks"
+    np.testing.assert_array_equal(strata[0], [[1, 1, 0, 1, 0, 0], [0, 0, 1, 0, 1, 1]])
+    assert drawn(ours[:1], theirs[:1], paired=False, tasks=False)[0] == []
+
+
+def test_units_from_names_and_from_the_record(tmp_path: Path) -> None:
+    from msplora_analysis.files import discover
+
+    names = ["cola/lora-8/seed-1", "STS-B/x/seed_12", "mine/run3", "a/seed-2b"]
+    assert units(names) == [
+        Unit(names[0], "cola", 1),
+        Unit(names[1], "stsb", 12),
+        Unit(names[2], None, None),
+        Unit(names[3], None, 2),
+    ]
+    adapters = discover(FIRST_LOOK)
+    found = units(["lora-4"], adapters)
+    record = json.loads((FIRST_LOOK / "lora-4" / "run.json").read_text())["settings"]
+    assert found == [Unit("lora-4", record["task"], record["seed"])]
+
+
+def test_runs_that_do_not_pair() -> None:
+    ours = [Unit("a", "cola", 1), Unit("b", "cola", 2)]
+    assert pair(ours, [Unit("c", "cola", 2), Unit("d", "mrpc", 1)]) == [(ours[1], Unit("c", "cola", 2))]
+    assert pair(ours, [Unit("c", "cola", None)]) == []
+    assert pair(ours, [Unit("c", "cola", 1), Unit("d", "cola", 1)]) == []  # which one would it be?
+    rng = np.random.default_rng(0)
+    a = table({f"a/seed-{i}": random_spectra(rng, 1, 4, 3) for i in (1, 2, 3)})
+    b = table({f"b/seed-{i}": random_spectra(rng, 1, 4, 3) for i in (2, 3)})
+    with pytest.warns(UserWarning, match=r"A: a/seed-1 \(1 in all\) left out, without a partner"):
+        result = compare(Side("A", a), Side("B", b), **FEW)
+    assert result["n_a"].unique().tolist() == [2]
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer()
+    command.register(app)
+    app.callback()(lambda: None)
+    return app
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    both = pd.concat([runs(rng, "msplora", 4, 2.0), runs(rng, "lora", 6, 0.5)])
+    both.to_csv(tmp_path / "spectra.csv", index=False)
+    return tmp_path / "spectra.csv"
+
+
+def test_command_on_runs(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    a, b = (str(FIRST_LOOK / run) for run in ("msplora-4-4-4", "lora-4"))
+    result = CliRunner().invoke(_app(), ["compare", a, "--with", b, "--out", str(out), "--no-cache"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "the data do not decide" in result.stdout
+    assert result.stdout.rstrip().endswith("comparison.parquet")
+    written = pd.read_parquet(out / "comparison.parquet")
+    assert set(written["measure"]) == {"kl", "kl_matched", "overlap_in", "overlap_out"}
+    assert set(written["epoch"]) == {6}
+
+
+def test_command_on_tables(stored: Path, tmp_path: Path) -> None:
+    methods = ["--method", "LoRA r=4", "--with-method", "LoRA r=6", "--format", "csv", "--out", str(tmp_path / "o")]
+    result = CliRunner().invoke(_app(), ["compare", str(stored), "--with", str(stored), *methods])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "6 pairs of runs on 2 tasks" in result.stdout.replace("\n", " ")
+    assert set(pd.read_csv(tmp_path / "o" / "comparison.csv")["measure"]) == {"kl", "kl_matched"}
+    result = CliRunner().invoke(_app(), ["compare", str(stored), "--with", str(stored), "--out", str(tmp_path / "o")])
+    assert isinstance(result.exception, AnalysisError)
+    assert "choose one with --method or --with-method: LoRA r=4, LoRA r=6" in str(result.exception)
+
+
+def test_with_takes_several_paths(tmp_path: Path) -> None:
+    """As a shell's pattern gives them; none may end up on the other side."""
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+    others = [str(tmp_path / "x"), str(tmp_path / "y")]
+    args = ["compare", str(FIRST_LOOK / "lora-4"), "--with", *others, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(_app(), args)
+    assert isinstance(result.exception, AnalysisError)
+    assert str(result.exception).startswith(f"{tmp_path / 'x'}: no adapter found")
+
+
+def test_figures_of_a_comparison(stored: Path) -> None:
+    spectra = pd.read_csv(stored)
+    parts = [spectra[spectra["run"].str.contains(f"/{name}/")] for name in ("msplora", "lora")]
+    result = compare(Side("A", parts[0]), Side("B", parts[1]), **FEW)
+    (ax,) = comparison_with_intervals(result).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["KL, as Figure 4", "KL, ranks matched"]
+    ends = sorted(float(x) for line in ax.lines for x in line.get_xdata() if len(line.get_xdata()) == 2)
+    shown = result[result["question"] == "difference"]
+    assert set(shown["low"]) | set(shown["high"]) <= set(ends)
+    with pytest.raises(AnalysisError, match="no differences"):
+        comparison_with_intervals(result[result["question"] != "difference"])
+
+
+@pytest.mark.parametrize("layers", [6, 32])
+def test_rank_needed_map_shows_every_layer(layers: int) -> None:
+    spectra = np.tile(np.array([1, 0.4, 0.05, 0.001]), (3, layers, 1))
+    spectra[1, 2] = [1, 1, 1, 1]
+    figure = rank_needed_map(table({"r": spectra}))
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    assert [ax.get_title() for ax in panels] == ["90% of the energy", "99% of the energy"]
+    for ax, used, most in zip(panels, (2, 2), (4, 4), strict=True):
+        assert [label.get_text() for label in ax.get_xticklabels()] == [str(layer) for layer in range(layers)]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["m0", "m1", "m2"]
+        values = ax.collections[0].get_array().reshape(3, layers)
+        assert values[1, 2] == most
+        assert set(np.delete(values.ravel(), layers + 2)) == {used}

@@ -1,0 +1,133 @@
+"""Figures of what layers and scales share: their numbers, what the artists show, what is drawn from where."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from adapters import lora_config, lora_tensors, write_adapter
+from test_cli import run
+from test_figures import meshes
+from test_formats import msplora_config, msplora_tensors
+
+import msplora_analysis as ma
+from msplora_analysis.figures import decoupling_over_epochs, overlap_between_layers, write_figures
+
+RANKS = {"global": 5, "mid": 3, "layer": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two seeds of LoRA and of MSPLoRA, three epochs; at the first all B are zero."""
+    root = tmp_path_factory.mktemp("figures") / "runs"
+    names = [f"encoder.layer.{layer}.self.{module}" for layer in range(6) for module in ("query", "value")]
+    for seed in range(2):
+        for epoch in range(3):
+            scale = np.float32(epoch > 0)
+            lora = lora_tensors(*names, rank=3, rows=20, cols=18, seed=10 * seed + epoch)
+            mspl = msplora_tensors(range(6), [0, 2, 4], RANKS, ("query", "value"), seed=10 * seed + epoch)
+            for tensors, method, config in ((lora, "lora", lora_config(r=3)), (mspl, "msplora", msplora_config())):
+                tensors = {
+                    key: values * scale if key.endswith((".B", "lora_B.weight")) else values
+                    for key, values in tensors.items()
+                }
+                write_adapter(root / method / f"seed{seed}" / f"checkpoint-{epoch}", tensors, config, epoch=epoch)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tables(runs):
+    return ma.load_redundancy(runs, details=True)
+
+
+def test_overlap_matrices_show_the_means_of_the_last_epoch(tables):
+    figure = overlap_between_layers(tables.pairs, "LoRA r=3")
+    kl, inside, outside = (np.asarray(mesh.get_array()) for mesh in meshes(figure))
+    table = tables.pairs[tables.pairs["run"].str.startswith("lora") & (tables.pairs["epoch"] == 2)]
+    means = table.groupby(["group_i", "group_j"])[["kl_ij", "kl_ji", "overlap_in", "overlap_out"]].mean()
+    for (i, j), row in means.iterrows():
+        assert kl[i, j] == pytest.approx(row["kl_ij"])
+        assert kl[j, i] == pytest.approx(row["kl_ji"])
+        assert inside[i, j] == inside[j, i] == pytest.approx(row["overlap_in"])
+        assert outside[i, j] == outside[j, i] == pytest.approx(row["overlap_out"])
+    for shown in (kl, inside, outside):
+        assert np.isnan(np.ma.filled(shown.astype(float), np.nan).diagonal()).all()
+    of_kl, *of_overlaps = (mesh.norm for mesh in meshes(figure))
+    assert of_overlaps[0].vmin == of_kl.vmin == 0
+    assert of_overlaps[0].vmax == of_overlaps[1].vmax >= max(np.nanmax(inside), np.nanmax(outside))
+    assert "epoch 2, mean over 2 runs" in figure.get_suptitle()
+    assert "by chance, 0.16" in figure.get_suptitle()  # 3/20 and 3/18
+
+
+def test_a_variant_must_be_chosen_where_there_are_several(tables):
+    with pytest.raises(
+        ma.AnalysisError, match=r"choose the variant to draw \(none was given\): LoRA r=3, MSPLoRA layer r=2"
+    ):
+        overlap_between_layers(tables.pairs)
+
+
+def test_labels_name_the_variants(tables):
+    labels = {run: run.partition("/")[0].upper() for run in tables.pairs["run"].unique()}
+    figure = overlap_between_layers(tables.pairs, "LORA", labels=labels)
+    assert figure.get_suptitle().startswith("LORA")
+
+
+def test_identical_layers_end_the_colour_bar_at_one(tmp_path):
+    tensors = lora_tensors("layer.0.q", "layer.1.q")
+    for factor in "AB":
+        first, second = (f"base_model.model.layer.{layer}.q.lora_{factor}.weight" for layer in range(2))
+        tensors[second] = tensors[first]
+    figure = overlap_between_layers(ma.load_pairs(write_adapter(tmp_path / "run", tensors)))
+    assert meshes(figure)[1].norm.vmax == 1
+
+
+def test_decoupling_lines_are_means_over_runs(tables):
+    figure = decoupling_over_epochs(tables.scales)
+    axes = np.array(figure.axes).reshape(3, 3)
+    assert [ax.get_title() for ax in axes[0]] == ["global – mid", "global – layer", "mid – layer"]
+    scales = tables.scales
+    for row, quantity in zip(axes, ("overlap_in", "overlap_out", "cosine"), strict=True):
+        for ax, (one, other) in zip(row, (("global", "mid"), ("global", "layer"), ("mid", "layer")), strict=True):
+            part = scales[(scales["scale_i"] == one) & (scales["scale_j"] == other)]
+            line, chance = ax.lines
+            expected = part.groupby("epoch")[quantity].mean()
+            np.testing.assert_allclose(line.get_ydata()[1:], expected[1:].astype(float), rtol=1e-6)
+            assert np.isnan(line.get_ydata()[0])  # nothing has been learned yet
+            by_chance = part["overlap_expected"].mean() if quantity != "cosine" else 0
+            assert chance.get_ydata()[0] == pytest.approx(by_chance)
+
+
+def test_the_command_draws_both_from_adapters_and_from_tables(runs, tmp_path, capsys, monkeypatch):
+    names = ["overlap_between_layers_lora-3", "overlap_between_layers_msplora-5-3-2", "decoupling_over_epochs"]
+    out = tmp_path / "from_adapters"
+    status, text, error = run(capsys, monkeypatch, "figures", runs, "--out", out, "--format", "svg")
+    assert (status, error) == (0, "")
+    for name in names:
+        assert str(out / f"{name}.svg") in text
+        assert (out / f"{name}.csv").is_file()
+    for command in ("spectra", "redundancy"):
+        assert run(capsys, monkeypatch, command, runs, "--out", tmp_path / "tables", "--format", "csv")[0] == 0
+    again = tmp_path / "from_tables"
+    status, text, error = run(capsys, monkeypatch, "figures", tmp_path / "tables", "--out", again, "--format", "svg")
+    assert (status, error) == (0, "")
+    for name in names:
+        one, other = (
+            pd.read_csv(folder / f"{name}.csv").drop(columns="stack", errors="ignore") for folder in (out, again)
+        )
+        pd.testing.assert_frame_equal(one, other)
+
+
+def test_stacks_are_drawn_apart(tmp_path):
+    names = [f"{stack}.block.{layer}.q" for stack in ("encoder", "decoder") for layer in range(3)]
+    write_adapter(tmp_path / "run", lora_tensors(*names))
+    spectra, tables = ma.load_spectra(tmp_path / "run"), ma.load_redundancy(tmp_path / "run", details=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = write_figures(spectra, tmp_path / "out", ["svg"], pairs=tables.pairs, scales=tables.scales)
+    stems = {path.stem for path in written if path.stem.startswith("overlap")}
+    assert stems == {f"overlap_between_layers_lora-2_{stack}-block" for stack in ("encoder", "decoder")}
+
+
+def test_a_table_of_something_else_is_an_error():
+    with pytest.raises(ma.AnalysisError, match="lacks the column run, step"):
+        overlap_between_layers(pd.DataFrame({"k": [1]}))
