@@ -53,7 +53,7 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing into $(VENV) ..."
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[dask]'
 	touch $@
 
 # The tools that we measure against, apart from our own packages; torch first, so that they take this one.

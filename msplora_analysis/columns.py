@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,7 +145,7 @@ def _numbers(values: NDArray[Any], present: NDArray[np.bool_] | None = None) -> 
     return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(values)], null_count=empty)
 
 
-_MAKERS = {"str": _texts, "Int64": _whole_numbers, "Float64": _floats}
+_MAKERS: dict[str, Callable[[Any], pa.Array]] = {"str": _texts, "Int64": _whole_numbers, "Float64": _floats}
 
 
 def _record_batch(keys: dict[str, pa.Array], values: dict[str, Any], types: dict[str, str]) -> pa.RecordBatch:

@@ -266,7 +266,9 @@ def _overlaps(side: Side, runs: list[str], layers: tuple[int, ...], stack: str, 
     place = {layer: i for i, layer in enumerate(layers)}
     found = {}
     for name in ("overlap_in", "overlap_out"):
-        rows = pairs.assign(value=pairs[name] - pairs["overlap_expected"])
+        # Chance on that side, where the table has its details: inputs and outputs may differ in width.
+        chance = name.replace("overlap", "expected")
+        rows = pairs.assign(value=pairs[name] - pairs[chance if chance in pairs else "overlap_expected"])
         means = rows.groupby(["run", "group_i", "group_j"])["value"].mean()
         values = np.full((len(runs), len(layers), len(layers)), np.nan)
         for (run, i, j), value in means.items():

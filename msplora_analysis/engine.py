@@ -7,6 +7,7 @@ and no worker waits for another. What the cache holds is not computed again.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -288,7 +289,7 @@ def _executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
         context = multiprocessing.get_context(method)
         import msplora_analysis.spectra  # noqa: F401 (copies need not import it again)
 
-        with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt) as executor:
+        with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_start_worker) as executor:
             try:
                 yield executor
             finally:
@@ -312,9 +313,10 @@ def _one_blas_thread() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of the terminal: the one that waits for the workers ends them."""
+def _start_worker() -> None:
+    # Ctrl-C reaches every process of the terminal: the one that waits for the workers ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # a collection would write to, and so copy, all that is shared with the first process
 
 
 @contextmanager

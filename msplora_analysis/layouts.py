@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from msplora_analysis.addresses import Folder, Place, list_folder, natural_key, parts, read_bytes
@@ -32,6 +33,7 @@ _CHECKPOINT = re.compile(r"(checkpoint|step|epoch)[-_]([0-9]{1,18})")
 _NUMBERED = re.compile(r"adapter_([0-9]{1,18})\.pt")
 _KOHYA = re.compile(r"(.+)-(?:step([0-9]{8})|([0-9]{6}))")
 _MODEL = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors|optimizer.*|\..*")  # never adapters: not looked into
+_KEPT_JSON = 2**15  # bytes
 _LARGEST_JSON = 32 * 2**20  # bytes; parsed, the worst takes twenty times as much
 
 
@@ -143,7 +145,8 @@ def _number(path: Place, content: dict[str, Any], key: str) -> int | float | Non
 def read_json(path: Place) -> dict[str, Any]:
     """A JSON object. Raises AnalysisError if the file holds anything else."""
     try:
-        value = json.loads(read_bytes(path, _LARGEST_JSON), parse_int=_parse_int)
+        content = read_bytes(path, _LARGEST_JSON)
+        value = (_parse if len(content) < _KEPT_JSON else _parse.__wrapped__)(content)
     except AnalysisError:
         raise
     except (ValueError, RecursionError) as error:
@@ -151,6 +154,12 @@ def read_json(path: Place) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AnalysisError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+@lru_cache(maxsize=16)
+def _parse(content: bytes) -> Any:
+    """A run's checkpoints have one configuration: kept once, it does not fill the memory. Not to be changed."""
+    return json.loads(content, parse_int=_parse_int)
 
 
 def _parse_int(digits: str) -> int:

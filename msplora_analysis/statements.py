@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+FEW = 5  # runs of a task: a bootstrap of fewer claims too much
+
 _WHAT = {
     "kl": "mean D_KL between the spectra of {pairs} (as in Figure 4)",
     "kl_matched": "mean D_KL between the spectra of {pairs} (cut to {k} values each)",
@@ -40,6 +42,8 @@ def _difference(row: dict[str, Any]) -> str:
     said += f" ({row['confidence']:.0%} interval {row['low']:+.3g} to {row['high']:+.3g}; {_runs(row)})."
     if not row["decided"]:
         return f"{said} The data do not decide which is greater."
+    if min(row["n_a"], row["n_b"]) < FEW * row["tasks"]:
+        said += " With so few runs an interval is narrower than it should be."
     more, less = _MORE["kl" if row["measure"].startswith("kl") else "overlap"]
     subject = {"all": "Layers", "adjacent": "Adjacent layers"}[row["pairs"]]
     return f"{said} {subject} {more if row['estimate'] > 0 else less} under {row['a']}."

@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ _COLUMNS = {
     "M_eff-1": "m_eff_1",
     "M_eff-4": "m_eff_4",
 }
+
+
+_MOST_RUNS = 20  # in a summary
 
 
 @contextmanager
@@ -107,13 +111,15 @@ class Summary:
 
         console = Console(highlight=False)
         with console.capture() as capture:  # rich would end the program at a closed pipe
-            for run, scales in self._runs.items():
+            for run, scales in islice(self._runs.items(), _MOST_RUNS):
                 checkpoints = list(dict.fromkeys(key for of_scale in scales.values() for key in of_scale))
                 shown = _spread(checkpoints)
                 some = "" if shown == checkpoints else f" ({len(shown)} of {len(checkpoints)} checkpoints shown)"
                 console.print(f"[bold]{escape(run)}[/bold]: means over matrices{some}")
                 console.print(_table(scales, shown), end="\n\n")
         print(capture.get(), end="")
+        if (more := len(self._runs) - _MOST_RUNS) > 0:
+            print(f"... and {more} more runs, in the tables")
 
 
 class _Means:

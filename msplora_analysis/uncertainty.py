@@ -40,6 +40,15 @@ def interval(
         return float("nan"), float("nan")
     from scipy.stats import bootstrap
 
+    # BCa counts how many resamples lie below the estimate. With few runs some are equal to it: their
+    # rounding must not decide. What the statistic moves by with one cluster less sets the unit.
+    whole = np.sum([stratum.sum(axis=0) for stratum in strata], axis=0)
+    spread = float(np.ptp(statistic(whole - np.concatenate(strata))))
+    point = float(statistic(whole[None])[0])
+    if not spread > 1e-12 * abs(point):
+        return point, point
+    unit = 1e-9 * spread
+
     def of_draws(*draws: Any, axis: int = -1) -> Array:
         drawn = [np.moveaxis(np.asarray(draw), axis, -1) for draw in draws]
         weights: Any = 0.0
@@ -47,7 +56,8 @@ def interval(
             # How often each cluster was drawn.
             counts = (draw[..., None] == np.arange(len(stratum))).sum(axis=-2)
             weights = weights + counts @ stratum
-        return statistic(weights)
+        rounded: Array = np.round(statistic(weights) / unit) * unit
+        return rounded
 
     runs = strata[0].shape[1]
     options: dict[str, Any] = {
@@ -59,9 +69,6 @@ def interval(
     }
     data = tuple(np.arange(len(stratum)) for stratum in strata)
     plain = bootstrap(data, of_draws, method="percentile", n_resamples=resamples, **options)
-    values = plain.bootstrap_distribution
-    if np.ptp(values) <= 1e-12 * np.abs(values).max():  # BCa divides by the spread
-        return float(values[0]), float(values[0])
     best = bootstrap(data, of_draws, method="BCa", n_resamples=0, bootstrap_result=plain, **options)
     low, high = best.confidence_interval
     if not np.isfinite([low, high]).all():  # every resample on one side of the estimate

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from msplora_analysis.commands.arguments import Format, IgnoreUnknown, Out, TableFormat, UseCache, Workers, make_folder
+from msplora_analysis.commands.arguments import (
+    FigureFormat,
+    Format,
+    IgnoreUnknown,
+    Out,
+    TableFormat,
+    UseCache,
+    Workers,
+    make_folder,
+)
 from msplora_analysis.terminal import closed_pipe_ignored, print_paths, progress_bar
 
 
@@ -90,6 +98,10 @@ def compare(
     ] = None,
     confidence: Annotated[float, typer.Option(metavar="P", help="Of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the resampling.")] = 0,
+    figure: Annotated[
+        list[FigureFormat] | None,
+        typer.Option(metavar="pdf|png|svg", help="Also draw the differences; may be repeated.", show_default=False),
+    ] = None,
     workers: Workers = None,
     cache: UseCache = True,
     ignore_unknown: IgnoreUnknown = False,
@@ -118,8 +130,12 @@ def compare(
         confidence=confidence,
         seed=seed,
     )
-    path: Path = out / f"comparison.{format.value}"
-    write_table(table, path)
+    written = [out / f"comparison.{format.value}"]
+    write_table(table, written[0])
+    if figure:
+        from msplora_analysis.figures.comparison import plot
+
+        written += plot(table).write(out, [kind.value for kind in figure])
     with closed_pipe_ignored():
         print("\n\n".join(sentences(table)), end="\n\n")
-        print_paths([path])
+        print_paths(written)

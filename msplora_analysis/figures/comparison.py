@@ -33,7 +33,7 @@ def comparison_with_intervals(comparison: pd.DataFrame) -> Figure:
 
 def plot(comparison: pd.DataFrame) -> Plot:
     """The figure with its numbers, to be written."""
-    return Plot("comparison", comparison[comparison["question"] == "difference"], comparison_with_intervals)
+    return Plot("comparison_differences", comparison[comparison["question"] == "difference"], comparison_with_intervals)
 
 
 @styled

@@ -92,7 +92,11 @@ def _overlap(row: dict[str, Any]) -> float:
 
 
 def _overlaps(row: dict[str, Any]) -> bool:
-    return _overlap(row) >= max(OVERLAP, CHANCE * row["overlap_expected"])
+    """Whether both sides overlap, each far beyond its own chance (where the table has it)."""
+    return all(
+        row[f"overlap_{side}"] >= max(OVERLAP, CHANCE * row.get(f"expected_{side}", row["overlap_expected"]))
+        for side in ("in", "out")
+    )
 
 
 def _numbers(row: dict[str, Any]) -> str:

@@ -133,6 +133,14 @@ def test_ignore_unknown_warns_on_standard_error(tmp_path, capsys, monkeypatch):
     assert (status, stderr) == (0, f"warning: {prefix} are left out\n")
 
 
+def test_summary_of_many_runs_is_cut(tmp_path, capsys, monkeypatch):
+    for i in range(23):
+        write_adapter(tmp_path / "runs" / str(i))
+    _, stdout, _ = run(capsys, monkeypatch, "spectra", tmp_path / "runs", "--out", tmp_path / "out")
+    assert stdout.count("means over matrices") == 20
+    assert "\n... and 3 more runs, in the tables\n" in stdout
+
+
 # figures
 
 

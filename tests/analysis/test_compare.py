@@ -19,7 +19,8 @@ from msplora_analysis.divergence import kl, pairwise_kl
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.figures import kl_summary
 from msplora_analysis.figures.comparison import comparison_with_intervals
-from msplora_analysis.figures.rank_needed import rank_needed_map
+from msplora_analysis.figures.matrices import prepare
+from msplora_analysis.figures.rank_needed import plots, rank_needed_map
 from msplora_analysis.pairing import Unit, drawn, pair, units
 from msplora_analysis.statements import sentences
 from msplora_analysis.uncertainty import adjacent_test, interval
@@ -128,6 +129,7 @@ def test_a_planted_difference_is_decided_with_its_sign() -> None:
         assert (found["tasks"], found["resampled"]) == (2, "pairs of runs within tasks")
     text = list(sentences(compare(Side("near", near), Side("far", far), **FEW)))
     assert "Layers differ less under near." in text[0]
+    assert "With so few runs an interval is narrower than it should be." in text[0]
     by_task = compare(Side("far", far), Side("near", near), resample="tasks", **FEW)
     assert set(by_task.query("question == 'difference'")["resampled"]) == {"tasks"}
 
@@ -152,6 +154,7 @@ def test_overlaps_come_from_the_pairs_table() -> None:
         rows = [
             {"run": run, "step": 10, "epoch": 1, "scale": "layer", "module": "m0", "group_i": i, "group_j": j}
             | {"overlap_in": rng.random(), "overlap_out": rng.random(), "overlap_expected": 0.25}
+            | ({"expected_in": 0.2, "expected_out": 0.3} if name == "b" else {})
             for run in spectra
             for i in range(4)
             for j in range(i + 1, 4)
@@ -159,7 +162,8 @@ def test_overlaps_come_from_the_pairs_table() -> None:
         pairs = pd.DataFrame(rows)
         sides.append(Side(name, table(spectra), pairs))
         adjacent = pairs[pairs["group_j"] - pairs["group_i"] == 1]
-        expected.append((pairs["overlap_in"].mean() - 0.25, adjacent["overlap_out"].mean() - 0.25))
+        chance = (0.2, 0.3) if name == "b" else (0.25, 0.25)
+        expected.append((pairs["overlap_in"].mean() - chance[0], adjacent["overlap_out"].mean() - chance[1]))
     result = compare(*sides, **FEW)
     for measure, kind, which in (("overlap_in", "all", 0), ("overlap_out", "adjacent", 1)):
         found = row(result, measure=measure, pairs=kind, question="difference")
@@ -248,6 +252,12 @@ def test_interval_of_special_cases() -> None:
     assert np.isnan(interval(mean_of(values), [np.eye(4)[:1]])).all()
     assert np.isnan(interval(mean_of(values), [])).all()
     assert interval(mean_of(np.ones(4)), [np.eye(4)], resamples=99) == (1, 1)
+    assert interval(mean_of(np.zeros(4)), [np.eye(4)], resamples=99) == (0, 0)
+    # A constant moves the ends by itself and nothing else, though it rounds the values in another way.
+    few = np.random.default_rng(0).random(6)
+    strata = [np.eye(6)[:3], np.eye(6)[3:]]
+    ends = [np.array(interval(mean_of(few + shift), strata)) - shift for shift in (0, 0.1, 0.7)]
+    np.testing.assert_allclose(ends[1:], [ends[0]] * 2, atol=1e-8)
     first, again = (interval(mean_of(values), [np.eye(4)], resamples=99, seed=3) for _ in range(2))
     assert first == again
 
@@ -343,10 +353,12 @@ def test_command_on_runs(tmp_path: Path) -> None:
 
 def test_command_on_tables(stored: Path, tmp_path: Path) -> None:
     methods = ["--method", "LoRA r=4", "--with-method", "LoRA r=6", "--format", "csv", "--out", str(tmp_path / "o")]
+    methods += ["--figure", "png"]
     result = CliRunner().invoke(_app(), ["compare", str(stored), "--with", str(stored), *methods])
     assert result.exit_code == 0, (result.output, result.exception)
     assert "6 pairs of runs on 2 tasks" in result.stdout.replace("\n", " ")
     assert set(pd.read_csv(tmp_path / "o" / "comparison.csv")["measure"]) == {"kl", "kl_matched"}
+    assert (tmp_path / "o" / "comparison_differences.png").is_file()
     result = CliRunner().invoke(_app(), ["compare", str(stored), "--with", str(stored), "--out", str(tmp_path / "o")])
     assert isinstance(result.exception, AnalysisError)
     assert "choose one with --method or --with-method: LoRA r=4, LoRA r=6" in str(result.exception)
@@ -380,6 +392,8 @@ def test_figures_of_a_comparison(stored: Path) -> None:
 def test_rank_needed_map_shows_every_layer(layers: int) -> None:
     spectra = np.tile(np.array([1, 0.4, 0.05, 0.001]), (3, layers, 1))
     spectra[1, 2] = [1, 1, 1, 1]
+    (plot,) = plots(prepare(table({"r": spectra})))
+    assert (plot.stem, len(plot.numbers)) == ("rank_needed_lora-4", 2 * 3 * layers)
     figure = rank_needed_map(table({"r": spectra}))
     panels = [ax for ax in figure.axes if ax.get_title()]
     assert [ax.get_title() for ax in panels] == ["90% of the energy", "99% of the energy"]
