@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
+    from msplora_analysis.compare import compare
     from msplora_analysis.figures import write_figures
+    from msplora_analysis.findings import diagnose
+    from msplora_analysis.findings.load import load_findings
     from msplora_analysis.redundancy import load_pairs, load_redundancy, load_scale_pairs
     from msplora_analysis.table_files import read_spectra
     from msplora_analysis.tables import load_metrics, load_spectra, load_tables
@@ -25,6 +28,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AnalysisError",
     "__version__",
+    "compare",
+    "diagnose",
+    "load_findings",
     "load_metrics",
     "load_pairs",
     "load_redundancy",
@@ -36,6 +42,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "compare": "compare",
+    "diagnose": "findings",
+    "load_findings": "findings.load",
     "load_metrics": "tables",
     "load_pairs": "redundancy",
     "load_redundancy": "redundancy",

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn, TextIO
 
 import typer
 
-from msplora_analysis.commands import figures, redundancy, spectra
+from msplora_analysis.commands import compare, diagnose, figures, redundancy, spectra
 from msplora_analysis.errors import AnalysisError, printable
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"default_map": {"help": False}},
 )
 
-for command in (spectra, figures, redundancy):
+for command in (spectra, figures, redundancy, compare, diagnose):
     command.register(app)
 
 

@@ -49,6 +49,10 @@ def redundancy(
             show_default=False,
         ),
     ] = None,
+    details: Annotated[
+        bool,
+        typer.Option("--details", help="Add columns: places, K, and chance on either side with its deviation."),
+    ] = False,
     format: Format = TableFormat.parquet,
     workers: Workers = None,
     dask: Dask = None,
@@ -77,6 +81,7 @@ def redundancy(
         tables = load_redundancy(
             paths,
             top_k=top_k,
+            details=details,
             workers=workers,
             dask=dask,
             progress=progress,

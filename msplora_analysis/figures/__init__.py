@@ -28,8 +28,10 @@ from . import (
     layer_spectra,
     m_eff,
     overlap_matrices,
+    rank_needed,
     singular_values,
 )
+from .comparison import comparison_with_intervals
 from .decoupling import decoupling_over_epochs
 from .effective_rank import effective_rank_over_epochs
 from .kl_difference import figure4
@@ -41,10 +43,12 @@ from .matrices import prepare
 from .overlap_matrices import overlap_between_layers
 from .pairs import prepare_pairs
 from .plot import FORMATS, check_formats
+from .rank_needed import rank_needed_map
 from .singular_values import figure3
 
 __all__ = [
     "FORMATS",
+    "comparison_with_intervals",
     "decoupling_over_epochs",
     "effective_rank_over_epochs",
     "figure3",
@@ -54,6 +58,7 @@ __all__ = [
     "kl_summary",
     "m_eff_over_epochs",
     "overlap_between_layers",
+    "rank_needed_map",
     "spectra_by_layer",
     "write_figures",
 ]
@@ -84,6 +89,7 @@ def write_figures(
         *m_eff.plots(matrices),
         *effective_rank.plots(matrices),
         *layer_spectra.plots(matrices, epoch),
+        *rank_needed.plots(matrices, epoch),
     ]
     labels = dict(zip(matrices["run"], matrices["variant"], strict=True))
     if pairs is not None and len(pairs):

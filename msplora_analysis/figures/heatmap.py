@@ -39,10 +39,10 @@ def edges(count: int, first: float = 0) -> Array:
     return np.arange(count + 1, dtype=np.float64) + first - 0.5
 
 
-def _width_for(layers: int) -> float:
+def width_for(layers: int) -> float:
     """The narrowest paper width at which every label stays legible; wider than a page only if that takes it."""
     for width, spare in ((SINGLE, 1.3), (WIDE, 1.3), (DOUBLE, 1.0)):
-        if _pitch(width, layers) >= spare * _PITCH:
+        if pitch_of(width, layers) >= spare * _PITCH:
             return width
     return layers * _PITCH / 72 + _MARGIN
 
@@ -53,25 +53,25 @@ def square_panels(layers: list[int], panels: int) -> tuple[Figure, list[Axes]]:
     The panels stand side by side while the labels stay legible so, else one above the other.
     """
     n = len(layers)
-    abreast = panels > 1 and _pitch(DOUBLE, n, panels) >= _PITCH
-    width = DOUBLE if abreast else _width_for(n)
+    abreast = panels > 1 and pitch_of(DOUBLE, n, panels) >= _PITCH
+    width = DOUBLE if abreast else width_for(n)
     rows, columns = (1, panels) if abreast else (panels, 1)
-    pitch = _pitch(width, n, columns)
+    pitch = pitch_of(width, n, columns)
     figure = Figure(figsize=(width, rows * (pitch * n / 72 + 0.6) + 0.6), layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"aspect": "equal"}).ravel().tolist()
     for ax in axes:
-        _label_layers(ax.xaxis, layers, pitch)
-        _label_layers(ax.yaxis, layers, pitch)
+        label_layers(ax.xaxis, layers, pitch)
+        label_layers(ax.yaxis, layers, pitch)
         ax.set(xlabel="layer j", ylabel="layer i")
     return figure, axes
 
 
 def wide_panel(layers: list[int], rows: int) -> tuple[Figure, Axes]:
     """A figure of one panel with `rows` cells down and the layers across, every layer labelled."""
-    width = _width_for(len(layers))
+    width = width_for(len(layers))
     figure = Figure(figsize=(width, 1.0 + 0.15 * rows), layout="constrained")
     ax = figure.subplots()
-    _label_layers(ax.xaxis, layers, _pitch(width, len(layers)))
+    label_layers(ax.xaxis, layers, pitch_of(width, len(layers)))
     ax.set_xlabel("layer")
     return figure, ax
 
@@ -82,7 +82,7 @@ def trim(figure: Figure) -> None:
     figure.set_figheight(figure.get_tightbbox().height + 0.08)
 
 
-def _label_layers(axis: Axis, layers: list[int], pitch: float) -> None:
+def label_layers(axis: Axis, layers: list[int], pitch: float) -> None:
     """One tick label per layer, none left out, in the largest font (up to 7 points) that keeps neighbours apart."""
     size = min(7.0, 0.85 * pitch)
     # Numbers across the page lie down while they fit; 0.64 em is the width of a digit.
@@ -91,6 +91,6 @@ def _label_layers(axis: Axis, layers: list[int], pitch: float) -> None:
     axis.set_tick_params(labelsize=size, labelrotation=90 if turned else 0, length=min(2.5, 0.3 * pitch))
 
 
-def _pitch(width: float, layers: int, columns: int = 1) -> float:
+def pitch_of(width: float, layers: int, columns: int = 1) -> float:
     """Points from one label to the next, at least, with `columns` panels abreast in a figure of `width` inches."""
     return (width - _MARGIN - 0.5 * (columns - 1)) / columns * 72 / layers

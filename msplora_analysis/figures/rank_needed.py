@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from msplora_analysis.rank_needed import energy_rank
 
 from .checkpoints import at_epoch, epoch_note
-from .heatmap import _label_layers, _pitch, _width_for, draw_cells, edges
+from .heatmap import draw_cells, edges, label_layers, pitch_of, width_for
 from .matrices import choose, prepare, sigma, slug, stacks, variants
 from .plot import Plot
 from .style import SEQUENTIAL, runs_note, styled, title
@@ -66,7 +66,7 @@ def draw(numbers: pd.DataFrame, *, name_stack: bool = False) -> Figure:
     modules = sorted(numbers["module"].unique())
     shares = sorted(numbers["energy"].unique())
     rank = int(numbers["rank"].max())
-    width = _width_for(len(layers) + 6)  # names of modules take more room than numbers
+    width = width_for(len(layers) + 6)  # names of modules take more room than numbers
     figure = Figure(figsize=(width, 0.7 + len(shares) * (0.5 + 0.17 * len(modules))), layout="constrained")
     axes = figure.subplots(len(shares), 1, squeeze=False)[:, 0]
     for ax, share in zip(axes, shares, strict=True):
@@ -74,7 +74,7 @@ def draw(numbers: pd.DataFrame, *, name_stack: bool = False) -> Figure:
         values = panel.reindex(index=modules, columns=layers).to_numpy(dtype=np.float64)
         cells = draw_cells(ax, edges(len(layers)), edges(len(modules)), values, Normalize(1, max(rank, 2)), SEQUENTIAL)
         ax.set_yticks(range(len(modules)), modules)
-        _label_layers(ax.xaxis, layers, _pitch(width, len(layers) + 6))
+        label_layers(ax.xaxis, layers, pitch_of(width, len(layers) + 6))
         ax.set_title(f"{share:.0%} of the energy")
     axes[-1].set_xlabel("layer")
     figure.colorbar(cells, ax=axes.tolist(), label=f"directions, of {rank}", aspect=25, pad=0.02)
