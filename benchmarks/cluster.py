@@ -23,9 +23,9 @@ def main() -> None:
 
 
 def _import() -> None:
-    import msplora_analysis.engine
+    import msplora_analysis.engine.compute
     import msplora_analysis.formats
-    import msplora_analysis.spectra  # noqa: F401
+    import msplora_analysis.linalg.spectra  # noqa: F401
 
 
 if __name__ == "__main__":

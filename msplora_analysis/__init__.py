@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
-    from msplora_analysis.compare import compare
+    from msplora_analysis.comparison.compare import compare
     from msplora_analysis.figures import write_figures
     from msplora_analysis.findings import diagnose
     from msplora_analysis.findings.load import load_findings
-    from msplora_analysis.redundancy import load_pairs, load_redundancy, load_scale_pairs
-    from msplora_analysis.table_files import read_spectra
-    from msplora_analysis.tables import load_metrics, load_spectra, load_tables
+    from msplora_analysis.redundancy.load import load_pairs, load_redundancy, load_scale_pairs
+    from msplora_analysis.tables.files import read_spectra
+    from msplora_analysis.tables.load import load_metrics, load_spectra, load_tables
 
 __version__ = "0.1.0"
 
@@ -42,16 +42,16 @@ __all__ = [
 ]
 
 _MODULES = {
-    "compare": "compare",
+    "compare": "comparison.compare",
     "diagnose": "findings",
     "load_findings": "findings.load",
-    "load_metrics": "tables",
-    "load_pairs": "redundancy",
-    "load_redundancy": "redundancy",
-    "load_scale_pairs": "redundancy",
-    "load_spectra": "tables",
-    "load_tables": "tables",
-    "read_spectra": "table_files",
+    "load_metrics": "tables.load",
+    "load_pairs": "redundancy.load",
+    "load_redundancy": "redundancy.load",
+    "load_scale_pairs": "redundancy.load",
+    "load_spectra": "tables.load",
+    "load_tables": "tables.load",
+    "read_spectra": "tables.files",
     "write_figures": "figures",
 }
 

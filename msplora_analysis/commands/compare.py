@@ -18,7 +18,7 @@ from msplora_analysis.commands.arguments import (
     Workers,
     make_folder,
 )
-from msplora_analysis.terminal import closed_pipe_ignored, print_paths, progress_bar
+from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths, progress_bar
 
 
 class Averaging(str, Enum):
@@ -112,10 +112,10 @@ def compare(
     and seed where run.json or their names tell these. Subspace overlap is compared for runs, and
     for tables with a pairs table beside them.
     """
-    from msplora_analysis.compare import compare as compared
-    from msplora_analysis.sides import load_sides
-    from msplora_analysis.statements import sentences
-    from msplora_analysis.table_files import write_table
+    from msplora_analysis.comparison.compare import compare as compared
+    from msplora_analysis.comparison.sides import load_sides
+    from msplora_analysis.comparison.statements import sentences
+    from msplora_analysis.tables.files import write_table
 
     make_folder(out)
     with progress_bar("Reading") as progress:

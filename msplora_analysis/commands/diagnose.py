@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from msplora_analysis.commands.arguments import IgnoreUnknown, Paths, UseCache, Workers
-from msplora_analysis.terminal import closed_pipe_ignored, progress_bar
+from msplora_analysis.commands.terminal import closed_pipe_ignored, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,7 @@ from msplora_analysis.commands.arguments import (
     Workers,
     make_folder,
 )
-from msplora_analysis.terminal import closed_pipe_ignored, print_paths, progress_bar
+from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -52,12 +52,12 @@ def figures(
     or the folder that holds it: nothing is then computed again.
     """
     formats = tuple(f.value for f in format or (FigureFormat.pdf, FigureFormat.png))
-    from msplora_analysis.tables import gather_spectra
+    from msplora_analysis.tables.load import gather_spectra
 
     make_folder(out)
     with progress_bar("Reading") as progress:
         table = gather_spectra(paths, workers=workers, cache=cache, ignore_unknown=ignore_unknown, progress=progress)
-    from msplora_analysis.redundancy_files import gather_redundancy
+    from msplora_analysis.redundancy.gather import gather_redundancy
 
     with progress_bar("Comparing") as progress:
         pairs, scales = gather_redundancy(paths, workers=workers, ignore_unknown=ignore_unknown, progress=progress)

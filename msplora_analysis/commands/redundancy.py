@@ -18,8 +18,8 @@ from msplora_analysis.commands.arguments import (
     Workers,
     make_folder,
 )
+from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths, progress_bar
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.terminal import closed_pipe_ignored, print_paths, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,9 +73,9 @@ def redundancy(
     scales); prints means of the last checkpoint of each run.
     """
     make_folder(out)
-    from msplora_analysis.redundancy import Tables, load_redundancy
-    from msplora_analysis.redundancy_summary import summary
-    from msplora_analysis.table_files import write_table
+    from msplora_analysis.redundancy.load import Tables, load_redundancy
+    from msplora_analysis.redundancy.summary import summary
+    from msplora_analysis.tables.files import write_table
 
     with progress_bar("Comparing") as progress:
         tables = load_redundancy(

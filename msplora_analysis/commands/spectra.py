@@ -20,8 +20,8 @@ from msplora_analysis.commands.arguments import (
     Workers,
     make_folder,
 )
+from msplora_analysis.commands.terminal import Summary, closed_pipe_ignored, interruptible, print_paths, progress_bar
 from msplora_analysis.options import Options
-from msplora_analysis.terminal import Summary, closed_pipe_ignored, interruptible, print_paths, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -82,9 +82,9 @@ def spectra(
     """
     ks = _parse_ks(k or [])
     options = Options(ignore_unknown, semantics.value, base, top_k)
-    from msplora_analysis.files import discover
-    from msplora_analysis.stream import write_tables
-    from msplora_analysis.tables import KS, spectra_of
+    from msplora_analysis.sources.discovery import discover
+    from msplora_analysis.tables.load import KS, spectra_of
+    from msplora_analysis.tables.stream import write_tables
 
     make_folder(out)
     adapters = discover(paths, full=base is not None)

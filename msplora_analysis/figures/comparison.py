@@ -23,7 +23,7 @@ _PAIRS = {"all": ("all pairs", "o"), "adjacent": ("adjacent layers", "s")}
 def comparison_with_intervals(comparison: pd.DataFrame) -> Figure:
     """Difference between two methods of each measure, a − b, with its bootstrap interval; filled where it excludes 0.
 
-    `comparison` is the table of `msplora_analysis.compare.compare`. Divergences and overlaps have an axis each.
+    `comparison` is the table of `msplora_analysis.compare`. Divergences and overlaps have an axis each.
     """
     rows = comparison[comparison["question"] == "difference"]
     if rows.empty:

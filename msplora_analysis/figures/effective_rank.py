@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 from matplotlib.figure import Figure
 
-from msplora_analysis.metrics import effective_rank
+from msplora_analysis.measures.metrics import effective_rank
 
 from .lines import draw_lines, over_epochs
 from .matrices import prepare, sigma

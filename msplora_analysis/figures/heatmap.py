@@ -8,7 +8,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from msplora_analysis.metrics import Array
+from msplora_analysis.measures.metrics import Array
 
 from .style import DOUBLE, NO_DATA, SINGLE, WIDE
 

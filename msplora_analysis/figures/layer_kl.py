@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from msplora_analysis.divergence import pairwise_kl
-from msplora_analysis.metrics import Array
+from msplora_analysis.measures.divergence import pairwise_kl
+from msplora_analysis.measures.metrics import Array
 
 from .checkpoints import at_epoch
 from .matrices import ks, prepare, variants

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from msplora_analysis.formats.base import SCALES
-from msplora_analysis.metrics import Array
+from msplora_analysis.measures.metrics import Array
 
 from .checkpoints import epochs_of
 from .matrices import is_msplora, variants

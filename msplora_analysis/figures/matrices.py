@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pandas as pd
 
-from msplora_analysis import columns
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats.base import SCALES, stack_and_layer
-from msplora_analysis.metrics import Array
+from msplora_analysis.measures.metrics import Array
+from msplora_analysis.tables import columns
 
 from .checkpoints import align, one_per_epoch
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import replacing
+from msplora_analysis.sources.discovery import replacing
 
 from .style import settings
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from msplora_analysis.rank_needed import energy_rank
+from msplora_analysis.measures.rank_needed import energy_rank
 
 from .checkpoints import at_epoch, epoch_note
 from .heatmap import draw_cells, edges, label_layers, pitch_of, width_for

@@ -8,7 +8,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from msplora_analysis.formats.base import SCALES
-from msplora_analysis.metrics import Array
+from msplora_analysis.measures.metrics import Array
 
 from .checkpoints import epochs_of
 from .heatmap import draw_cells, edges, mark_absent

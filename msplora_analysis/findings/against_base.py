@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msplora_analysis.columns import KEYS
-from msplora_analysis.engine import Progress
+from msplora_analysis.engine.compute import Progress
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter
 from msplora_analysis.findings.base import Array, Evidence, Finding, Kind
 from msplora_analysis.formats import Kronecker, Matrix, Sum, Update, read_contents
 from msplora_analysis.formats.full import align
+from msplora_analysis.linalg.spectra import value
 from msplora_analysis.options import Options
-from msplora_analysis.spectra import value
+from msplora_analysis.sources.discovery import Adapter
+from msplora_analysis.tables.columns import KEYS
 from msplora_analysis.tensors import TensorFile, open_tensors
 from msplora_analysis.tensors.sharded import open_checkpoint
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from msplora_analysis.columns import KEYS
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.tables.columns import KEYS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msplora_analysis.engine import Progress
+from msplora_analysis.engine.compute import Progress
+from msplora_analysis.engine.results import Failure, Spectra
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter, StrPath, discover
 from msplora_analysis.findings.base import Broken
 from msplora_analysis.options import Options
-from msplora_analysis.results import Failure, Spectra
+from msplora_analysis.sources.discovery import Adapter, StrPath, discover
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,14 +32,14 @@ def load_findings(
 
     base: the model that was trained, to compare the updates with its weights. Layers, scales and
     weights are compared at the last readable checkpoint of each run.
-    workers, cache, progress: as in ``tables.load_tables``. options: fields of ``options.Options``.
+    workers, cache, progress: as in ``load_tables``. options: fields of ``options.Options``.
 
     Raises AnalysisError for input that cannot be used; a file with NaN or Inf is a finding.
     """
     from msplora_analysis.findings import diagnose
     from msplora_analysis.findings.against_base import measure
-    from msplora_analysis.selected import redundancy_of
-    from msplora_analysis.tables import spectra_of
+    from msplora_analysis.redundancy.load import redundancy_of
+    from msplora_analysis.tables.load import spectra_of, tables_of
 
     adapters = discover(paths)
     reading = Options(**options)
@@ -50,9 +50,11 @@ def load_findings(
             good.append(result)
         else:
             broken.append(_broken(result))
-    spectra, metrics = _tables([result.adapter for result in good], good)
+    spectra, metrics = tables_of([result.adapter for result in good], good, (1,))
     latest = _latest([result.adapter for result in good])
-    pairs, scales = redundancy_of(latest, workers=workers, **options) if latest else (None, None)
+    pairs, scales = None, None
+    if latest:
+        pairs, scales = redundancy_of(latest, reading, details=True, workers=workers, say=False)
     relative = measure(latest, Path(base), reading, progress) if base is not None and latest else None
     return diagnose(spectra, metrics, pairs, scales=scales, relative=relative, broken=broken)
 
@@ -61,20 +63,6 @@ def _broken(failure: Failure) -> Broken:
     if not any(text in failure.message for text in _NOT_FINITE):
         raise AnalysisError(failure.message)
     return Broken(failure.adapter.run, failure.adapter.step, failure.adapter.epoch, failure.message)
-
-
-def _tables(adapters: Sequence[Adapter], results: Sequence[Spectra]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    import pandas as pd
-    import pyarrow as pa
-
-    from msplora_analysis.columns import KEYS, VALUES, Columns
-
-    batches = list(Columns(adapters, (1,)).batches(results))
-    if not batches:
-        empty = pd.DataFrame(columns=[*KEYS, *VALUES]).astype(KEYS | VALUES)
-        return empty, empty
-    spectra, metrics = (pa.Table.from_batches(table).to_pandas() for table in zip(*batches, strict=True))
-    return spectra, metrics
 
 
 def _latest(adapters: Sequence[Adapter]) -> list[Adapter]:

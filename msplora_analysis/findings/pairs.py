@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msplora_analysis.columns import KEYS
 from msplora_analysis.findings.base import Evidence, Finding, Kind
 from msplora_analysis.formats.base import stack_and_layer
+from msplora_analysis.tables.columns import KEYS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from msplora_analysis.findings.base import Array, Evidence, Finding, Kind, Matrices, when
-from msplora_analysis.metrics import effective_rank, frobenius, m_eff
-from msplora_analysis.rank_needed import SHARE, energy_rank
+from msplora_analysis.measures.metrics import effective_rank, frobenius, m_eff
+from msplora_analysis.measures.rank_needed import SHARE, energy_rank
 
 DOMINANT = Kind(
     "dominant-direction",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from msplora_analysis.findings.base import Array, Evidence, Finding, Kind, Matrices, when
-from msplora_analysis.metrics import frobenius
+from msplora_analysis.measures.metrics import frobenius
 
 NO_UPDATE = Kind(
     "no-update",

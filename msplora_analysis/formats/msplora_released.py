@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import natural_key
 from msplora_analysis.formats.base import (
     Config,
     Contents,
@@ -40,6 +39,7 @@ from msplora_analysis.formats.base import (
     stack_and_layer,
 )
 from msplora_analysis.options import Options
+from msplora_analysis.sources.discovery import natural_key
 from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "MSPLORA"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from msplora_analysis.addresses import Place
+from msplora_analysis.sources.addresses import Place
 
 if TYPE_CHECKING:
     from typing import Self

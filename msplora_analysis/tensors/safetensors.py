@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msplora_analysis.addresses import Place, open_binary
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.scratch import scratch
+from msplora_analysis.sources.addresses import Place, open_binary
 from msplora_analysis.tensors import FloatArray, Shape
+from msplora_analysis.tensors.scratch import scratch
 
 # The safetensors library takes 100 MB. A tensor needs 100 bytes or so, and an adapter of every expert of the largest
 # models has fewer than 200,000; parsed, the worst header takes twenty times its size.

@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from msplora_analysis.addresses import Place, read_bytes
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.sources.addresses import Place, read_bytes
 from msplora_analysis.tensors import FloatArray, Shape, TensorFile, open_tensors
 
 CHECKPOINT_NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")

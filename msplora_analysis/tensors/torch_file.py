@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from msplora_analysis.addresses import Place, local_copy
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.sources.addresses import Place, local_copy
 from msplora_analysis.tensors import FloatArray, Shape
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from msplora_analysis.addresses import Place
+from msplora_analysis.sources.addresses import Place
 from msplora_analysis.tensors import FloatArray, Shape, TensorFile
 from msplora_analysis.tensors.sharded import open_checkpoint
 

@@ -18,7 +18,7 @@ from adapters import lora_config, lora_tensors, write_adapter
 from safetensors.numpy import save_file
 
 from msplora_analysis import AnalysisError, load_tables
-from msplora_analysis.files import discover
+from msplora_analysis.sources.discovery import discover
 from msplora_analysis.tensors import open_tensors
 
 fsspec = pytest.importorskip("fsspec")

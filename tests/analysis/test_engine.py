@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 from adapters import lora_config, lora_tensors, write_adapter
 
-from msplora_analysis import AnalysisError, engine, load_spectra, load_tables
-from msplora_analysis.cache import Cache, open_cache
-from msplora_analysis.files import discover
+from msplora_analysis import AnalysisError, load_spectra, load_tables
+from msplora_analysis.engine import compute as engine
+from msplora_analysis.engine.cache import Cache, open_cache
+from msplora_analysis.engine.results import Failure, Spectra
 from msplora_analysis.options import Options
-from msplora_analysis.results import Failure, Spectra
+from msplora_analysis.sources.discovery import discover
 
 MAIN = "from msplora_analysis.cli import main; main()"
 NAMES = [f"layer.{layer}.{module}" for layer in range(3) for module in ("query", "value")]
@@ -161,7 +162,7 @@ def test_nothing_is_written_if_every_adapter_is_bad(runs, tmp_path):
 
 SLOW = """
 import time
-from msplora_analysis import engine
+from msplora_analysis.engine import compute as engine
 compute = engine._spectra
 def slow(*args):
     time.sleep(0.1)
@@ -218,7 +219,7 @@ def cached(path: Path) -> int:
 def cache(tmp_path, monkeypatch) -> Path:
     """A cache that takes files of any age."""
     monkeypatch.setenv("MSPLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("msplora_analysis.cache._SETTLED", -1)
+    monkeypatch.setattr("msplora_analysis.engine.cache._SETTLED", -1)
     return tmp_path / "cache"
 
 
@@ -275,7 +276,7 @@ def test_whatever_decides_the_result_makes_it_new(runs, cache, computed):
 
 
 def test_a_file_that_has_just_changed_is_not_kept(runs, cache, computed, monkeypatch):
-    monkeypatch.setattr("msplora_analysis.cache._SETTLED", 60)
+    monkeypatch.setattr("msplora_analysis.engine.cache._SETTLED", 60)
     load_spectra(runs)
     load_spectra(runs)
     assert len(computed) == 28
@@ -328,7 +329,7 @@ def test_notes_and_left_out_tensors_are_told_from_the_cache_too(tmp_path, cache)
 
 
 def test_the_cache_itself_gives_back_what_was_put(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("msplora_analysis.cache._SETTLED", -1)
+    monkeypatch.setattr("msplora_analysis.engine.cache._SETTLED", -1)
     (adapter, *_), options = discover(runs), Options()
     (result,) = engine.compute([adapter], options)
     store = Cache(tmp_path / "c.sqlite")

@@ -8,7 +8,7 @@ from adapters import write_adapter
 from safetensors.numpy import save_file
 
 from msplora_analysis import AnalysisError
-from msplora_analysis.files import discover, natural_key
+from msplora_analysis.sources.discovery import discover, natural_key
 
 
 def found(*paths: Path) -> list[tuple]:

@@ -24,8 +24,8 @@ from fuzz import fuzz
 from msplora_analysis import AnalysisError, load_tables
 from msplora_analysis.cli import app
 from msplora_analysis.errors import printable
-from msplora_analysis.files import discover
-from msplora_analysis.layouts import read_json
+from msplora_analysis.sources.discovery import discover
+from msplora_analysis.sources.layouts import read_json
 from msplora_analysis.tensors import open_tensors
 
 torch.set_num_threads(1)

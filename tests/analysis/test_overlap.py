@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.linalg import subspace_angles
 
-from msplora_analysis.directions import singular_directions
-from msplora_analysis.overlap import (
+from msplora_analysis.linalg.directions import singular_directions
+from msplora_analysis.linalg.truncated import largest_singular_triplets
+from msplora_analysis.measures.overlap import (
     expected_overlap,
     inner_products,
     overlap_deviation,
@@ -13,7 +14,6 @@ from msplora_analysis.overlap import (
     subspace_overlap,
     update_cosine,
 )
-from msplora_analysis.truncated import largest_singular_triplets
 
 RNG = np.random.default_rng(0)
 

@@ -9,8 +9,8 @@ from adapters import lora_config, lora_tensors, write_adapter
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError
-from msplora_analysis.table_files import TableWriter, write_table
-from msplora_analysis.tables import gather_spectra, load_tables
+from msplora_analysis.tables.files import TableWriter, write_table
+from msplora_analysis.tables.load import gather_spectra, load_tables
 
 KEYS = ["run", "step", "epoch", "scale", "group", "module", "name"]
 METRICS = [

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter, Place
-from msplora_analysis.layouts import read_json
-from msplora_analysis.metrics import Array
+from msplora_analysis.measures.metrics import Array
+from msplora_analysis.sources.discovery import Adapter, Place
+from msplora_analysis.sources.layouts import read_json
 
 RECORD = "run.json"
 TASKS = ("cola", "mrpc", "stsb", "rte", "sst2", "qnli", "qqp", "mnli", "wnli", "alpaca", "acceptability")

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats import Factor, Kronecker, Matrix, Sum, Update, Whole
-from msplora_analysis.scratch import scratch
 from msplora_analysis.tensors import FloatArray, TensorFile
+from msplora_analysis.tensors.scratch import scratch
 
 Array = NDArray[np.floating[Any]]
 
@@ -87,7 +87,7 @@ def _kronecker_sigma(file: TensorFile, update: Kronecker, name: str) -> Array:
 
 
 def _whole_spectrum(file: TensorFile, update: Whole, name: str, top_k: int | None) -> Spectrum:
-    from msplora_analysis.truncated import matrix_spectrum
+    from msplora_analysis.linalg.truncated import matrix_spectrum
 
     with np.errstate(over="ignore", invalid="ignore"):
         whole = np.multiply(value(file, update.factor), update.scaling, dtype=np.float64)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.metrics import Array, normalised
+from msplora_analysis.measures.metrics import Array, normalised
 
 FLOOR = 1e-12
 """Smallest probability that `kl` works with: a zero of q under a non-zero p would make it infinite.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats import Kronecker, Matrix, Sum, Whole
-from msplora_analysis.spectra import (
+from msplora_analysis.linalg.spectra import (
     DEPENDENT,
     Array,
     factor_blocks,
@@ -107,7 +107,7 @@ def directions(file: TensorFile, matrices: Sequence[Matrix], top_k: int | None =
 
 def held(matrix: Matrix, top_k: int | None = None) -> int:
     """How many directions of an update ``directions`` gives."""
-    from msplora_analysis.truncated import SMALL
+    from msplora_analysis.linalg.truncated import SMALL
 
     update = matrix.update
     if isinstance(update, Sum) or min(update.rows, update.cols) <= SMALL:
@@ -170,7 +170,7 @@ def _of_side(
     if not np.isfinite(whole).all():
         raise not_finite(file, update, matrix.name)
     if most is not None and most < update.rank:
-        from msplora_analysis.truncated import largest_singular_triplets
+        from msplora_analysis.linalg.truncated import largest_singular_triplets
 
         found = largest_singular_triplets(whole, most)
         return found.sigma, found.left.T, found.right.T

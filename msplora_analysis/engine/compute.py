@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from msplora_analysis.addresses import parse
-from msplora_analysis.cache import Cache
+from msplora_analysis.engine.cache import Cache
+from msplora_analysis.engine.results import Failure, Result, Row, Spectra
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter
 from msplora_analysis.options import Options
-from msplora_analysis.results import Failure, Result, Row, Spectra
+from msplora_analysis.sources.addresses import parse
+from msplora_analysis.sources.discovery import Adapter
 
 if TYPE_CHECKING:
     from msplora_analysis.formats import Contents, Matrix
@@ -179,7 +179,7 @@ def _compute(pieces: Sequence[Piece], options: Options, work: Work) -> list[Resu
 
 
 def _spectra(piece: Piece, options: Options) -> Spectra:
-    from msplora_analysis.spectra import adapter_spectra
+    from msplora_analysis.linalg.spectra import adapter_spectra
 
     with opened(piece.adapter, options) as (file, contents):
         matrices = _share(contents.matrices, piece.part, piece.parts)
@@ -236,7 +236,7 @@ def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[st
     """What only the base can tell of an adapter: how far DoRA moved the magnitudes."""
     if options.base is None or not adapter.config.get("use_dora"):
         return []
-    from msplora_analysis.magnitude import magnitude_note
+    from msplora_analysis.measures.magnitude import magnitude_note
     from msplora_analysis.tensors.sharded import open_checkpoint
 
     with open_checkpoint(parse(options.base)) as base:
@@ -287,7 +287,7 @@ def _executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
         # A copy of this process starts at once, but only one without threads may be copied.
         method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
         context = multiprocessing.get_context(method)
-        import msplora_analysis.spectra  # noqa: F401 (copies need not import it again)
+        import msplora_analysis.linalg.spectra  # noqa: F401 (copies need not import it again)
 
         with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_start_worker) as executor:
             try:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union, cast
 from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
-    from msplora_analysis.remote import Remote
+    from msplora_analysis.sources.remote import Remote
 
 StrPath = str | os.PathLike[str]
 Place = Union[Path, "Remote"]
@@ -39,7 +39,7 @@ def parse(address: StrPath) -> Place:
     """The place that an address or a path names; nothing is looked up yet."""
     text = os.fspath(address)
     if _SCHEME.match(text):
-        from msplora_analysis.remote import Remote
+        from msplora_analysis.sources.remote import Remote
 
         return Remote.parse(text)
     # abspath, not resolve(): runs are named by the folders that the user sees.
@@ -116,7 +116,7 @@ def _split(entries: Iterable[os.DirEntry[str]]) -> tuple[set[str], list[str]]:
 def open_binary(place: Place) -> io.RawIOBase:
     """A file open to read at any position. Raises AnalysisError if it cannot be."""
     if not isinstance(place, Path):
-        from msplora_analysis.remote import RemoteFile
+        from msplora_analysis.sources.remote import RemoteFile
 
         return RemoteFile(place)
     try:

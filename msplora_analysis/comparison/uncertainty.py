@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from msplora_analysis.metrics import Array
+from msplora_analysis.measures.metrics import Array
 
 RESAMPLES = 4999
 _BYTES = 2**26  # of weights times ``size`` at once

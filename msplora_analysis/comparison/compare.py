@@ -1,6 +1,6 @@
 """Two methods compared: do the layers of one differ more, by how much, and is it beyond chance?
 
-    from msplora_analysis.compare import Side, compare, sentences
+    from msplora_analysis.comparison.compare import Side, compare, sentences
 
     table = compare(Side("MSPLoRA", spectra_a, pairs_a), Side("LoRA", spectra_b, pairs_b))
     print(*sentences(table), sep="\\n")
@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from msplora_analysis.divergence import FLOOR
+from msplora_analysis.comparison.pairing import Unit, drawn, pair, units
+from msplora_analysis.comparison.uncertainty import RESAMPLES, adjacent_test, interval, neighbours
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.metrics import Array, normalised
-from msplora_analysis.pairing import Unit, drawn, pair, units
-from msplora_analysis.uncertainty import RESAMPLES, adjacent_test, interval, neighbours
+from msplora_analysis.measures.divergence import FLOOR
+from msplora_analysis.measures.metrics import Array, normalised
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,7 +197,7 @@ def _where(pairs: str, layers: int) -> Array:
 
 
 def layer_kl(spectra: Array) -> Array:
-    """D_KL(i‖j) at [..., i, j] of spectra (..., L, r): ``divergence.pairwise_kl`` for many at once."""
+    """D_KL(i‖j) at [..., i, j] of spectra (..., L, r): ``measures.divergence.pairwise_kl`` for many at once."""
     p = normalised(np.maximum(normalised(spectra)[1], FLOOR))[1]
     logarithm = np.log(p)
     entropy = (p * logarithm).sum(axis=-1)

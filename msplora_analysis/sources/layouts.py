@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from msplora_analysis.addresses import Folder, Place, list_folder, natural_key, parts, read_bytes
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.sources.addresses import Folder, Place, list_folder, natural_key, parts, read_bytes
 from msplora_analysis.tensors.sharded import CHECKPOINT_NAMES, INDEX_SUFFIX
 
 CONFIG_NAME = "adapter_config.json"

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msplora_analysis.engine import Progress
+from msplora_analysis.engine.compute import Progress
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import StrPath, discover
 from msplora_analysis.options import Options
-from msplora_analysis.redundancy import PAIRS, SCALES, Tables, redundancy_of, table_of
-from msplora_analysis.table_files import FORMATS, with_whole_epochs
+from msplora_analysis.redundancy.load import PAIRS, SCALES, Tables, redundancy_of, table_of
+from msplora_analysis.sources.discovery import StrPath, discover
+from msplora_analysis.tables.files import FORMATS, with_whole_epochs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def gather_redundancy(paths: Sequence[StrPath], **how: Any) -> Tables:
-    """Both tables for the paths that ``tables.gather_spectra`` takes.
+    """Both tables for the paths that ``tables.load.gather_spectra`` takes.
 
     For a table of spectra, or its folder, those that ``msplora-analyze redundancy`` wrote beside it are read, if they
     are there; adapters are compared as by ``load_redundancy`` with options ``how``, with the columns of ``DETAILS``,
@@ -26,7 +26,7 @@ def gather_redundancy(paths: Sequence[StrPath], **how: Any) -> Tables:
     """
     import pandas as pd
 
-    from msplora_analysis.tables import table_at
+    from msplora_analysis.tables.load import table_at
 
     found: list[Tables] = []
     adapters = []

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from msplora_analysis.between import Columns, Redundancy, measure
-from msplora_analysis.engine import Progress, compute_each
-from msplora_analysis.files import Adapter, StrPath, discover
+from msplora_analysis.engine.compute import Progress, compute_each
 from msplora_analysis.options import Options
+from msplora_analysis.redundancy.between import Columns, Redundancy, measure
+from msplora_analysis.sources.discovery import Adapter, StrPath, discover
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ def load_redundancy(
 
     top_k: most directions to compare (and to compute of a large matrix without factors).
     details: add the columns of ``DETAILS``.
-    workers, dask, progress: see ``tables.load_tables``.
+    workers, dask, progress: see ``load_tables``.
     options: further fields of ``options.Options``.
 
     Raises AnalysisError for input that cannot be used as given.
@@ -113,7 +113,7 @@ def redundancy_of(
 
     say: warn of what the tables must be read with; it need not be said again where spectra were read before.
     """
-    from msplora_analysis.tables import Warnings, succeeding
+    from msplora_analysis.tables.load import Warnings, succeeding
 
     said = Warnings()
     found: list[Redundancy] = []
@@ -134,7 +134,7 @@ def table_of(blocks: Sequence[tuple[Adapter, Columns]], types: dict[str, str]) -
     """Rows of several adapters, as columns of these types."""
     import pandas as pd
 
-    from msplora_analysis.table_files import with_whole_epochs
+    from msplora_analysis.tables.files import with_whole_epochs
 
     lengths = [len(block["cosine"]) for _, block in blocks]
     columns = {}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from msplora_analysis.files import Adapter
+from msplora_analysis.sources.discovery import Adapter
 
 
 class Row(NamedTuple):

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from msplora_analysis.files import Adapter
+from msplora_analysis.engine.results import Row, Spectra
 from msplora_analysis.options import Options
-from msplora_analysis.results import Row, Spectra
+from msplora_analysis.sources.discovery import Adapter
 from msplora_analysis.tensors.sharded import INDEX_SUFFIX
 
 DIRECTORY_VARIABLE = "MSPLORA_CACHE"  # a folder; empty: no cache

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msplora_analysis.addresses import Folder, Place, StrPath, identity, natural_key, parse, parts, walk
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.layouts import (
+from msplora_analysis.sources.addresses import Folder, Place, StrPath, identity, natural_key, parse, parts, walk
+from msplora_analysis.sources.layouts import (
     CONFIG_NAME,
     FULL_NAMES,
     NEED_CONFIG,

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from msplora_analysis import divergence
-from msplora_analysis.directions import Directions, directions, held
-from msplora_analysis.engine import Piece, opened
-from msplora_analysis.files import Adapter
+from msplora_analysis.engine.compute import Piece, opened
 from msplora_analysis.formats import Matrix, Product, Sum
 from msplora_analysis.formats.base import stack_and_layer
-from msplora_analysis.options import Options
-from msplora_analysis.overlap import (
+from msplora_analysis.linalg.directions import Directions, directions, held
+from msplora_analysis.measures import divergence
+from msplora_analysis.measures.overlap import (
     Array,
     expected_overlap,
     inner_products,
@@ -27,6 +25,8 @@ from msplora_analysis.overlap import (
     subspace_overlap,
     update_cosine,
 )
+from msplora_analysis.options import Options
+from msplora_analysis.sources.discovery import Adapter
 from msplora_analysis.tensors import TensorFile
 
 _HELD = 2**28  # bytes of directions held at once

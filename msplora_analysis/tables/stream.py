@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msplora_analysis.columns import Columns
+from msplora_analysis.engine.results import Failure, Spectra
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter
-from msplora_analysis.results import Failure, Spectra
-from msplora_analysis.table_files import TableWriter, table_writer
-from msplora_analysis.tables import succeeding
+from msplora_analysis.sources.discovery import Adapter
+from msplora_analysis.tables.columns import Columns
+from msplora_analysis.tables.files import TableWriter, table_writer
+from msplora_analysis.tables.load import succeeding
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,7 +41,7 @@ def write_tables(
 ) -> Written:
     """Write ``spectra.<suffix>`` and ``metrics.<suffix>`` into ``folder``, each whole or not at all.
 
-    results: of ``adapters``, in their order (``tables.spectra_of``).
+    results: of ``adapters``, in their order (``tables.load.spectra_of``).
     keep_going: leave adapters out that cannot be read, instead of raising.
     stopped: asked after each adapter; once true, the tables end there.
     seen: called with every batch of the metrics table.

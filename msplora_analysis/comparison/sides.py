@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msplora_analysis.compare import Side
+from msplora_analysis.comparison.compare import Side
+from msplora_analysis.comparison.pairing import units
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter, StrPath, discover
-from msplora_analysis.pairing import units
-from msplora_analysis.selected import redundancy_of
-from msplora_analysis.table_files import FORMATS, read_spectra
-from msplora_analysis.tables import load_tables
+from msplora_analysis.options import Options
+from msplora_analysis.redundancy.load import redundancy_of
+from msplora_analysis.sources.discovery import Adapter, StrPath, discover
+from msplora_analysis.tables.files import FORMATS, read_spectra
+from msplora_analysis.tables.load import load_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,8 +44,8 @@ def load_sides(
         pairs = stored
         if adapters:
             chosen = _at(adapters, spectra, epoch)
-            options = {key: how[key] for key in ("workers", "ignore_unknown") if key in how}
-            pairs, _ = redundancy_of(chosen, top_k=top_k, **options)
+            options = Options(ignore_unknown=how.get("ignore_unknown", False), top_k=top_k)
+            pairs, _ = redundancy_of(chosen, options, details=True, workers=how.get("workers", 1), say=False)
         sides.append(Side(name, spectra, pairs, units(dict.fromkeys(spectra["run"]), adapters)))
     if (sides[0].pairs is None) != (sides[1].pairs is None):
         warnings.warn("subspaces are not compared: one of the two is a table without a pairs table", stacklevel=2)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msplora_analysis import __version__
-from msplora_analysis.columns import KEYS, VALUES
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import StrPath, replacing
+from msplora_analysis.sources.discovery import StrPath, replacing
+from msplora_analysis.tables.columns import KEYS, VALUES
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from msplora_analysis.metrics import normalised
+from msplora_analysis.measures.metrics import normalised
 
 SHARE = 0.99
 

@@ -8,13 +8,13 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from msplora_analysis.addresses import parse
-from msplora_analysis.cache import open_cache
-from msplora_analysis.engine import Progress, compute, unknown_text
+from msplora_analysis.engine.cache import open_cache
+from msplora_analysis.engine.compute import Progress, compute, unknown_text
+from msplora_analysis.engine.results import Failure, Spectra
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files import Adapter, Place, StrPath, discover
 from msplora_analysis.options import Options
-from msplora_analysis.results import Failure, Spectra
+from msplora_analysis.sources.addresses import parse
+from msplora_analysis.sources.discovery import Adapter, Place, StrPath, discover
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,7 @@ class Tables(NamedTuple):
 def load_spectra(paths: StrPath | Iterable[StrPath], **how: Any) -> pd.DataFrame:
     """Singular values of every adapter at and under ``paths``, one row each.
 
-    paths: run folders, adapter folders or files, or folders of such (see ``files.discover``).
+    paths: run folders, adapter folders or files, or folders of such (see ``sources.discovery.discover``).
     how: options of ``load_tables``.
 
     Columns: run, step, epoch, scale, group, module, name, k (from 1), sigma (float64, descending in
@@ -66,24 +66,33 @@ def load_tables(
     """Both tables, reading every adapter once.
 
     ks: the k of the columns m_eff_<k>.
-    workers, dask, progress: see ``engine.compute_each``. More than one worker needs a script whose
+    workers, dask, progress: see ``engine.compute.compute_each``. More than one worker needs a script whose
         own work stands under ``if __name__ == "__main__":``.
-    cache: use what earlier calls computed (see the module ``cache``).
+    cache: use what earlier calls computed (see ``engine.cache``).
     options: fields of ``options.Options``: ignore_unknown, semantics, base, top_k.
 
     Raises AnalysisError for input that cannot be used as given.
     """
-    import pyarrow as pa
-
-    from msplora_analysis.columns import Columns
-    from msplora_analysis.table_files import typed
-
     reading = Options(**options)
     adapters = discover(paths, full=reading.base is not None)
-    results = succeeding(spectra_of(adapters, reading, workers, dask, cache, progress))
-    batches = list(Columns(adapters, ks).batches(results))
-    if not batches:  # every tensor was unknown and is left out
+    tables = tables_of(adapters, succeeding(spectra_of(adapters, reading, workers, dask, cache, progress)), ks)
+    if tables.metrics.empty:  # every tensor was unknown and is left out
         raise AnalysisError(f"{adapters[0].file}: no low-rank factors in this or any other file")
+    return tables
+
+
+def tables_of(adapters: Sequence[Adapter], results: Iterable[Spectra], ks: Iterable[int]) -> Tables:
+    """Both tables of results of ``adapters``; without rows if there is no matrix."""
+    import pandas as pd
+    import pyarrow as pa
+
+    from msplora_analysis.tables.columns import KEYS, VALUES, Columns
+    from msplora_analysis.tables.files import typed
+
+    batches = list(Columns(adapters, ks).batches(results))
+    if not batches:
+        empty = pd.DataFrame(columns=[*KEYS, *VALUES]).astype(KEYS | VALUES)
+        return Tables(empty, empty)
     spectra, metrics = (pa.Table.from_batches(table).to_pandas() for table in zip(*batches, strict=True))
     return Tables(typed(spectra), typed(metrics))
 
@@ -96,7 +105,7 @@ def spectra_of(
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Generator[Spectra | Failure, None, None]:
-    """``engine.compute`` with the user's cache, and a warning for what its results must be read with."""
+    """``engine.compute.compute`` with the user's cache, and a warning for what its results must be read with."""
     said = Warnings()
     with ExitStack() as stack:
         opened = open_cache() if cache else None
@@ -146,7 +155,7 @@ def gather_spectra(paths: Sequence[StrPath], **how: Any) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from msplora_analysis.table_files import read_spectra, typed
+    from msplora_analysis.tables.files import read_spectra, typed
 
     files = {path: table_at(path) for path in paths}
     adapters = [path for path, file in files.items() if file is None]
@@ -172,7 +181,7 @@ def table_at(given: StrPath) -> Path | None:
         return None
     if path.suffix in (".parquet", ".csv") and not path.is_dir():
         return path
-    from msplora_analysis.table_files import FORMATS
+    from msplora_analysis.tables.files import FORMATS
 
     candidates = [path / f"spectra.{suffix}" for suffix in FORMATS]
     return next((file for file in candidates if file.is_file()), None)

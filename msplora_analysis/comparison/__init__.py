@@ -1,0 +1,1 @@
+"""Two methods compared, with intervals and in sentences."""

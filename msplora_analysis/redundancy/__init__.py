@@ -1,0 +1,1 @@
+"""What layers, and scales of one layer, have in common: the tables of pairs."""

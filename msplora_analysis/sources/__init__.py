@@ -1,0 +1,1 @@
+"""Where adapters are: folders, layouts of training programs, addresses; nothing of their tensors is read here."""

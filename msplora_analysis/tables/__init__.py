@@ -1,0 +1,1 @@
+"""The tidy tables of spectra and metrics: made, streamed, written, read."""
