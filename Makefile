@@ -1,13 +1,15 @@
-# Each target makes the virtual environments that it needs: `make demo`, `make test`, `make bench`.
+# Each target makes the virtual environments that it needs: `make demo`, `make test`, `make bench`, `make study`.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 BENCH ?= .bench
+STUDY ?= study
+GLUE ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench study clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msplora-train --method lora --rank 8 --output-dir $(DEMO)/runs/lora-8 --overwrite
@@ -21,7 +23,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -31,6 +33,11 @@ lint: $(VENV)/.test
 # BENCH_ARGS: see `python benchmarks/run.py --help`; 3 GB of adapters are kept in $(BENCH).
 bench: $(VENV)/.bench $(BENCH)/rivals/.installed
 	$(BIN)/python benchmarks/run.py --rivals $(BENCH)/rivals/bin/python --data $(BENCH)/adapters $(BENCH_ARGS)
+
+# The study of docs/study.md, into $(STUDY); call it again to go on. GLUE: folder of the data; else they come from the Hub.
+# STUDY_ARGS: see `python figures/study.py --help`, such as --jobs 4 --minutes 10.
+study: $(VENV)/.test
+	$(BIN)/python figures/study.py --folder $(STUDY) $(if $(GLUE),--data-dir $(GLUE)) $(STUDY_ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(BENCH)

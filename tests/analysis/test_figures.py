@@ -397,6 +397,8 @@ def test_write_figures_writes_all_that_the_table_allows(tmp_path):
         "effective_rank_over_epochs",
         "spectra_by_layer_lora-8",
         "spectra_by_layer_msplora-8-4-2",
+        "rank_needed_lora-8",
+        "rank_needed_msplora-8-4-2",
     ]
     expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("csv", "pdf", "png", "svg")}
     assert {path.name for path in written} == expected | {"kl_summary.csv", "kl_per_run.csv"}
@@ -439,7 +441,7 @@ def test_csv_holds_the_numbers_of_the_figure(tmp_path, spectra):
 def test_a_single_adapter_is_drawn_without_epochs(tmp_path):
     table = spectra_of(epochs=[5], tasks=["cola"], seeds=[0]).assign(epoch=pd.NA, step=pd.NA)
     names = sorted(path.name for path in write_figures(table, tmp_path, ["png"]))
-    drawn = ["kl_between_layers_lora-8", "spectra_by_layer_lora-8"]
+    drawn = ["kl_between_layers_lora-8", "rank_needed_lora-8", "spectra_by_layer_lora-8"]
     assert names == sorted(
         [f"{stem}.{s}" for stem in drawn for s in ("csv", "png")] + ["kl_per_run.csv", "kl_summary.csv"]
     )
