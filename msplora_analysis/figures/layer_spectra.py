@@ -57,8 +57,8 @@ def draw(numbers: pd.DataFrame, *, name_stack: bool = False) -> Figure:
     figure, ax = wide_panel(values.columns.tolist(), rows)
     norm = Normalize(0, numbers["sigma"].max() or 1)
     cells = draw_cells(ax, edges(layers), edges(rows, first=1), values.to_numpy(), norm, SEQUENTIAL)
-    ax.set(ylabel="singular value index k", yticks=range(1, rows + 1))
-    figure.colorbar(cells, ax=ax, label="singular value σₖ", aspect=18, pad=0.02)
+    ax.set(ylabel="singular value index k" if rows > 3 else "index k", yticks=range(1, rows + 1))
+    figure.colorbar(cells, ax=ax, label="singular value σₖ" if rows > 3 else "σₖ", aspect=18, pad=0.02)
     first = numbers.iloc[0]
     notes = [first["stack"]] if name_stack else []
     title(figure, f"{first['variant']}, layer parts", *notes, epoch_note(numbers["epoch"]), runs_note([first["runs"]]))

@@ -81,7 +81,7 @@ def draw(numbers: pd.DataFrame, *, name_stack: bool = False) -> Figure:
     first = numbers.iloc[0]
     title(
         figure,
-        f"Rank used, {first['variant']}",
+        f"{first['variant']}, layer parts: rank used",
         str(first["stack"]) if name_stack else "",
         epoch_note(numbers["epoch"]),
         runs_note([int(numbers["runs"].max())]),

@@ -40,10 +40,9 @@ INTRUDERS = Kind(
     "intruder-dimensions",
     "info",
     "W + ΔW has leading directions that W did not have",
-    "arXiv 2410.21228, algorithm 1, with its k = 10; epsilon = 0.5 is our choice among the thresholds it varies; LoRA "
-    "commonly has some",
-    "the paper links them to forgetting: measure what must be kept from pre-training; more rank, rsLoRA or fewer steps "
-    "are reported to leave fewer",
+    "arXiv 2410.21228, algorithm 1; k = 10 and epsilon = 0.5 are our choice; LoRA commonly has some",
+    "the paper links them to forgetting: measure what must be kept from pre-training; rank-stabilised LoRA of a higher "
+    "rank is reported to leave fewer",
 )
 
 RATIO, LEADING, EPSILON = 5.0, 10, 0.5
