@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import re
@@ -52,8 +53,13 @@ METHODS = {
 }
 COMPARED = (("msplora-8-8-8", "lora-8"), ("msplora-8-4-2", "lora-8"), ("msplora-8-4-2", "lora-2"))
 METRICS = {"cola": "Matthews correlation", "mrpc": "accuracy", "stsb": "Pearson correlation"}
-# Of what `msplora-analyze figures` draws: what other figures show too, and spectra of 8 values beside spectra of 2.
-NOT_KEPT = ("kl_between_layers_*", "figure4_msplora-8-8-8_minus_lora-2.*")
+# Of what `msplora-analyze figures` draws, left out to keep the folder small; the first compares 8 values with 2.
+NOT_KEPT = (
+    "figure4_msplora-8-8-8_minus_lora-2.*",
+    "kl_between_layers_*",
+    "overlap_between_layers_lora-2.*",
+    "overlap_between_layers_msplora-8-4-2.*",
+)
 
 
 def main() -> None:
@@ -137,8 +143,8 @@ def _start(name: str, command: list[str], options: argparse.Namespace) -> subpro
 def tables(options: argparse.Namespace) -> None:
     """Every table of the runs that are there."""
     from msplora_analysis import load_metrics
-    from msplora_analysis.redundancy import load_redundancy
-    from msplora_analysis.table_files import write_table
+    from msplora_analysis.redundancy.load import load_redundancy
+    from msplora_analysis.tables.files import write_table
 
     results(options.runs, options.tables / "results.csv")
     for model in MODELS:
@@ -147,13 +153,16 @@ def tables(options: argparse.Namespace) -> None:
             continue
         out = options.tables / model
         _analyze("spectra", runs, "--out", out)
-        # Pairs of the last epoch: of all, they would be many times larger than the spectra.
+        # Pairs of the last epoch, in float32: of all, in float64, they would be many times larger than the spectra.
         pairs, scales = load_redundancy(runs, details=True, workers=None)
         last = pairs["epoch"] == pairs.groupby("run")["epoch"].transform("max")
-        write_table(pairs[last].reset_index(drop=True), out / "pairs.parquet")
+        small = dict.fromkeys(pairs.select_dtypes("float64"), "float32")
+        write_table(pairs[last].reset_index(drop=True).astype(small), out / "pairs.parquet")
         if len(scales):
             write_table(scales, out / "scales.parquet")
-        overlap = overlap_over_epochs(load_redundancy(runs, top_k=2, details=True, workers=None).pairs, load_metrics(runs))
+        overlap = overlap_over_epochs(
+            load_redundancy(runs, top_k=2, details=True, workers=None).pairs, load_metrics(runs)
+        )
         overlap.to_csv(out / "overlap_over_epochs.csv", index=False, float_format="%.6g", lineterminator="\n")
         for a, b in COMPARED:
             sides = [sorted(map(str, runs.glob(f"*/{method}"))) for method in (a, b)]
@@ -185,9 +194,31 @@ def results(runs: Path, path: Path) -> None:
         )
     if not rows:
         sys.exit(f"{runs}: no complete run; train first")
+    _write_csv(rows, path)
+    _write_csv(list(_differences(rows)), path.with_name("differences.csv"))
+
+
+def _differences(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Difference of the last metric between two methods, over pairs of one seed, with its 95 % t interval."""
+    import numpy as np
+    from scipy import stats
+
+    last = {row["run"]: row["last"] for row in rows}
+    for model, task, (a, b) in itertools.product(MODELS, TASKS, COMPARED):
+        both = [(f"{model}/{task}/{a}/seed-{seed}", f"{model}/{task}/{b}/seed-{seed}") for seed in MODELS[model].seeds]
+        values = [last[one] - last[other] for one, other in both if one in last and other in last]
+        if len(values) > 1:
+            mean, error = float(np.mean(values)), float(stats.sem(values))
+            low, high = (mean + float(stats.t.ppf(q, len(values) - 1)) * error for q in (0.025, 0.975))
+            yield {"model": model, "task": task, "a": a, "b": b, "pairs": len(values)} | {
+                name: f"{value:.6g}" for name, value in (("difference", mean), ("low", low), ("high", high))
+            }
+
+
+def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file_:
-        writer = csv.DictWriter(file_, list(rows[0]), lineterminator="\n")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -228,7 +259,8 @@ def _analyze(*arguments: str | Path) -> None:
     command = ["msplora-analyze", *map(str, arguments)]
     print(re.sub(r"(( \S+){4})( \S+){4,}( \S+)", r"\1 ...\4", " ".join(command)), flush=True)
     code = "from msplora_analysis.cli import main; main()"
-    if subprocess.run([sys.executable, "-c", code, *command[1:]]).returncode:
+    printed = None if arguments[0] == "compare" else subprocess.DEVNULL
+    if subprocess.run([sys.executable, "-c", code, *command[1:]], stdout=printed).returncode:
         sys.exit(1)
 
 
