@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 AVERAGING = ("spectra", "divergences")
 RESAMPLED = ("seeds", "tasks")
 LEVEL = 0.05  # below which a p-value decides
+ENOUGH = 3  # runs of either method: an interval of fewer decides nothing
 COLUMNS = {
     **dict.fromkeys(("question", "measure", "pairs", "a", "b"), "str"),
     **dict.fromkeys(("value_a", "value_b", "estimate", "low", "high", "confidence", "p_value"), "float64"),
@@ -115,6 +116,7 @@ def compare(
         **{"a": a.label, "tasks": len({unit.task for unit in (*ours.units, *theirs.units)}), "averaging": averaging},
         **{"epoch": when, "paired": bool(both), "n_a": len(ours.units), "n_b": len(theirs.units)},
     }
+    enough = min(len(ours.units), len(theirs.units)) >= ENOUGH
     rows: list[dict[str, Any]] = []
     tests: list[dict[str, Any]] = []
     for measure in ("kl", "kl_matched", *sorted(ours.overlaps.keys() & theirs.overlaps.keys())):
@@ -130,7 +132,7 @@ def compare(
             rows.append(
                 {"question": "difference", "pairs": pairs, "b": b.label, "value_a": a_mean[0], "value_b": b_mean[0]}
                 | {"estimate": a_mean[0] - b_mean[0], "low": low, "high": high, "confidence": confidence}
-                | {"decided": bool(low > 0 or high < 0), "resampled": what, **common}
+                | {"decided": enough and bool(low > 0 or high < 0), "resampled": what, **common}
             )
         for side, mean, k in ((ours, means[0], k_a), (theirs, means[1], k_b)):
             if measure == "kl_matched" and k == side.spectra.shape[-1]:

@@ -40,6 +40,8 @@ def _difference(row: dict[str, Any]) -> str:
     if row["low"] != row["low"]:
         return f"{said}. {_runs(row)}: the data do not decide whether it is more than chance."
     said += f" ({row['confidence']:.0%} interval {row['low']:+.3g} to {row['high']:+.3g}; {_runs(row)})."
+    if not row["decided"] and (row["low"] > 0 or row["high"] < 0):
+        return f"{said} So few runs do not decide which is greater."
     if not row["decided"]:
         return f"{said} The data do not decide which is greater."
     if min(row["n_a"], row["n_b"]) < FEW * row["tasks"]:

@@ -36,10 +36,9 @@ def plots(scales: pd.DataFrame) -> Iterator[Plot]:
 def numbers(scales: pd.DataFrame) -> pd.DataFrame:
     table = scales.assign(scale=scales["scale_i"] + " – " + scales["scale_j"])
     result = over_epochs(table, {name: table[name].to_numpy() for name in LABELS}, PANELS)
-    chance = table.groupby(["variant", "scale"])["overlap_expected"].mean().rename("chance").reset_index()
-    result = result.merge(chance, on=["variant", "scale"], how="left")
-    result.loc[result["quantity"] == "cosine", "chance"] = 0.0
-    return result
+    chances = table.assign(cosine=0.0).groupby(["variant", "scale"])[["chance_in", "chance_out", "cosine"]].mean()
+    chances.columns = pd.Index(list(LABELS), name="quantity")
+    return result.merge(chances.stack().rename("chance").reset_index(), on=["variant", "scale", "quantity"], how="left")
 
 
 @styled

@@ -18,6 +18,7 @@ from .style import SEQUENTIAL, runs_note, styled, title
 
 PANELS = {"kl": "KL of the spectra", "overlap_in": "overlap, input side", "overlap_out": "overlap, output side"}
 OVERLAPS = "plasma"  # another colour map than that of the divergences: the two are no one scale
+CHANCES = ["chance_in", "chance_out"]
 _ALIKE = 0.995  # overlaps from here on are 1 to the eye: the colour bar then ends at 1
 
 
@@ -32,8 +33,8 @@ def overlap_between_layers(
     """Three squares, layer i down and layer j across: KL(i‖j) of the spectra, subspace overlap on either side.
 
     Of the `layer` parts; means over modules and runs of the measures of each pair. The mark on the colour bar of the
-    overlaps is what random subspaces would give. pairs: of `load_pairs`; labels: variant of each run (see
-    `pairs.prepare_pairs`). Source of the overlap: Hu et al. 2021, arXiv 2106.09685, §7.
+    overlaps is what random subspaces would give; there are two where the sides differ in size. pairs: of `load_pairs`;
+    labels: variant of each run (see `pairs.prepare_pairs`). Source of the overlap: Hu et al. 2021, arXiv 2106.09685, §7.
     """
     table = layers_of(prepare_pairs(pairs, labels))
     stack = choose("stack", stack, sorted(table["stack"].unique()))
@@ -63,7 +64,7 @@ def numbers(layers: pd.DataFrame, variant: str, stack: str, epoch: float | None 
     forth = table.rename(columns={"group_i": "layer_i", "group_j": "layer_j", "kl_ij": "kl"})
     back = table.rename(columns={"group_j": "layer_i", "group_i": "layer_j", "kl_ji": "kl"})
     both = pd.concat([forth, back])
-    means = both.groupby(["layer_i", "layer_j"])[[*PANELS, "overlap_expected", "cosine"]].mean().reset_index()
+    means = both.groupby(["layer_i", "layer_j"])[[*PANELS, *CHANCES, "cosine"]].mean().reset_index()
     about = {"variant": variant, "stack": stack, "epoch": table["epoch"].iloc[0], "runs": table["run"].nunique()}
     return pd.DataFrame(about, index=means.index).join(means.astype({"layer_i": int, "layer_j": int}))
 
@@ -73,9 +74,9 @@ def draw(numbers: pd.DataFrame, *, name_stack: bool = False) -> Figure:
     layers = sorted(numbers["layer_i"].unique())
     figure, axes = square_panels(layers, len(PANELS))
     overlaps = numbers[["overlap_in", "overlap_out"]].to_numpy()
-    chance = float(numbers["overlap_expected"].mean())
+    chances = numbers[CHANCES].mean()
     for ax, (column, name) in zip(axes, PANELS.items(), strict=True):
-        largest = numbers["kl"].max() if column == "kl" else max(np.nanmax(overlaps, initial=0), 1.5 * chance)
+        largest = numbers["kl"].max() if column == "kl" else max(np.nanmax(overlaps, initial=0), 1.5 * chances.max())
         norm = Normalize(0, 1 if column != "kl" and largest > _ALIKE else largest if largest > 0 else 1)
         values = layer_kl.matrix(numbers, column)
         cells = draw_cells(
@@ -86,16 +87,19 @@ def draw(numbers: pd.DataFrame, *, name_stack: bool = False) -> Figure:
             of = axes[:1] if column == "kl" else axes[1:]
             label = "KL(i ‖ j) (nats)" if column == "kl" else "subspace overlap ‖UᵢᵀUⱼ‖² / K"
             bar = figure.colorbar(cells, ax=of, label=label, aspect=25, pad=0.02)
-    if np.isfinite(chance):
+    for chance in chances.dropna().unique():
         bar.ax.axhline(chance, color="white", linewidth=2)
         bar.ax.axhline(chance, color="black", linewidth=0.8)
+    by_chance = [f"{chance:.2g} {side}" for chance, side in zip(chances, ("in", "out"), strict=True)]
+    if np.isclose(*chances):
+        by_chance = [f"{chances.iloc[0]:.2g}"]
     title(
         figure,
         f"{numbers['variant'].iloc[0]}: what layers share",
         numbers["stack"].iloc[0] if name_stack else "",
         epoch_note(numbers["epoch"]),
         runs_note([numbers["runs"].iloc[0]]),
-        f"mark: by chance, {chance:.2g}",
+        f"mark{'s' * (len(by_chance) - 1)}: by chance, {', '.join(by_chance)}",
     )
     trim(figure)
     return figure

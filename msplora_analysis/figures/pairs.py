@@ -17,7 +17,8 @@ def prepare_pairs(table: pd.DataFrame, variants: Mapping[str, str] | None = None
 
     table: what `load_pairs` or `load_scale_pairs` returns. variants: label of each run; without it, told from the
     table by method and, where there is a column `k` (`details=True`), the rank of the layer parts. `stack` is empty
-    where the table has no names.
+    where the table has no names. Added too: `chance_in` and `chance_out`, what random subspaces give on either side, or
+    where the table lacks these details the mean of both.
     """
     required = ["run", "step", "epoch", "module", "group_i", "group_j", *MEASURES]
     if missing := [column for column in required if column not in table.columns]:
@@ -31,6 +32,8 @@ def prepare_pairs(table: pd.DataFrame, variants: Mapping[str, str] | None = None
     labels = dict(variants) if variants is not None else _labels(table)
     if unknown := sorted(set(table["run"]) - set(labels)):
         raise AnalysisError(f"run {unknown[0]} has pairs, but no spectra: pass tables of the same runs")
+    chance = {side: table.get(f"expected_{side}", table["overlap_expected"]) for side in ("in", "out")}
+    when |= {f"chance_{side}": values for side, values in chance.items()}
     prepared = table.assign(**when, stack=names.map(stacks), variant=table["run"].map(labels).astype(object))
     return align(one_per_epoch(prepared)) if len(prepared) else prepared
 

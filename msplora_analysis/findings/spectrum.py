@@ -33,7 +33,8 @@ UNUSED = Kind(
     "info",
     f"{SHARE:.0%} of the energy lies in half of the rank or less",
     f"our choice: {SHARE:.0%} of the sum of squares; a spectrum does not prove what rank a task needs",
-    "try the rank_pattern given (and alpha_pattern, to keep alpha / r), and compare the task metric",
+    "try a lower rank there (for plain LoRA, the rank_pattern given, with an alpha_pattern that keeps alpha / r), and "
+    "compare the task metric",
 )
 OVERSIZED = Kind(
     "rank-oversized",

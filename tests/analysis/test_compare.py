@@ -145,6 +145,19 @@ def test_one_run_does_not_decide() -> None:
     comparison_with_intervals(result)
 
 
+def test_two_runs_do_not_decide_whatever_their_interval() -> None:
+    rng = np.random.default_rng(3)
+    far, near = (
+        table({f"seed-{i}": spectra for i, spectra in enumerate(random_spectra(rng, 2, 2, 4, 6) ** power)})
+        for power in (4, 0.1)
+    )
+    result = compare(Side("far", far), Side("near", near), **FEW)
+    found = row(result, measure="kl", pairs="all", question="difference")
+    assert found["low"] > 0
+    assert not found["decided"]
+    assert "So few runs do not decide which is greater." in next(sentences(result))
+
+
 def test_overlaps_come_from_the_pairs_table() -> None:
     rng = np.random.default_rng(5)
     sides = []

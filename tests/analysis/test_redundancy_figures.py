@@ -105,8 +105,8 @@ def test_the_command_draws_both_from_adapters_and_from_tables(runs, tmp_path, ca
     for name in names:
         assert str(out / f"{name}.svg") in text
         assert (out / f"{name}.csv").is_file()
-    for command in ("spectra", "redundancy"):
-        assert run(capsys, monkeypatch, command, runs, "--out", tmp_path / "tables", "--format", "csv")[0] == 0
+    for command in (["spectra"], ["redundancy", "--details"]):
+        assert run(capsys, monkeypatch, *command, runs, "--out", tmp_path / "tables", "--format", "csv")[0] == 0
     again = tmp_path / "from_tables"
     status, text, error = run(capsys, monkeypatch, "figures", tmp_path / "tables", "--out", again, "--format", "svg")
     assert (status, error) == (0, "")
