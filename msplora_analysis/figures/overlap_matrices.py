@@ -34,7 +34,7 @@ def overlap_between_layers(
 
     Of the `layer` parts; means over modules and runs of the measures of each pair. The mark on the colour bar of the
     overlaps is what random subspaces would give; there are two where the sides differ in size. pairs: of `load_pairs`;
-    labels: variant of each run (see `pairs.prepare_pairs`). Source of the overlap: Hu et al. 2021, arXiv 2106.09685, §7.
+    labels: variant of each run (see `pairs.prepare_pairs`). Source of the overlap: Hu et al. 2021, arXiv 2106.09685.
     """
     table = layers_of(prepare_pairs(pairs, labels))
     stack = choose("stack", stack, sorted(table["stack"].unique()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msplora_analysis.engine.compute import Progress
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Options
-from msplora_analysis.redundancy.load import PAIRS, SCALES, Tables, redundancy_of, table_of
+from msplora_analysis.redundancy.load import DETAILS, PAIRS, SCALES, Tables, redundancy_of, table_of
 from msplora_analysis.sources.discovery import StrPath, discover
 from msplora_analysis.tables.files import FORMATS, with_whole_epochs
 
@@ -66,16 +66,17 @@ def read_pairs(file: Path, types: dict[str, str] = PAIRS) -> pd.DataFrame:
     """
     import pandas as pd
 
+    known = {**types, **DETAILS}  # the latter are there with --details alone
     try:
         if file.suffix == ".parquet":
             table = pd.read_parquet(file)
         else:  # a run may be called "NA"
-            table = pd.read_csv(file, keep_default_na=False, na_values={c: [""] for c in types}, dtype={"run": "str"})
+            table = pd.read_csv(file, keep_default_na=False, na_values={c: [""] for c in known}, dtype={"run": "str"})
         if missing := [column for column in types if column not in table]:
             raise AnalysisError(
                 f"{file}: no column {', '.join(missing)}; expected a table of `msplora-analyze redundancy`"
             )
-        return with_whole_epochs(table.astype(types))
+        return with_whole_epochs(table.astype({name: kind for name, kind in known.items() if name in table}))
     except AnalysisError:
         raise
     except (OSError, ValueError, TypeError) as error:

@@ -66,25 +66,20 @@ class Columns:
     def _batch(self, results: Sequence[Spectra]) -> Batch:
         rows = [row for result in results for row in result.rows]
         sigma = [values for result in results for values in result.sigma]
-        keys = self._keys(results, rows)
         lengths = np.array([len(values) for values in sigma])
-        of_matrix = np.repeat(np.arange(len(sigma)), lengths)
-        k = np.arange(1, len(of_matrix) + 1) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        repeated = _numbers(of_matrix)
+        once = np.ones_like(lengths)
+        k = np.arange(1, lengths.sum() + 1) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return Batch(
-            _record_batch(
-                {name: column.take(repeated) for name, column in keys.items()},
-                {"k": k, "sigma": np.concatenate(sigma)},
-                self._types,
-            ),
-            _record_batch(keys, self._measures(rows, sigma), self._types),
+            _record_batch(self._keys(results, rows, lengths), {"k": k, "sigma": np.concatenate(sigma)}, self._types),
+            _record_batch(self._keys(results, rows, once), self._measures(rows, sigma), self._types),
         )
 
-    def _keys(self, results: Sequence[Spectra], rows: Sequence[Row]) -> dict[str, pa.Array]:
+    def _keys(self, results: Sequence[Spectra], rows: Sequence[Row], repeats: NDArray[Any]) -> dict[str, pa.Array]:
+        """The key columns, in which each matrix has ``repeats`` rows."""
         of_adapter = [(r.adapter.run, r.adapter.step, r.adapter.epoch) for r in results for _ in r.rows]
         of_matrix = [(row.scale, row.group, row.module, row.name) for row in rows]
         columns = [*zip(*of_adapter, strict=True), *zip(*of_matrix, strict=True)]
-        return {name: _MAKERS[self._types[name]](column) for name, column in zip(KEYS, columns, strict=True)}
+        return {name: _MAKERS[self._types[name]](column, repeats) for name, column in zip(KEYS, columns, strict=True)}
 
     def _measures(self, rows: Sequence[Row], sigma: Sequence[Any]) -> dict[str, Any]:
         """The value columns of the metrics table, one entry per matrix."""
@@ -115,24 +110,27 @@ class Columns:
         }
 
 
-# pa.array would import pandas to ask whether it is given something of pandas, which takes longer than all else.
+# pa.array would import pandas to ask whether it is given something of pandas, and take all of pyarrow.compute: both
+# take longer than all else.
 
 
-def _texts(values: Sequence[str]) -> pa.Array:
+def _texts(values: Sequence[str], repeats: NDArray[Any]) -> pa.Array:
     encoded = [value.encode() for value in values]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
-    return pa.Array.from_buffers(
-        pa.string(), len(encoded), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
-    )
+    lengths = np.repeat([len(text) for text in encoded], repeats)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    data = b"".join(text * count for text, count in zip(encoded, repeats.tolist(), strict=True))
+    return pa.Array.from_buffers(pa.string(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
-def _whole_numbers(values: Sequence[int | None]) -> pa.Array:
+def _whole_numbers(values: Sequence[int | None], repeats: NDArray[Any]) -> pa.Array:
     present = np.array([value is not None for value in values], dtype=bool)
-    return _numbers(np.array([value or 0 for value in values], dtype=np.int64), present)
+    numbers = np.array([value or 0 for value in values], dtype=np.int64)
+    return _numbers(np.repeat(numbers, repeats), np.repeat(present, repeats))
 
 
-def _floats(values: Sequence[float | None]) -> pa.Array:
-    return _numbers(np.array([np.nan if value is None else value for value in values], dtype=np.float64))
+def _floats(values: Sequence[float | None], repeats: NDArray[Any]) -> pa.Array:
+    numbers = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    return _numbers(np.repeat(numbers, repeats))
 
 
 def _numbers(values: NDArray[Any], present: NDArray[np.bool_] | None = None) -> pa.Array:
@@ -146,7 +144,7 @@ def _numbers(values: NDArray[Any], present: NDArray[np.bool_] | None = None) -> 
     return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(values)], null_count=empty)
 
 
-_MAKERS: dict[str, Callable[[Any], pa.Array]] = {"str": _texts, "Int64": _whole_numbers, "Float64": _floats}
+_MAKERS: dict[str, Callable[[Any, Any], pa.Array]] = {"str": _texts, "Int64": _whole_numbers, "Float64": _floats}
 
 
 def _record_batch(keys: dict[str, pa.Array], values: dict[str, Any], types: dict[str, str]) -> pa.RecordBatch:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msplora_analysis.engine.results import Failure, Spectra
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.sources.discovery import Adapter
-from msplora_analysis.tables.columns import Columns
-from msplora_analysis.tables.files import TableWriter, table_writer
 from msplora_analysis.tables.load import succeeding
 
 if TYPE_CHECKING:
@@ -62,9 +61,15 @@ def write_tables(
                 yield result
 
     paths = [folder / f"{name}.{suffix}" for name in ("spectra", "metrics")]
+    wanted_results = wanted()
+    first = list(islice(wanted_results, 1))
+    # Imported only now, while the workers are at work.
+    from msplora_analysis.tables.columns import Columns
+    from msplora_analysis.tables.files import TableWriter, table_writer
+
     with ExitStack() as stack:
         writers: list[TableWriter] = []
-        for batch in Columns(adapters, ks).batches(wanted()):
+        for batch in Columns(adapters, ks).batches(chain(first, wanted_results)):
             if not writers:  # files appear only if there is something in them
                 writers = [stack.enter_context(table_writer(path)) for path in paths]
             for writer, table in zip(writers, batch, strict=True):
