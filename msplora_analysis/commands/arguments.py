@@ -59,6 +59,14 @@ IgnoreUnknown = Annotated[
     typer.Option("--ignore-unknown", help="Leave out tensors that fit no part of an adapter, and go on."),
 ]
 
+SemanticsChoice = Annotated[
+    Semantics,
+    typer.Option(
+        metavar="paper|as-executed",
+        help="For checkpoints of the released MSPLoRA code: the paper's sharing, or what that code computed.",
+    ),
+]
+
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to; it is made.", show_default=False)]
 
 Format = Annotated[TableFormat, typer.Option(metavar="parquet|csv", help="File format of the tables.")]

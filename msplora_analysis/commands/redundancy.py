@@ -14,6 +14,7 @@ from msplora_analysis.commands.arguments import (
     Out,
     Paths,
     Semantics,
+    SemanticsChoice,
     TableFormat,
     Workers,
     make_folder,
@@ -57,13 +58,7 @@ def redundancy(
     workers: Workers = None,
     dask: Dask = None,
     base: Base = None,
-    semantics: Annotated[
-        Semantics,
-        typer.Option(
-            metavar="paper|as-executed",
-            help="For checkpoints of the released MSPLoRA code: the paper's sharing, or what that code computed.",
-        ),
-    ] = Semantics.paper,
+    semantics: SemanticsChoice = Semantics.paper,
     ignore_unknown: IgnoreUnknown = False,
 ) -> None:
     """Compare the weight updates of every two layers, and of the scales within each layer.

@@ -15,6 +15,7 @@ from msplora_analysis.commands.arguments import (
     Out,
     Paths,
     Semantics,
+    SemanticsChoice,
     TableFormat,
     UseCache,
     Workers,
@@ -66,13 +67,7 @@ def spectra(
             show_default=False,
         ),
     ] = None,
-    semantics: Annotated[
-        Semantics,
-        typer.Option(
-            metavar="paper|as-executed",
-            help="For checkpoints of the released MSPLoRA code: the paper's sharing, or what that code computed.",
-        ),
-    ] = Semantics.paper,
+    semantics: SemanticsChoice = Semantics.paper,
     ignore_unknown: IgnoreUnknown = False,
 ) -> None:
     """Write the singular values of every adapter, and measures of each matrix.

@@ -7,20 +7,17 @@ and no worker waits for another. What the cache holds is not computed again.
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msplora_analysis.engine.cache import Cache
+from msplora_analysis.engine.executors import cpus, executor_of
 from msplora_analysis.engine.results import Failure, Result, Row, Spectra
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Options
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
 Progress = Callable[[float, int], None]  # adapters done, with the share of the one at work; adapters in all
 
 _TASK = 2**24  # bytes of adapter files in one task
-_PATIENCE = 10  # seconds to reach a Dask scheduler
 _WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than it saves
 
 
@@ -89,8 +85,8 @@ def compute_each(
     """
     sizes = [_size(adapter) for adapter in adapters]
     if workers is None:
-        workers = _cpus() if sum(sizes) > _WORTH_PROCESSES else 1
-    with _executor(workers, dask) as executor:
+        workers = cpus() if sum(sizes) > _WORTH_PROCESSES else 1
+    with executor_of(workers, dask) as executor:
         parts: list[Result] = []
         for piece, result in _in_order(executor, _tasks(adapters, sizes, workers, cache, options), options, work):
             parts.append(result)
@@ -269,66 +265,3 @@ def _size(adapter: Adapter) -> int:
         return os.stat(adapter.file).st_size
     except OSError:  # a remote one: its size is not worth a question
         return 0
-
-
-def _cpus() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # only Linux tells what this process may use
-        return os.cpu_count() or 1
-
-
-@contextmanager
-def _executor(workers: int, dask: str | None) -> Iterator[Executor | None]:
-    if dask is not None:
-        with _dask_client(dask) as client:
-            yield client.get_executor(pure=False)
-    elif workers > 1:
-        # A copy of this process starts at once, but only one without threads may be copied.
-        method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
-        context = multiprocessing.get_context(method)
-        import msplora_analysis.linalg.spectra  # noqa: F401 (copies need not import it again)
-
-        with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_start_worker) as executor:
-            try:
-                yield executor
-            finally:
-                executor.shutdown(cancel_futures=True)
-    else:
-        yield None
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """For processes started meanwhile: together they would run more threads than there are CPUs."""
-    name = "OPENBLAS_NUM_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _start_worker() -> None:
-    # Ctrl-C reaches every process of the terminal: the one that waits for the workers ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()  # a collection would write to, and so copy, all that is shared with the first process
-
-
-@contextmanager
-def _dask_client(address: str) -> Iterator[Any]:
-    try:
-        from distributed import Client
-    except ImportError:
-        raise AnalysisError("--dask: Dask is not installed; run `pip install 'msplora[dask]'`") from None
-    try:
-        client = Client(address, timeout=_PATIENCE, set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise AnalysisError(f"--dask {address}: no scheduler can be reached there: {reason}") from None
-    with client:
-        yield client
