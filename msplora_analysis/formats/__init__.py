@@ -102,7 +102,15 @@ def read_contents(config: Config, file: TensorFile, options: Options) -> Content
             if not getattr(adapter_format, "READS_VALUES", False):
                 _last = _Last(file.shapes, config, options, found)
             return found
-    supported = ", ".join(sorted({known.PEFT_TYPE for known in FORMATS if known is not without_matrix}))
+    if not config:
+        first = next(iter(file.shapes), "none")
+        raise AnalysisError(
+            f"no adapter: its tensors ({first}, ...) have no names of low-rank factors that are known; of PEFT's "
+            "adapters copy adapter_config.json beside it, and for a whole model give its base with --base (base=...)"
+        )
+    supported = ", ".join(
+        sorted({known.PEFT_TYPE for known in FORMATS if known is not without_matrix and known.PEFT_TYPE.isupper()})
+    )
     raise AnalysisError(
         f"adapter_config.json: peft_type {config.get('peft_type')!r} is not supported; supported: {supported}"
     )
