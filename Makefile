@@ -30,9 +30,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-# BENCH_ARGS: see `python benchmarks/run.py --help`; 3 GB of adapters are kept in $(BENCH).
+# BENCH_ARGS: see `python benchmarks/run.py --help`; 3.3 GB of adapters are kept in $(BENCH).
 bench: $(VENV)/.bench $(BENCH)/rivals/.installed
 	$(BIN)/python benchmarks/run.py --rivals $(BENCH)/rivals/bin/python --data $(BENCH)/adapters $(BENCH_ARGS)
+	$(BIN)/python benchmarks/redundancy.py --data $(BENCH)/adapters | tee benchmarks/redundancy.json
 
 # The study of docs/study.md, into $(STUDY); call it again to go on. GLUE: folder of the data; else they come from the Hub.
 # STUDY_ARGS: see `python figures/study.py --help`, such as --jobs 4 --minutes 10.
