@@ -16,8 +16,8 @@ run and module first, then their mean. For overlaps both are the same.
 
 Intervals are bootstrap intervals over runs. Seeds are drawn anew within each task, so that an interval is about these
 tasks; or whole tasks are drawn, if it shall be about tasks like them (three tasks are few for that). Runs that pair up
-by task and seed are drawn together. Few runs make intervals too narrow: of normal data,
-those of 95 % hold 84 % with 5 and 72 % with 3, simulated.
+by task and seed are drawn together. Few runs make intervals too narrow: of normal data, those of 95 % hold 84 % with 5
+and 72 % with 3, simulated.
 """
 
 from __future__ import annotations
