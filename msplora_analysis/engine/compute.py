@@ -177,7 +177,7 @@ def _compute(pieces: Sequence[Piece], options: Options, work: Work) -> list[Resu
 def _spectra(piece: Piece, options: Options) -> Spectra:
     from msplora_analysis.linalg.spectra import adapter_spectra
 
-    with opened(piece.adapter, options) as (file, contents):
+    with opened(piece, options) as (file, contents):
         matrices = _share(contents.matrices, piece.part, piece.parts)
         spectra = adapter_spectra(file, matrices, options.top_k)
     notes = list(contents.notes)
@@ -194,14 +194,18 @@ def _spectra(piece: Piece, options: Options) -> Spectra:
 
 
 @contextmanager
-def opened(adapter: Adapter, options: Options) -> Iterator[tuple[TensorFile, Contents]]:
-    """The open file of an adapter, and what it holds. Raises AnalysisError naming it if that is not understood."""
+def opened(piece: Piece, options: Options) -> Iterator[tuple[TensorFile, Contents]]:
+    """The open file of an adapter, and what it holds. Raises AnalysisError naming it if that is not understood.
+
+    Notes that take reading the base are with the first part of an adapter alone.
+    """
     from msplora_analysis.formats import read_contents
 
+    adapter = piece.adapter
     with _open(adapter, options) as file:
         try:
             contents = read_contents(adapter.config, file, options)
-            notes = [*contents.notes, *_base_notes(adapter, file, options)]
+            notes = [*contents.notes, *(_base_notes(adapter, file, options) if piece.part == 0 else ())]
         except AnalysisError as error:
             raise AnalysisError(f"{adapter.file}: {error}") from None
         if contents.unknown and not options.ignore_unknown:

@@ -47,6 +47,7 @@ class Spectra(NamedTuple):
         return self._replace(
             rows=[row for part in parts for row in part.rows],
             sigma=[values for part in parts for values in part.sigma],
+            notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
         )
 
 

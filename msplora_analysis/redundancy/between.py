@@ -58,7 +58,7 @@ class Redundancy(NamedTuple):
 def measure(piece: Piece, options: Options) -> Redundancy:
     """What a worker computes of an adapter: the places that fall to its part."""
     notes: list[str] = []
-    with opened(piece.adapter, options) as (file, contents):
+    with opened(piece, options) as (file, contents):
         places = _places(contents.matrices)
         pairs = [
             _between_layers(file, units, options.top_k, notes)

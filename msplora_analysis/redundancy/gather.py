@@ -11,7 +11,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Options
 from msplora_analysis.redundancy.load import DETAILS, PAIRS, SCALES, Tables, redundancy_of, table_of
 from msplora_analysis.sources.discovery import StrPath, discover
-from msplora_analysis.tables.files import FORMATS, with_whole_epochs
+from msplora_analysis.tables.files import FORMATS, read_csv, read_parquet, with_whole_epochs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,14 +64,9 @@ def read_pairs(file: Path, types: dict[str, str] = PAIRS) -> pd.DataFrame:
 
     Raises AnalysisError if the file is something else.
     """
-    import pandas as pd
-
     known = {**types, **DETAILS}  # the latter are there with --details alone
     try:
-        if file.suffix == ".parquet":
-            table = pd.read_parquet(file)
-        else:  # a run may be called "NA"
-            table = pd.read_csv(file, keep_default_na=False, na_values={c: [""] for c in known}, dtype={"run": "str"})
+        table = read_parquet(file) if file.suffix == ".parquet" else read_csv(file, known)
         if missing := [column for column in types if column not in table]:
             raise AnalysisError(
                 f"{file}: no column {', '.join(missing)}; expected a table of `msplora-analyze redundancy`"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,13 +83,12 @@ def read_spectra(path: StrPath) -> pd.DataFrame:
     Raises AnalysisError if the file is something else.
     """
     path = Path(path)
-    readers = {".parquet": _read_parquet, ".csv": _read_csv}
-    if path.suffix not in readers:
+    if path.suffix not in (".parquet", ".csv"):
         raise AnalysisError(f"{path}: not a table; expected a .parquet or .csv file")
     if not path.is_file():
         raise AnalysisError(f"{path}: no such file")
     try:
-        table = readers[path.suffix](path)
+        table = read_parquet(path) if path.suffix == ".parquet" else read_csv(path, {**KEYS, **VALUES})
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
         reason = str(error).strip().partition("\n")[0]
         raise AnalysisError(f"{path}: cannot be read as a table: {reason}") from None
@@ -112,19 +111,22 @@ def read_spectra(path: StrPath) -> pd.DataFrame:
     return table
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+def read_parquet(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     return pd.read_parquet(path)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    # pyarrow reads floats exactly; pandas rounds some, or not, by its version.
+def read_csv(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
+    """A CSV table, with those columns that it has of ``types``. Floats are read exactly.
+
+    pandas itself rounds some, or not, by its version.
+    """
     from pyarrow import csv
 
     kinds = {"str": "string", "Int64": "int64", "Float64": "float64"}
     options = csv.ConvertOptions(
-        column_types={name: kinds.get(kind, kind) for name, kind in {**KEYS, **VALUES}.items()},
+        column_types={name: kinds.get(kind, kind) for name, kind in types.items()},
         null_values=[""],  # a run may be called "NA"
     )
     table: pd.DataFrame = csv.read_csv(path, convert_options=options).to_pandas()

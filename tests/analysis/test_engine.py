@@ -340,3 +340,9 @@ def test_the_cache_itself_gives_back_what_was_put(runs, tmp_path, monkeypatch):
     assert list(found.rows) == list(result.rows)
     for values, other in zip(found.sigma, result.sigma, strict=True):
         np.testing.assert_array_equal(values, other)
+
+
+def test_notes_of_every_part_are_kept(runs):
+    adapter = discover(runs)[0]
+    first, second = (Spectra(adapter, [], [], [], notes) for notes in (["a"], ["a", "b"]))
+    assert first.joined([second]).notes == ["a", "b"]
