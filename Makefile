@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 BENCH ?= .bench
-STUDY ?= study
+STUDY ?= runs/study
 GLUE ?=
 
 BIN := $(VENV)/bin
@@ -44,9 +44,9 @@ bench: $(VENV)/.bench $(BENCH)/rivals/.installed
 	$(BIN)/python benchmarks/redundancy.py --data $(BENCH)/adapters | tee benchmarks/redundancy.json
 
 # The study of docs/study.md, into $(STUDY); call it again to go on. GLUE: folder of the data; else they come from the Hub.
-# STUDY_ARGS: see `python figures/study.py --help`, such as --jobs 4 --minutes 10.
+# STUDY_ARGS: see `python study/study.py --help`, such as --jobs 4 --minutes 10.
 study: $(VENV)/.test
-	$(BIN)/python figures/study.py --folder $(STUDY) $(if $(GLUE),--data-dir $(GLUE)) $(STUDY_ARGS)
+	$(BIN)/python study/study.py --folder $(STUDY) $(if $(GLUE),--data-dir $(GLUE)) $(STUDY_ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(BENCH)

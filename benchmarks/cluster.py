@@ -23,9 +23,7 @@ def main() -> None:
 
 
 def _import() -> None:
-    import msplora_analysis.engine.compute
-    import msplora_analysis.formats
-    import msplora_analysis.linalg.spectra  # noqa: F401
+    pass
 
 
 if __name__ == "__main__":

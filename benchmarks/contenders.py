@@ -51,10 +51,10 @@ def pread(files: list[str], block: int = 0) -> Run:
 
 def msplora(files: list[str], workers: int) -> Run:
     """msplora_analysis, from a folder to singular values in memory; the processes are started anew each time."""
-    from msplora_analysis.engine.compute import compute
-    from msplora_analysis.engine.results import Spectra as Found
+    from msplora_analysis.adapters.discovery import discover
+    from msplora_analysis.compute.results import Spectra as Found
+    from msplora_analysis.compute.tasks import compute
     from msplora_analysis.options import Options
-    from msplora_analysis.sources.discovery import discover
 
     folder = os.path.commonpath([os.path.dirname(file) for file in files])
 

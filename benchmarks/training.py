@@ -25,14 +25,14 @@ import torch
 import transformers
 from transformers import DataCollatorWithPadding, set_seed
 
-from msplora_core.adaptation import adapt
 from msplora_core.data.encoding import tokenize
 from msplora_core.data.loading import load_splits
-from msplora_core.models import find_model, load_model
-from msplora_core.settings import make_settings
-from msplora_core.tasks import get_task
-from msplora_core.trainer import AdapterTrainer
-from msplora_core.training import train
+from msplora_core.data.tasks import get_task
+from msplora_core.methods.adaptation import adapt
+from msplora_core.run.settings import make_settings
+from msplora_core.train.models import find_model, load_model
+from msplora_core.train.trainer import AdapterTrainer
+from msplora_core.train.training import train
 
 
 def batching(options: argparse.Namespace) -> dict[str, Any]:

@@ -18,46 +18,45 @@ import importlib as _importlib
 import typing as _typing
 
 from msplora_analysis.errors import AnalysisError as AnalysisError
+from msplora_core.version import __version__ as __version__
 
 # For type checkers, and below for Python: a new name needs a line in both, which a test compares.
 if _typing.TYPE_CHECKING:
-    from msplora_analysis.conversion.concatenate import export as export
-    from msplora_analysis.conversion.truncate import compress as compress
-    from msplora_analysis.figures import draw_figures as draw_figures
-    from msplora_analysis.figures import write_figures as write_figures
+    from msplora_analysis.ask.results.summary import load_results as load_results
     from msplora_analysis.interface import compare as compare
     from msplora_analysis.interface import diagnose as diagnose
     from msplora_analysis.live.callback import SpectraCallback as SpectraCallback
-    from msplora_analysis.redundancy.load import load_pairs as load_pairs
-    from msplora_analysis.redundancy.load import load_redundancy as load_redundancy
-    from msplora_analysis.redundancy.load import load_scale_pairs as load_scale_pairs
-    from msplora_analysis.reporting import report as report
-    from msplora_analysis.scores.summary import load_results as load_results
+    from msplora_analysis.show.figures import draw_figures as draw_figures
+    from msplora_analysis.show.figures import write_figures as write_figures
+    from msplora_analysis.show.report import report as report
     from msplora_analysis.tables.files import read_spectra as read_spectra
     from msplora_analysis.tables.load import load_metrics as load_metrics
     from msplora_analysis.tables.load import load_spectra as load_spectra
     from msplora_analysis.tables.load import load_tables as load_tables
+    from msplora_analysis.tables.pairs import load_pairs as load_pairs
+    from msplora_analysis.tables.pairs import load_redundancy as load_redundancy
+    from msplora_analysis.tables.pairs import load_scale_pairs as load_scale_pairs
+    from msplora_analysis.write.concatenate import export as export
+    from msplora_analysis.write.truncate import compress as compress
 
 _MODULES = {
     "SpectraCallback": "live.callback",
     "compare": "interface",
-    "compress": "conversion.truncate",
+    "compress": "write.truncate",
     "diagnose": "interface",
-    "draw_figures": "figures",
-    "export": "conversion.concatenate",
+    "draw_figures": "show.figures",
+    "export": "write.concatenate",
     "load_metrics": "tables.load",
-    "load_pairs": "redundancy.load",
-    "load_redundancy": "redundancy.load",
-    "load_results": "scores.summary",
-    "load_scale_pairs": "redundancy.load",
+    "load_pairs": "tables.pairs",
+    "load_redundancy": "tables.pairs",
+    "load_results": "ask.results.summary",
+    "load_scale_pairs": "tables.pairs",
     "load_spectra": "tables.load",
     "load_tables": "tables.load",
     "read_spectra": "tables.files",
-    "report": "reporting",
-    "write_figures": "figures",
+    "report": "show.report",
+    "write_figures": "show.figures",
 }
-
-__version__ = "0.1.0"
 
 __all__ = ["AnalysisError", "__version__", *_MODULES]
 

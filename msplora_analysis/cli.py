@@ -41,7 +41,7 @@ for command in (spectra, figures, redundancy, compare, diagnose, report, results
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from msplora_analysis import __version__
+        from msplora_core.version import __version__
 
         print(f"msplora-analyze {__version__}")
         raise typer.Exit

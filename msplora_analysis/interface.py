@@ -13,15 +13,15 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from msplora_analysis.adapters.discovery import as_paths
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.sources.addresses import StrPath
-from msplora_analysis.sources.discovery import as_paths
+from msplora_analysis.files.addresses import StrPath
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from msplora_analysis.comparison.compare import Side
-    from msplora_analysis.display import Comparison, Findings
+    from msplora_analysis.ask.comparison.compare import Side
+    from msplora_analysis.show.notebook import Comparison, Findings
 
     Source: TypeAlias = StrPath | Iterable[StrPath] | pd.DataFrame
 
@@ -48,8 +48,8 @@ def diagnose(
     value, threshold, evidence, source (of the threshold), advice, details (JSON, or empty). A finding is evidence, no
     verdict. Raises AnalysisError for input that cannot be used; a file with NaN or Inf is a finding.
     """
-    from msplora_analysis import findings
-    from msplora_analysis.display import Findings
+    from msplora_analysis.ask import findings
+    from msplora_analysis.show.notebook import Findings
 
     if not _is_table(source):
         if any(table is not None for table in (metrics, pairs, scales)):
@@ -91,8 +91,8 @@ def compare(
     Returns one row per question (columns: see ``comparison.compare``); ``.sentences`` says the same in words. Raises
     AnalysisError if the two cannot be compared.
     """
-    from msplora_analysis.comparison import compare as comparison
-    from msplora_analysis.display import Comparison
+    from msplora_analysis.ask.comparison import compare as comparison
+    from msplora_analysis.show.notebook import Comparison
 
     if _is_table(a) != _is_table(b):
         raise AnalysisError("give both methods as paths, or both as spectra tables")
@@ -101,7 +101,7 @@ def compare(
             raise AnalysisError(f"{next(iter(how))} is for reading adapters: give paths rather than spectra tables")
         sides = _sides(a, b, method_a, method_b, pairs)
     else:
-        from msplora_analysis.comparison.sides import load_sides
+        from msplora_analysis.ask.comparison.sides import load_sides
 
         if pairs is not None:
             raise AnalysisError("pairs belong to spectra tables: give these, or paths alone")
@@ -113,9 +113,9 @@ def compare(
 
 
 def _sides(a: Any, b: Any, method_a: str | None, method_b: str | None, pairs: pd.DataFrame | None) -> tuple[Side, Side]:
-    from msplora_analysis.comparison.compare import Side
-    from msplora_analysis.comparison.pairing import units
-    from msplora_analysis.figures.matrices import choose, prepare, variants
+    from msplora_analysis.ask.comparison.compare import Side
+    from msplora_analysis.ask.comparison.pairing import units
+    from msplora_analysis.tables.matrices import choose, prepare, variants
 
     sides = []
     for spectra, method in ((a, method_a), (b, method_b)):

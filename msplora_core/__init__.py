@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from msplora_core.version import __version__
+
 if TYPE_CHECKING:
     from msplora_core.tuners.msplora import MSPLoraConfig, MSPLoraModel
 
-__version__ = "0.1.0"
 __all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__"]
 
 

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from msplora_core import __version__
-from msplora_core.distributed import is_writer, leave
+from msplora_core.data.tasks import EMBEDDED_TASK, TASKS, Task, get_task
 from msplora_core.errors import TrainingError
 from msplora_core.methods import METHODS, methods_table
-from msplora_core.models import EMBEDDED_MODELS
-from msplora_core.settings import MODEL_DTYPES, PRECISIONS, Settings, make_settings, parse_ranks
-from msplora_core.tasks import EMBEDDED_TASK, TASKS, Task, get_task
+from msplora_core.run.distributed import is_writer, leave
+from msplora_core.run.settings import MODEL_DTYPES, PRECISIONS, Settings, make_settings, parse_ranks
+from msplora_core.train.models import EMBEDDED_MODELS
 
 _PATIENCE = 5.0
 """Seconds that a process other than the writing one waits before it tells of an error of its own."""
@@ -167,7 +167,7 @@ def train(
     )
     _quiet_libraries()
     try:
-        from msplora_core import training
+        from msplora_core.train import training
     except ModuleNotFoundError as error:
         raise TrainingError(f"training needs the package {error.name}; run: pip install 'msplora[train]'") from error
     except KeyboardInterrupt as stop:

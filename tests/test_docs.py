@@ -12,16 +12,16 @@ from typing import Any
 import pandas as pd
 import pytest
 import typer
+from msplora_analysis.redundancy import load
 
 import msplora_analysis as ma
 import msplora_analysis.cli
 import msplora_core
 import msplora_core.cli
-from msplora_analysis.comparison import compare
-from msplora_analysis.findings import KINDS, base
-from msplora_analysis.measures import metrics
-from msplora_analysis.redundancy import load
-from msplora_analysis.scores import summary
+from msplora_analysis.ask.comparison import compare
+from msplora_analysis.ask.findings import KINDS, base
+from msplora_analysis.ask.results import summary
+from msplora_analysis.compute.measures import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -190,7 +190,7 @@ def test_ranks_are_documented(tmp_path: Path) -> None:
 
 
 def test_numbers_of_figures_are_documented(redundancy: Any) -> None:
-    from msplora_analysis.figures import _plots
+    from msplora_analysis.show.figures import _plots
 
     text = (DOCS / "tables.md").read_text(encoding="utf-8").split("## Numbers of figures")[1]
     common = set(re.findall(r"`(\w+)`", text.partition("|")[0]))
@@ -239,7 +239,7 @@ def test_every_finding_is_named() -> None:
 
 def test_every_figure_has_how_to_read_it() -> None:
     text = (DOCS / "figures.md").read_text(encoding="utf-8")
-    import msplora_analysis.figures as figures
+    import msplora_analysis.show.figures as figures
 
     sections = dict(re.findall(r"^## [^\n]*\{ #(\w+) \}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
     drawn = {name for name in figures.__all__ if name not in ("FORMATS", "draw_figures", "write_figures")}
@@ -252,7 +252,7 @@ def test_every_figure_has_how_to_read_it() -> None:
 
 
 def test_every_style_of_a_venue_is_named() -> None:
-    from msplora_analysis.figures.venues import VENUES
+    from msplora_analysis.show.drawing.venues import VENUES
 
     text = (DOCS / "figures.md").read_text(encoding="utf-8")
     assert ", ".join(VENUES) in " ".join(text.split())

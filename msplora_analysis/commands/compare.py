@@ -115,13 +115,13 @@ def compare(
     and seed where run.json or their names tell these. Subspace overlap is compared for runs, and
     for tables with a pairs table beside them.
     """
-    from msplora_analysis.comparison.compare import compare as compared
-    from msplora_analysis.comparison.sides import load_sides
-    from msplora_analysis.comparison.statements import sentences
+    from msplora_analysis.ask.comparison.compare import compare as compared
+    from msplora_analysis.ask.comparison.sides import load_sides
+    from msplora_analysis.ask.comparison.statements import sentences
     from msplora_analysis.tables.files import write_table
 
     if style is not None:
-        from msplora_analysis.figures.venues import style_of
+        from msplora_analysis.show.drawing.venues import style_of
 
         style_of(style)
         if not figure:
@@ -142,7 +142,7 @@ def compare(
     written = [out / f"comparison.{format.value}"]
     write_table(table, written[0])
     if figure:
-        from msplora_analysis.figures.comparison import plot
+        from msplora_analysis.show.figures.comparison import plot
 
         written += plot(table).write(out, [kind.value for kind in figure], style)
     with closed_pipe_ignored():

@@ -68,7 +68,7 @@ def compress(
     """
     if sum(choice is not None for choice in (energy, rank, budget)) != 1:
         raise typer.BadParameter("give one of the three", param_hint="--energy, --rank, --budget")
-    from msplora_analysis.conversion.truncate import compressed
+    from msplora_analysis.write.truncate import compressed
 
     options = Options(ignore_unknown, semantics.value)
     table, source, chosen = compressed(adapter, out, energy, rank, budget, dtype, overwrite, options)

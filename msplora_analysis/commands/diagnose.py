@@ -50,7 +50,7 @@ def diagnose(
     Findings are evidence, not verdicts: a spectrum does not prove what rank a task needs. The exit
     status is 0 whatever is found.
     """
-    from msplora_analysis.findings import load_findings
+    from msplora_analysis.ask.findings import load_findings
 
     with progress_bar("Reading") as progress:
         found = load_findings(
@@ -65,7 +65,7 @@ def diagnose(
 
 def as_objects(findings: pd.DataFrame) -> dict[str, Any]:
     """``findings``: a list of objects, empty cells null; ``rank_pattern``: run -> what PEFT's LoraConfig takes."""
-    from msplora_analysis.findings import rank_patterns
+    from msplora_analysis.ask.findings import rank_patterns
 
     rows = findings.astype(object).where(findings.notna(), None).to_dict("records")
     for row in rows:
@@ -81,7 +81,7 @@ def print_findings(findings: pd.DataFrame) -> None:
     from rich.markup import escape
     from rich.padding import Padding
 
-    from msplora_analysis.findings import KINDS, SEVERITIES, rank_patterns
+    from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
 
     console = Console(highlight=False)
     with console.capture() as capture:  # rich would end the program at a closed pipe
@@ -107,7 +107,7 @@ def print_findings(findings: pd.DataFrame) -> None:
 
 def _places(run: str, rows: pd.DataFrame) -> list[str]:
     """The first place with its evidence, then where else, in a line or two."""
-    from msplora_analysis.findings.wording import when, where
+    from msplora_analysis.ask.findings.wording import when, where
 
     first, *others = rows.to_dict("records")
     lines = [f"{run}: {', '.join(filter(None, (when(first), where(first))))}: {first['evidence']}"]

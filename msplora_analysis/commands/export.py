@@ -63,7 +63,7 @@ def export(
     is saved beside them (heads, biases) is copied. What no plain LoRA equals (DoRA, LoHa, LoKr, full
     fine-tuning) is refused.
     """
-    from msplora_analysis.conversion.concatenate import exported
+    from msplora_analysis.write.concatenate import exported
 
     table, source, chosen = exported(adapter, out, dtype, overwrite, Options(ignore_unknown, semantics.value))
     with closed_pipe_ignored():

@@ -58,17 +58,17 @@ def figures(
     from msplora_analysis.tables.load import gather_spectra
 
     if style is not None:
-        from msplora_analysis.figures.venues import style_of
+        from msplora_analysis.show.drawing.venues import style_of
 
         style_of(style)
     make_folder(out)
     with progress_bar("Reading") as progress:
         table = gather_spectra(paths, workers=workers, cache=cache, ignore_unknown=ignore_unknown, progress=progress)
-    from msplora_analysis.redundancy.gather import gather_redundancy
+    from msplora_analysis.tables.gather import gather_redundancy
 
     with progress_bar("Comparing") as progress:
         pairs, scales = gather_redundancy(paths, workers=workers, ignore_unknown=ignore_unknown, progress=progress)
-    from msplora_analysis.figures import write_figures
+    from msplora_analysis.show.figures import write_figures
 
     written = write_figures(table, out, formats, pairs=pairs, scales=scales, style=style)
     with closed_pipe_ignored():

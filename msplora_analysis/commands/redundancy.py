@@ -68,9 +68,9 @@ def redundancy(
     scales); prints means of the last checkpoint of each run.
     """
     make_folder(out)
-    from msplora_analysis.redundancy.load import Tables, load_redundancy
-    from msplora_analysis.redundancy.summary import summary
     from msplora_analysis.tables.files import write_table
+    from msplora_analysis.tables.pair_means import summary
+    from msplora_analysis.tables.pairs import Tables, load_redundancy
 
     with progress_bar("Comparing") as progress:
         tables = load_redundancy(

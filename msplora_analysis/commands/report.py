@@ -38,7 +38,7 @@ def report(
     also be a table that `msplora-analyze spectra` wrote (spectra.parquet or spectra.csv), or the
     folder that holds it.
     """
-    from msplora_analysis.reporting import report as write_report
+    from msplora_analysis.show.report import report as write_report
 
     with progress_bar("Reading") as progress:
         written = write_report(

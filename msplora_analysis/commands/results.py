@@ -50,10 +50,10 @@ def results(
     from rich.markup import escape
     from rich.table import Table
 
-    from msplora_analysis.scores.summary import load_results
-    from msplora_analysis.scores.typeset import grids, latex, markdown
-    from msplora_analysis.sources.discovery import replacing
+    from msplora_analysis.ask.results.summary import load_results
+    from msplora_analysis.show.typeset import grids, latex, markdown
     from msplora_analysis.tables.files import write_table
+    from msplora_core.atomic import replacing
 
     table = load_results(paths, at.value)
     epoch = "best epoch on the validation split" if at is At.best else "last epoch"

@@ -77,7 +77,7 @@ def spectra(
     """
     ks = _parse_ks(k or [])
     options = Options(ignore_unknown, semantics.value, base, top_k)
-    from msplora_analysis.sources.discovery import discover
+    from msplora_analysis.adapters.discovery import discover
     from msplora_analysis.tables.load import KS, spectra_of
     from msplora_analysis.tables.stream import write_tables
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.table import Table
 
-    from msplora_analysis.engine.compute import Progress
+    from msplora_analysis.compute.tasks import Progress
 
 _COLUMNS = {
     "sigma_1": "sigma_1",

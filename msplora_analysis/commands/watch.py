@@ -38,7 +38,7 @@ def watch(
     the newest values and how they changed. Only what is new is read. q or Ctrl-C leaves. Where the output is no
     terminal, a line is printed for every checkpoint.
     """
-    from msplora_analysis.live.watch import watch as follow
+    from msplora_analysis.show.watch.watch import watch as follow
 
     with closed_pipe_ignored():
         follow(run.absolute(), interval=interval, once=once, cache=cache)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import (
     adalora,
     delora,
@@ -42,7 +43,6 @@ from msplora_analysis.formats.base import (
 )
 from msplora_analysis.formats.diffusion import looks_like_adapter
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 __all__ = [
     "Contents",

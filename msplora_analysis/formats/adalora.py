@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import PREFIX, Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.formats.parts import (
     expect_shape,
@@ -20,7 +21,6 @@ from msplora_analysis.formats.parts import (
     rows_scaled,
 )
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "ADALORA"
 

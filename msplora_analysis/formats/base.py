@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.sources.discovery import natural_key
+from msplora_analysis.files.addresses import natural_key
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.formats.parts import expect_shape, group_parts, layer_matrix
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "DELORA"
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import loha, lokr
 from msplora_analysis.formats.base import (
     PREFIX,
@@ -42,7 +43,6 @@ from msplora_analysis.formats.flattened import dotted
 from msplora_analysis.formats.parts import Parts, by_pattern, layer_matrix
 from msplora_analysis.formats.structures import leading, low_rank, required, tucker, whole
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "none (files of kohya's scripts, LyCORIS and diffusers)"
 READS_VALUES = True

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import FloatArray, TensorFile
+from msplora_analysis.files.with_base import BASE
 from msplora_analysis.formats.base import (
     Config,
     Contents,
@@ -31,8 +33,6 @@ from msplora_analysis.formats.base import (
     trained_in_full,
 )
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import FloatArray, TensorFile
-from msplora_analysis.tensors.with_base import BASE
 
 PEFT_TYPE = "a whole model with --base (no peft_type)"
 

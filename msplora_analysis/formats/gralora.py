@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.formats.parts import (
     block_diagonal,
@@ -24,7 +25,6 @@ from msplora_analysis.formats.parts import (
     needed_number,
 )
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "GRALORA"
 

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import Config, Contents, Product, Shapes, Sum, Whole, contents
 from msplora_analysis.formats.parts import Parts, group_parts, layer_matrix
 from msplora_analysis.formats.structures import hadamard, leading, low_rank, peft_scaling, required, tucker
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "LOHA"
 

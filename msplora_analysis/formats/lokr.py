@@ -9,11 +9,11 @@ Edalati et al. 2022, arXiv 2212.10650; Yeh et al. 2023, arXiv 2309.14859.
 from __future__ import annotations
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import Config, Contents, Kronecker, Product, Shapes, Whole, contents
 from msplora_analysis.formats.parts import Parts, group_parts, layer_matrix
 from msplora_analysis.formats.structures import kronecker, leading, low_rank, peft_scaling, required, tucker, whole
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "LOKR"
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import (
     PREFIX,
     Config,
@@ -46,7 +47,6 @@ from msplora_analysis.formats.parts import (
     rows_scaled,
 )
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "LORA"
 

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import FloatArray, TensorFile
 from msplora_analysis.formats.base import (
     Config,
     Contents,
@@ -38,7 +39,6 @@ from msplora_analysis.formats.base import (
     stack_and_layer,
 )
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import FloatArray, TensorFile
 
 PEFT_TYPE = "loralib (no peft_type)"
 

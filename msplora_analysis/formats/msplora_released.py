@@ -26,6 +26,8 @@ from typing import NamedTuple
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import natural_key
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import (
     Config,
     Contents,
@@ -39,8 +41,6 @@ from msplora_analysis.formats.base import (
     stack_and_layer,
 )
 from msplora_analysis.options import Options
-from msplora_analysis.sources.discovery import natural_key
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "MSPLORA"
 READS_VALUES = True

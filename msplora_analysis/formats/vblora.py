@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.formats.parts import expect_shape, group_parts, layer_matrix, needed_count, shared
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 PEFT_TYPE = "VBLORA"
 

@@ -7,9 +7,9 @@ products, changes it as the input says, or if its update needs the base model.
 from __future__ import annotations
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.base import Config, Contents
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import TensorFile
 
 _PROMPT = "it learns virtual tokens, and changes no weight"
 _ORTHOGONAL = "it multiplies the base weight by an orthogonal matrix; the update needs the base model"

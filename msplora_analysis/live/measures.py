@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msplora_analysis.compute.linalg.directions import TOLERANCE, singular_directions
+from msplora_analysis.compute.linalg.spectra import Array, Spectrum, adapter_spectra, singular_values
+from msplora_analysis.compute.measures import metrics
+from msplora_analysis.compute.measures.overlap import subspace_overlap
 from msplora_analysis.formats import Matrix, Product, Sum, read_contents
-from msplora_analysis.linalg.directions import TOLERANCE, singular_directions
-from msplora_analysis.linalg.spectra import Array, Spectrum, adapter_spectra, singular_values
 from msplora_analysis.live.model import ModelTensors
 from msplora_analysis.live.reduction import alike, can_be_reduced, slices, small_factors
-from msplora_analysis.measures import metrics
-from msplora_analysis.measures.overlap import subspace_overlap
 from msplora_analysis.options import Options
 
 PREFIX = "spectra"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.sources.addresses import Place
-from msplora_analysis.tensors import FloatArray, Shape
+from msplora_analysis.files.addresses import Place
+from msplora_analysis.files.tensors import FloatArray, Shape
 
 _NOT_WHOLE = "the spectra of what is spread over processes cannot be computed while it trains; analyse its checkpoints"
 

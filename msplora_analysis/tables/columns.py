@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from msplora_analysis import __version__
-from msplora_analysis.engine.results import Row, Spectra
-from msplora_analysis.measures import metrics
-from msplora_analysis.sources.discovery import Adapter
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.compute.measures import metrics
+from msplora_analysis.compute.results import Row, Spectra
+from msplora_core.version import __version__
 
 # The key columns of every table, and their types in pandas. epoch is Int64 where all are whole numbers.
 KEYS = {

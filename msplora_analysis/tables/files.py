@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msplora_analysis import __version__
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.sources.discovery import StrPath, replacing
+from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.tables.columns import KEYS, VALUES
+from msplora_core.atomic import replacing
+from msplora_core.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd

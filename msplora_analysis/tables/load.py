@@ -8,13 +8,14 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from msplora_analysis.engine.cache import open_cache
-from msplora_analysis.engine.compute import Progress, compute, unknown_text
-from msplora_analysis.engine.results import Failure, Spectra
+from msplora_analysis.adapters.discovery import Adapter, discover
+from msplora_analysis.adapters.opening import unknown_text
+from msplora_analysis.compute.cache import open_cache
+from msplora_analysis.compute.results import Failure, Spectra
+from msplora_analysis.compute.tasks import Progress, compute
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import Place, StrPath, parse
 from msplora_analysis.options import Options
-from msplora_analysis.sources.addresses import parse
-from msplora_analysis.sources.discovery import Adapter, Place, StrPath, discover
 
 if TYPE_CHECKING:
     import pandas as pd

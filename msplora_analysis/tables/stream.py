@@ -9,9 +9,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msplora_analysis.engine.results import Failure, Spectra
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.sources.discovery import Adapter
 from msplora_analysis.tables.load import succeeding
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from msplora_core.data.instructions import Encoded, encode_instructions
 from msplora_core.data.loading import Split
-from msplora_core.tasks import InstructionTask, Task
+from msplora_core.data.tasks import InstructionTask, Task
 
 
 def encode(split: Split, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msplora_core.data.instructions import hold_out
+from msplora_core.data.tasks import EMBEDDED_TASK, ClassificationTask, InstructionTask, Task
 from msplora_core.errors import TrainingError
-from msplora_core.tasks import EMBEDDED_TASK, ClassificationTask, InstructionTask, Task
 
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")

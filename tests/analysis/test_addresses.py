@@ -18,8 +18,8 @@ from adapters import lora_config, lora_tensors, write_adapter
 from safetensors.numpy import save_file
 
 from msplora_analysis import AnalysisError, load_tables
-from msplora_analysis.sources.discovery import discover
-from msplora_analysis.tensors import open_tensors
+from msplora_analysis.adapters.discovery import discover
+from msplora_analysis.files.opening import open_tensors
 
 fsspec = pytest.importorskip("fsspec")
 

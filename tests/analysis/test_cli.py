@@ -153,9 +153,9 @@ def drawn(monkeypatch):
         calls.append((spectra, out, formats))
         return [Path(out) / f"figure3_x.{name}" for name in formats]
 
-    module = type(sys)("msplora_analysis.figures")
+    module = type(sys)("msplora_analysis.show.figures")
     module.write_figures = write_figures
-    monkeypatch.setitem(sys.modules, "msplora_analysis.figures", module)
+    monkeypatch.setitem(sys.modules, "msplora_analysis.show.figures", module)
     return calls
 
 
@@ -216,7 +216,7 @@ def test_nothing_to_draw(runs, tmp_path, capsys, monkeypatch, drawn):
     def write_figures(*_, **__):
         raise ma.AnalysisError("nothing to draw")
 
-    monkeypatch.setattr(sys.modules["msplora_analysis.figures"], "write_figures", write_figures)
+    monkeypatch.setattr(sys.modules["msplora_analysis.show.figures"], "write_figures", write_figures)
     assert run(capsys, monkeypatch, "figures", runs, "--out", tmp_path) == (1, "", "error: nothing to draw\n")
 
 

@@ -13,17 +13,17 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from msplora_analysis.ask.comparison.compare import Side, compare, layer_kl
+from msplora_analysis.ask.comparison.pairing import Unit, drawn, pair, units
+from msplora_analysis.ask.comparison.statements import sentences
+from msplora_analysis.ask.comparison.uncertainty import adjacent_test, interval
 from msplora_analysis.commands import compare as command
-from msplora_analysis.comparison.compare import Side, compare, layer_kl
-from msplora_analysis.comparison.pairing import Unit, drawn, pair, units
-from msplora_analysis.comparison.statements import sentences
-from msplora_analysis.comparison.uncertainty import adjacent_test, interval
+from msplora_analysis.compute.measures.divergence import kl, pairwise_kl
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.figures import kl_summary
-from msplora_analysis.figures.comparison import comparison_with_intervals
-from msplora_analysis.figures.matrices import prepare
-from msplora_analysis.figures.rank_needed import plots, rank_needed_map
-from msplora_analysis.measures.divergence import kl, pairwise_kl
+from msplora_analysis.show.figures import kl_summary
+from msplora_analysis.show.figures.comparison import comparison_with_intervals
+from msplora_analysis.show.figures.rank_needed import plots, rank_needed_map
+from msplora_analysis.tables.matrices import prepare
 
 FIRST_LOOK = Path(__file__).parents[1] / "data" / "first_look"
 
@@ -309,7 +309,7 @@ def test_strata() -> None:
 
 
 def test_units_from_names_and_from_the_record(tmp_path: Path) -> None:
-    from msplora_analysis.sources.discovery import discover
+    from msplora_analysis.adapters.discovery import discover
 
     names = ["cola/lora-8/seed-1", "STS-B/x/seed_12", "mine/run3", "a/seed-2b"]
     assert units(names) == [

@@ -8,8 +8,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial import distance
 from scipy.stats import entropy, wasserstein_distance
 
+from msplora_analysis.compute.measures.divergence import FLOOR, jensen_shannon, kl, normalise, pairwise_kl, wasserstein
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.measures.divergence import FLOOR, jensen_shannon, kl, normalise, pairwise_kl, wasserstein
 
 sigmas = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
 

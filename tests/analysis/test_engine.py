@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from adapters import lora_config, lora_tensors, write_adapter
+from msplora_analysis.engine import compute as engine
 
 from msplora_analysis import AnalysisError, load_spectra, load_tables
-from msplora_analysis.engine import compute as engine
-from msplora_analysis.engine.cache import Cache, open_cache
-from msplora_analysis.engine.results import Failure, Spectra
+from msplora_analysis.adapters.discovery import discover
+from msplora_analysis.compute.cache import Cache, open_cache
+from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.options import Options
-from msplora_analysis.sources.discovery import discover
 
 MAIN = "from msplora_analysis.cli import main; main()"
 NAMES = [f"layer.{layer}.{module}" for layer in range(3) for module in ("query", "value")]
@@ -90,7 +90,7 @@ def test_a_dask_cluster_gives_the_same_tables(runs, monkeypatch):
 
 def test_a_dask_scheduler_that_is_not_there(runs, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("msplora_analysis.engine.executors._PATIENCE", 0.5)
+    monkeypatch.setattr("msplora_analysis.compute.executors._PATIENCE", 0.5)
     with pytest.raises(AnalysisError, match=r"--dask tcp://127.0.0.1:1: no scheduler can be reached") as caught:
         load_spectra(runs, dask="tcp://127.0.0.1:1")
     assert "\n" not in str(caught.value)
@@ -219,7 +219,7 @@ def cached(path: Path) -> int:
 def cache(tmp_path, monkeypatch) -> Path:
     """A cache that takes files of any age."""
     monkeypatch.setenv("MSPLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("msplora_analysis.engine.cache._SETTLED", -1)
+    monkeypatch.setattr("msplora_analysis.compute.cache._SETTLED", -1)
     return tmp_path / "cache"
 
 
@@ -276,7 +276,7 @@ def test_whatever_decides_the_result_makes_it_new(runs, cache, computed):
 
 
 def test_a_file_that_has_just_changed_is_not_kept(runs, cache, computed, monkeypatch):
-    monkeypatch.setattr("msplora_analysis.engine.cache._SETTLED", 60)
+    monkeypatch.setattr("msplora_analysis.compute.cache._SETTLED", 60)
     load_spectra(runs)
     load_spectra(runs)
     assert len(computed) == 28
@@ -329,7 +329,7 @@ def test_notes_and_left_out_tensors_are_told_from_the_cache_too(tmp_path, cache)
 
 
 def test_the_cache_itself_gives_back_what_was_put(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("msplora_analysis.engine.cache._SETTLED", -1)
+    monkeypatch.setattr("msplora_analysis.compute.cache._SETTLED", -1)
     (adapter, *_), options = discover(runs), Options()
     (result,) = engine.compute([adapter], options)
     store = Cache(tmp_path / "c.sqlite")

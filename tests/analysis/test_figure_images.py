@@ -10,7 +10,7 @@ import pytest
 from figure_cases import KINDS, check_texts, draw, labelled_layers
 from matplotlib.axis import XAxis
 
-from msplora_analysis.figures.venues import style_of
+from msplora_analysis.show.drawing.venues import style_of
 
 # Of figures that do not show layers one by one, their number changes nothing.
 CASES = [

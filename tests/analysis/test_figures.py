@@ -12,7 +12,7 @@ from matplotlib.collections import QuadMesh
 from scipy.stats import entropy
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.figures import (
+from msplora_analysis.show.figures import (
     effective_rank_over_epochs,
     figure3,
     figure4,
@@ -482,7 +482,9 @@ def test_what_to_draw_must_be_told_where_there_is_a_choice(spectra):
 
 
 def test_no_pyplot_and_no_seaborn():
-    code = "import sys, msplora_analysis.figures; print('matplotlib.pyplot' in sys.modules, 'seaborn' in sys.modules)"
+    code = (
+        "import sys, msplora_analysis.show.figures; print('matplotlib.pyplot' in sys.modules, 'seaborn' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
         "False",
         "False",

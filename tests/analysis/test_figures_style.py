@@ -18,12 +18,12 @@ from test_figures import meshes, spectra_of
 from tueplots import figsizes
 
 import msplora_analysis as ma
-from msplora_analysis import figures
-from msplora_analysis.figures.plot import Plot
-from msplora_analysis.figures.singular_values import draw as draw_figure3
-from msplora_analysis.figures.singular_values import numbers as numbers_of_figure3
-from msplora_analysis.figures.style import SERIF, SETTINGS
-from msplora_analysis.figures.venues import VENUES, style_of
+from msplora_analysis.show import figures
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.style import SERIF, SETTINGS
+from msplora_analysis.show.drawing.venues import VENUES, style_of
+from msplora_analysis.show.figures.singular_values import draw as draw_figure3
+from msplora_analysis.show.figures.singular_values import numbers as numbers_of_figure3
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "runs"
 

@@ -8,7 +8,8 @@ from adapters import write_adapter
 from safetensors.numpy import save_file
 
 from msplora_analysis import AnalysisError
-from msplora_analysis.sources.discovery import discover, natural_key
+from msplora_analysis.adapters.discovery import discover
+from msplora_analysis.files.addresses import natural_key
 
 
 def found(*paths: Path) -> list[tuple]:

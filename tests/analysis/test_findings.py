@@ -17,12 +17,12 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import msplora_analysis as ma
+from msplora_analysis.adapters.discovery import discover
+from msplora_analysis.ask.findings import KINDS, diagnose, load_findings, rank_patterns
+from msplora_analysis.ask.findings.against_base import measure
 from msplora_analysis.commands import diagnose as command
+from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.findings import KINDS, diagnose, load_findings, rank_patterns
-from msplora_analysis.findings.against_base import measure
-from msplora_analysis.measures.rank_needed import energy_rank
-from msplora_analysis.sources.discovery import discover
 
 FIRST_LOOK = Path(__file__).parents[1] / "data" / "first_look"
 STUDY = sorted((Path(__file__).parents[2] / "figures" / "study").glob("**/spectra.parquet"))

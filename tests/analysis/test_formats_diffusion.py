@@ -9,13 +9,13 @@ import torch
 from adapters import assert_promised
 from safetensors.torch import save_file
 
+from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.opening import open_tensors
 from msplora_analysis.formats import Contents, Kronecker, Sum, Whole, looks_like_adapter, read_contents
 from msplora_analysis.formats.base import module_of, stack_and_layer
 from msplora_analysis.formats.flattened import dotted
-from msplora_analysis.linalg.spectra import adapter_spectra
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import open_tensors
 
 torch.set_num_threads(1)
 

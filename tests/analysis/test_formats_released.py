@@ -11,11 +11,11 @@ import torch
 from adapters import assert_promised
 
 from msplora_analysis import AnalysisError
+from msplora_analysis.compute.linalg.spectra import adapter_spectra
+from msplora_analysis.files.opening import open_tensors
 from msplora_analysis.formats import loralib as loralib_format
 from msplora_analysis.formats import read_contents
-from msplora_analysis.linalg.spectra import adapter_spectra
 from msplora_analysis.options import Options
-from msplora_analysis.tensors import open_tensors
 
 torch.set_num_threads(1)
 

@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError
+from msplora_analysis.adapters.magnitude import magnitude_change
+from msplora_analysis.compute.linalg.spectra import adapter_spectra
+from msplora_analysis.files.sharded import ShardedFile, open_checkpoint
+from msplora_analysis.files.with_base import open_with_base
 from msplora_analysis.formats import full
-from msplora_analysis.linalg.spectra import adapter_spectra
-from msplora_analysis.measures.magnitude import magnitude_change
 from msplora_analysis.options import Options
-from msplora_analysis.tensors.sharded import ShardedFile, open_checkpoint
-from msplora_analysis.tensors.with_base import open_with_base
 
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)

@@ -22,11 +22,11 @@ from adapters import lora_config, lora_tensors, write_adapter
 from fuzz import fuzz
 
 from msplora_analysis import AnalysisError, load_tables
+from msplora_analysis.adapters.discovery import discover
+from msplora_analysis.adapters.layouts import read_json
 from msplora_analysis.cli import app
 from msplora_analysis.errors import printable
-from msplora_analysis.sources.discovery import discover
-from msplora_analysis.sources.layouts import read_json
-from msplora_analysis.tensors import open_tensors
+from msplora_analysis.files.opening import open_tensors
 
 torch.set_num_threads(1)
 NAME = "base_model.model.layer.0.query.lora_A.weight"

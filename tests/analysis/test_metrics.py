@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from msplora_analysis.measures.metrics import (
+from msplora_analysis.compute.measures.metrics import (
     effective_rank,
     frobenius,
     m_eff,

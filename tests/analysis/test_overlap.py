@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.linalg import subspace_angles
 
-from msplora_analysis.linalg.directions import singular_directions
-from msplora_analysis.linalg.truncated import largest_singular_triplets
-from msplora_analysis.measures.overlap import (
+from msplora_analysis.compute.linalg.directions import singular_directions
+from msplora_analysis.compute.linalg.truncated import largest_singular_triplets
+from msplora_analysis.compute.measures.overlap import (
     expected_overlap,
     inner_products,
     overlap_deviation,

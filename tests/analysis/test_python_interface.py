@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 
 import msplora_analysis as ma
-from msplora_analysis.comparison.statements import sentences
-from msplora_analysis.display import Comparison, Figures, Findings
-from msplora_analysis.findings import KINDS
-from msplora_analysis.findings.base import COLUMNS
-from msplora_analysis.findings.load import load_findings
-from msplora_analysis.redundancy.load import load_redundancy
+from msplora_analysis.ask.comparison.statements import sentences
+from msplora_analysis.ask.findings import KINDS
+from msplora_analysis.ask.findings.base import COLUMNS
+from msplora_analysis.ask.findings.load import load_findings
+from msplora_analysis.show.notebook import Comparison, Figures, Findings
+from msplora_analysis.tables.pairs import load_redundancy
 
 RUNS = Path(__file__).parents[2] / "examples" / "runs"
 LORA, MSPLORA = RUNS / "lora-8", RUNS / "msplora-8-8-8"

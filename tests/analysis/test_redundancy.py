@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from adapters import lora_config, lora_tensors, write_adapter
+from msplora_analysis.redundancy import between
 from scipy.linalg import subspace_angles
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy, wasserstein_distance
@@ -13,8 +14,7 @@ from test_cli import run
 from test_formats import dense, msplora_config, msplora_tensors
 
 import msplora_analysis as ma
-from msplora_analysis.redundancy import between
-from msplora_analysis.redundancy.summary import adjacent, summary
+from msplora_analysis.tables.pair_means import adjacent, summary
 
 PAIRS = [
     *("run", "step", "epoch", "scale", "module", "group_i", "group_j", "kl_ij", "kl_ji", "js", "wasserstein"),
@@ -248,7 +248,7 @@ def test_adapters_that_peft_writes(tmp_path, method):
 def test_large_whole_matrices_give_their_largest_directions_and_no_cosine(tmp_path, monkeypatch):
     from safetensors.numpy import save_file
 
-    from msplora_analysis.linalg import truncated
+    from msplora_analysis.compute.linalg import truncated
 
     monkeypatch.setattr(truncated, "SMALL", 30)
     rng = np.random.default_rng(0)

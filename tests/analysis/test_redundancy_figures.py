@@ -11,8 +11,8 @@ from test_figures import meshes
 from test_formats import msplora_config, msplora_tensors
 
 import msplora_analysis as ma
-from msplora_analysis.figures import decoupling_over_epochs, overlap_between_layers, write_figures
-from msplora_analysis.figures.plot import Plot
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.figures import decoupling_over_epochs, overlap_between_layers, write_figures
 
 RANKS = {"global": 5, "mid": 3, "layer": 2}
 

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 from test_cli import run
 
 import msplora_analysis as ma
-from msplora_analysis.measures.rank_needed import energy_rank
-from msplora_analysis.reporting import charts, numbers
+from msplora_analysis.compute.measures.rank_needed import energy_rank
+from msplora_analysis.show.report import charts, numbers
 
 STYLE = Path(numbers.__file__).with_name("style.css").read_text()
 
@@ -255,7 +255,7 @@ def test_names_from_files_stay_text(tmp_path):
 
 @pytest.mark.parametrize("text", ["</script>", "<!--", "]]>", "&lt;", "\u2028\u2029", "\ud800", 'a"\\b'])
 def test_json_in_html_holds_its_text_and_no_markup(text):
-    from msplora_analysis.reporting.page import json_in_html
+    from msplora_analysis.show.report.page import json_in_html
 
     written = json_in_html({text: [text]})
     assert json.loads(written) == {text: [text]}
@@ -326,7 +326,7 @@ def test_a_path_that_cannot_be_written_is_refused_at_once(out, message, tmp_path
 
 
 def test_without_the_drawing_library_it_says_what_to_install(runs, tmp_path, monkeypatch):
-    from msplora_analysis.reporting import page
+    from msplora_analysis.show.report import page
 
     page._library.cache_clear()
     monkeypatch.setitem(sys.modules, "vl_convert", None)

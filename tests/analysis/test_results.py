@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from msplora_analysis import AnalysisError
+from msplora_analysis.ask.results.summary import load_results
 from msplora_analysis.cli import app
-from msplora_analysis.scores.summary import load_results
-from msplora_analysis.scores.typeset import grids, latex, markdown
+from msplora_analysis.show.typeset import grids, latex, markdown
 
 
 def write_run(folder: Path, metrics: list[float], **settings: Any) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from msplora_analysis import AnalysisError, load_spectra
-from msplora_analysis.linalg.spectra import singular_values
+from msplora_analysis.compute.linalg.spectra import singular_values
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

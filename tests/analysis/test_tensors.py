@@ -13,7 +13,7 @@ from safetensors.numpy import save, save_file
 from safetensors.torch import save_file as save_torch
 
 from msplora_analysis import AnalysisError
-from msplora_analysis.tensors import open_tensors
+from msplora_analysis.files.opening import open_tensors
 
 IN_A_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 

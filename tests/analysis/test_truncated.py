@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from adapters import assert_promised
 
-from msplora_analysis.linalg import truncated
-from msplora_analysis.linalg.truncated import largest_singular_values, matrix_spectrum
+from msplora_analysis.compute.linalg import truncated
+from msplora_analysis.compute.linalg.truncated import largest_singular_values, matrix_spectrum
 
 
 @pytest.fixture(autouse=True)

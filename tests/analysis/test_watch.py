@@ -19,10 +19,9 @@ from adapters import lora_config, lora_tensors, write_adapter
 from rich.console import Console
 
 import msplora_analysis as ma
-from msplora_analysis.live import following
-from msplora_analysis.live.following import Run
-from msplora_analysis.live.screen import line, render, rows, sparkline
-from msplora_analysis.live.watch import watch
+from msplora_analysis.show.watch.following import Run
+from msplora_analysis.show.watch.screen import line, render, rows, sparkline
+from msplora_analysis.show.watch.watch import watch
 
 ROOT = Path(ma.__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "runs" / "msplora-8-8-8"
@@ -101,7 +100,7 @@ def test_means_are_those_of_the_tables(grow: Any) -> None:
 def test_findings_are_those_of_diagnose(grow: Any) -> None:
     run = Run(grow(0, 45, 270), cache=False)
     list(run.update())
-    from msplora_analysis.findings import load_findings
+    from msplora_analysis.ask.findings import load_findings
 
     expected = load_findings(run.folder, cache=False)
     found = run.findings()
@@ -382,7 +381,7 @@ def _drain(controller: int, process: subprocess.Popen[bytes]) -> None:
 
 def test_run_json_that_is_being_written_is_read_later(grow: Any) -> None:
     folder = grow(0)
-    record = folder / following.RECORD_NAME
+    record = folder / "run.json"
     record.write_text('{"settings": {"task": "co')
     run = Run(folder, cache=False)
     list(run.update())

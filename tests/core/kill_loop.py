@@ -31,11 +31,12 @@ import torch
 from safetensors.torch import load_file
 
 import msplora_analysis as ma
-from msplora_analysis.sources.discovery import discover
-from msplora_core import checkpoints
+from msplora_analysis.adapters.discovery import discover
 from msplora_core.data.acceptability import generate
-from msplora_core.settings import Settings, make_settings
-from msplora_core.training import train
+from msplora_core.names import PARTIAL
+from msplora_core.run import checkpoints
+from msplora_core.run.settings import Settings, make_settings
+from msplora_core.train.training import train
 
 _TOUCHING = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 _RUNTIME = ("runtime", "per_second")
@@ -190,7 +191,7 @@ def loop(settings: Settings, folder: Path, kills: int, seed: int) -> Evidence:
             if not attempt(run, folder / "attempts.log", **how):
                 break
             evidence.kills[next(iter(how))] += 1
-            evidence.partial += (run.output_dir / checkpoints.PARTIAL).exists()
+            evidence.partial += (run.output_dir / PARTIAL).exists()
             evidence.checkpoints += check_whole(run.output_dir)
         evidence.runs += 1
         check_whole(run.output_dir)

@@ -19,11 +19,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from msplora_core import checkpoints, record
 from msplora_core.errors import TrainingError
-from msplora_core.settings import Settings
-from msplora_core.trainer import AdapterTrainer
-from msplora_core.training import train
+from msplora_core.names import PARTIAL
+from msplora_core.run import checkpoints, record
+from msplora_core.run.settings import Settings
+from msplora_core.train.trainer import AdapterTrainer
+from msplora_core.train.training import train
 
 from .kill_loop import differences, fork, loop
 from .toys import toy_settings
@@ -126,7 +127,7 @@ def test_a_half_copied_checkpoint_is_named_and_passed_over(
 
 def test_starting_again_where_no_checkpoint_is_whole(finished: Settings, unbroken: Settings) -> None:
     (finished.output_dir / "checkpoint-9" / "optimizer.pt").write_bytes(b"")
-    (finished.output_dir / checkpoints.PARTIAL / "checkpoint-12").mkdir(parents=True)
+    (finished.output_dir / PARTIAL / "checkpoint-12").mkdir(parents=True)
     lines = resume(finished)
     assert any("checkpoint-9 is not whole (optimizer.pt is damaged or cut off): passed over" in line for line in lines)
     assert any("removed checkpoint-12, which a killed run had not finished" in line for line in lines)
@@ -235,7 +236,7 @@ def test_a_really_full_disk(unbroken: Settings, small_disk: Path) -> None:
     filler = small_disk / "filler"
     with pytest.raises(TrainingError, match=r"cannot be written \(.*[Nn]o space left on.*--resume"):
         train(settings, report=lambda line: fill_up(filler) if line.startswith("epoch 2") else None)
-    assert not (settings.output_dir / checkpoints.PARTIAL).exists()
+    assert not (settings.output_dir / PARTIAL).exists()
     filler.unlink()
     lines = resume(replace(settings, resume=True))
     assert any(line.endswith("checkpoint-3") for line in lines)

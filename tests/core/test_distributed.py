@@ -25,9 +25,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from msplora_core import MSPLoraConfig, cli, distributed, record
 from msplora_core.errors import TrainingError
-from msplora_core.settings import Settings
-from msplora_core.trainer import AdapterTrainer
-from msplora_core.training import train
+from msplora_core.run.settings import Settings
+from msplora_core.train.trainer import AdapterTrainer
+from msplora_core.train.training import train
 
 from .conftest import make_llama
 from .kill_loop import fork

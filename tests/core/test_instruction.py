@@ -22,17 +22,17 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerFast
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from msplora_core import models as base_models
 from msplora_core.cli import _print_results
 from msplora_core.data.encoding import encode
 from msplora_core.data.instructions import IGNORED, encode_instructions, hold_out, prompt
 from msplora_core.data.loading import load_splits
 from msplora_core.data.order import OrderOfEpoch
+from msplora_core.data.tasks import TASKS, InstructionTask
 from msplora_core.errors import TrainingError
-from msplora_core.evaluation import metric_function, sum_token_losses
-from msplora_core.settings import Settings, make_settings
-from msplora_core.tasks import TASKS, InstructionTask
-from msplora_core.training import EpochResult, train
+from msplora_core.run.settings import Settings, make_settings
+from msplora_core.train import models as base_models
+from msplora_core.train.evaluation import metric_function, sum_token_losses
+from msplora_core.train.training import EpochResult, train
 
 from .conftest import make_bert, make_llama
 
@@ -409,7 +409,7 @@ def test_a_bfloat16_base_has_a_float32_adapter(make_run: Any, monkeypatch: pytes
     loaded = []
     load = base_models.load_model
     monkeypatch.setattr(
-        "msplora_core.training.load_model", lambda *args, **kw: loaded.append(load(*args, **kw)) or loaded[-1]
+        "msplora_core.train.training.load_model", lambda *args, **kw: loaded.append(load(*args, **kw)) or loaded[-1]
     )
     chosen = make_run("bfloat16", model_dtype="bfloat16", precision="bf16", epochs=1, gradient_checkpointing=True)
     results = quietly(chosen)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from msplora_analysis.conversion.concatenate import export
+from msplora_analysis.write.concatenate import export
 from msplora_core import MSPLoraConfig
 
 from .conftest import make_llama, randomise

@@ -26,11 +26,11 @@ from transformers import (
 )
 
 import msplora_analysis as ma
-from msplora_core import training
-from msplora_core.adaptation import adapt, keep_quantized, quantization_config
 from msplora_core.errors import TrainingError
 from msplora_core.methods import METHODS, is_head
-from msplora_core.settings import Settings, make_settings
+from msplora_core.methods.adaptation import adapt, keep_quantized, quantization_config
+from msplora_core.run.settings import Settings, make_settings
+from msplora_core.train import training
 
 from .conftest import make_bert
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msplora_core.pyramid import ModuleAddress, assign_owners, contiguous_groups, parse_module_name
+from msplora_core.tuners.msplora.pyramid import ModuleAddress, assign_owners, contiguous_groups, parse_module_name
 
 
 @pytest.mark.parametrize(

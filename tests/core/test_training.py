@@ -21,17 +21,17 @@ from sklearn.metrics import matthews_corrcoef
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
-from msplora_core import models as base_models
-from msplora_core import record
 from msplora_core.cli import app
 from msplora_core.data.encoding import tokenize
 from msplora_core.data.loading import load_splits
+from msplora_core.data.tasks import TASKS, get_task
 from msplora_core.errors import TrainingError
-from msplora_core.evaluation import metric_function
-from msplora_core.settings import Settings, make_settings, parse_ranks
-from msplora_core.tasks import TASKS, get_task
-from msplora_core.trainer import AdapterTrainer
-from msplora_core.training import train
+from msplora_core.run import record
+from msplora_core.run.settings import Settings, make_settings, parse_ranks
+from msplora_core.train import models as base_models
+from msplora_core.train.evaluation import metric_function
+from msplora_core.train.trainer import AdapterTrainer
+from msplora_core.train.training import train
 
 from .conftest import make_bert
 
@@ -252,7 +252,8 @@ def test_folder_without_model(tmp_path: Path) -> None:
 
 
 def test_hub_name_without_network_says_what_to_do() -> None:
-    code = "from msplora_core import models, tasks; models.load_model(models.find_model('a/b'), tasks.TASKS['cola'])"
+    code = "from msplora_core.train import models\nfrom msplora_core.data import tasks\n"
+    code += "models.load_model(models.find_model('a/b'), tasks.TASKS['cola'])"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "TrainingError: the model 'a/b' cannot be loaded" in run.stderr

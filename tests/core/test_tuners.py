@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertForSequenceClassification, TrainerState
 
+from msplora_core.methods.dylora import RankSampler, draw
+from msplora_core.methods.pissa import InitialFactors
 from msplora_core.tuners.bitfit import BitFitConfig
 from msplora_core.tuners.bitfit.layer import BitFitLayer
 from msplora_core.tuners.bottleneck import BottleneckConfig
 from msplora_core.tuners.bottleneck.drop import LayerDropper
 from msplora_core.tuners.bottleneck.layer import BottleneckLinear
-from msplora_core.tuners.dylora import RankSampler, draw
-from msplora_core.tuners.pissa import InitialFactors
 
 from .conftest import make_bert, make_gpt2, make_llama, run_model
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from msplora_core.settings import Settings, make_settings
+from msplora_core.run.settings import Settings, make_settings
 
 from .conftest import make_bert, make_llama
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from msplora_core.methods.dylora import draw
 from msplora_core.tuners.bottleneck.layer import BottleneckLinear
-from msplora_core.tuners.dylora import draw
 
 
 class LayerDropper(TrainerCallback):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from msplora_core.pyramid import RANK_DECAY, SCALES
+from msplora_core.names import SCALES, halved_ranks
 
 PEFT_TYPE = "MSPLORA"
 
@@ -82,7 +82,7 @@ class MSPLoraConfig(PeftConfig):
                     f"r={self.r!r} must be a positive multiple of 4, so that r, r/2 and r/4 are ranks; give "
                     'ranks={"global": .., "mid": .., "layer": ..} for others'
                 )
-            return {scale: self.r // divisor for scale, divisor in RANK_DECAY.items()}
+            return halved_ranks(self.r)
         if not self.ranks or not set(self.ranks) <= set(SCALES):
             raise ValueError(f"ranks={self.ranks!r} must name scales among {', '.join(SCALES)}")
         for scale, rank in self.ranks.items():

@@ -13,7 +13,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora_core.pyramid import SCALES
+from msplora_core.names import SCALES
 
 
 class LowRankPair(nn.Module):

@@ -15,9 +15,9 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora_core.pyramid import assign_owners
 from msplora_core.tuners.msplora.config import PEFT_TYPE, MSPLoraConfig
 from msplora_core.tuners.msplora.layer import LowRankPair, MSPLoraLinear
+from msplora_core.tuners.msplora.pyramid import assign_owners
 from msplora_core.tuners.strict import check_fit, register, unadapted_modules
 
 

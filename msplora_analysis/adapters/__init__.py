@@ -1,0 +1,1 @@
+"""Folders to adapters: which files are adapters, of which run and step, and how one is opened."""

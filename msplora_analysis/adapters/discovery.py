@@ -1,0 +1,174 @@
+"""Find adapters: which run, which step, which epoch, which file.
+
+A path may be a folder that training left, an adapter's folder or file, or a folder of such at any
+depth, on disk or at an address such as ``hf://owner/name`` (see ``addresses``; ``layouts`` knows what
+training programs write). Nothing is read here but the small JSON files beside the weights, and the
+header of a .safetensors file whose name does not tell what it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from msplora_analysis.adapters.layouts import (
+    FULL_NAMES,
+    NEED_CONFIG,
+    PEFT_NAMES,
+    WEIGHTS_SUFFIXES,
+    Saved,
+    adapters_in,
+    describe,
+    missing_config,
+    models_in,
+    read_json,
+)
+from msplora_analysis.errors import AnalysisError, printable
+from msplora_analysis.files.addresses import Folder, Place, StrPath, identity, natural_key, parse, parts, walk
+from msplora_core.names import CONFIG
+
+__all__ = ["Adapter", "as_paths", "discover"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One saved adapter, or one full checkpoint.
+
+    ``run`` names its training; ``step`` and ``epoch`` are None where neither the names of the folder
+    and the file nor a trainer_state.json tell them, as for the final adapter beside its checkpoints.
+    ``config`` is the parsed adapter_config.json, empty where there is none.
+    """
+
+    run: str
+    step: int | None
+    epoch: int | float | None
+    file: Place
+    config: dict[str, Any] = field(repr=False)
+
+
+def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[Adapter]:
+    """All adapters at and under ``paths``, sorted by run (natural order), then step, then epoch.
+
+    paths: local paths, or addresses of fsspec (``hf://owner/name``, ``s3://...``, ``https://...``).
+    full: take full checkpoints too (model.safetensors, or the index of its parts), in folders without an adapter.
+
+    A run found inside a given path is named by its path relative to it ("cola/lora"), any other
+    by its folder's own name; names that collide get more leading folders until they differ.
+    A folder reached twice counts once. An adapter without step and epoch comes last in its run.
+
+    Raises AnalysisError if a path holds no adapter, or holds one that is incomplete.
+    """
+    found: dict[tuple[str, str], tuple[Saved, Place]] = {}
+    visited: set[str] = set()
+    for path in as_paths(paths):
+        root = parse(path)
+        if _is_weights(root, full):
+            files = [root]
+        elif root.is_dir():
+            files = [file for folder in walk(root, visited) for file in _weights_in(folder, full)]
+        else:
+            raise _no_such(root, full)
+        for file in files:
+            # Copies of one adapter in another layout have a name of the same list.
+            name = PEFT_NAMES[0] if file.name in PEFT_NAMES else file.name
+            key = identity(file.parent), name
+            if key not in found:
+                found[key] = describe(file), root
+        if not files:  # unless all of it was visited before
+            top = identity(root).rstrip("/")
+            if not any(f"{folder}/".startswith(f"{top}/") for folder, _ in found):
+                raise AnalysisError(f"{path}: no {_expected(full)}")
+
+    items = _told_apart(list(found.values()))
+    names = _run_names(items)
+    adapters = [Adapter(names[item.run], item.step, item.epoch, item.file, _config(item.file)) for item, _ in items]
+    return sorted(adapters, key=_order)
+
+
+def as_paths(source: Any) -> list[StrPath]:
+    """A list of paths from one or several. Raises AnalysisError for anything else, such as a table."""
+    paths = [source] if isinstance(source, (str, os.PathLike)) or not isinstance(source, Iterable) else list(source)
+    wrong = [f"{type(path).__name__} is" for path in paths if not isinstance(path, (str, os.PathLike))]
+    if type(source).__name__ == "DataFrame":
+        wrong = ["a table is"]
+    if wrong or not paths:
+        given = wrong[0] if wrong else "no path is"
+        raise AnalysisError(f"{given} given; expected a path, or a list of paths, of adapters")
+    return paths
+
+
+def _weights_in(folder: Folder, full: bool) -> list[Place]:
+    return list(adapters_in(folder)) or (list(models_in(folder)) if full else [])
+
+
+def _is_weights(place: Place, full: bool) -> bool:
+    """Whether ``place`` is a file of weights. Raises AnalysisError if its configuration is missing."""
+    if not (place.suffix in WEIGHTS_SUFFIXES or (full and place.name in FULL_NAMES)) or not place.is_file():
+        return False
+    if not full and place.name in NEED_CONFIG and not (place.parent / CONFIG).is_file():
+        raise missing_config(place)
+    return True
+
+
+def _no_such(place: Place, full: bool) -> AnalysisError:
+    if place.is_file():
+        also = " or the index of a model's parts" if full else ""
+        return AnalysisError(f"{place}: not an adapter file; expected one of {', '.join(WEIGHTS_SUFFIXES)}{also}")
+    if isinstance(place, Path) and place.exists():
+        return AnalysisError(f"{place}: neither a regular file nor a folder; copy its content to a file")
+    return AnalysisError(f"{place}: no such file or folder")
+
+
+def _expected(full: bool) -> str:
+    names = f"{' or '.join(NEED_CONFIG)} beside {CONFIG}"
+    more = ", and for .safetensors files with the keys of an adapter"
+    if full:
+        more += f", and for {' or '.join(FULL_NAMES)}"
+    kind = "adapter or full checkpoint" if full else "adapter"
+    return f"{kind} found; looked in it and all its folders for {names}{more}"
+
+
+def _config(file: Place) -> dict[str, Any]:
+    path = file.parent / CONFIG
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(kind := config.get("peft_type", ""), str):
+        raise AnalysisError(f"{path}: peft_type must be a string, got {kind!r}; save the adapter again")
+    return config
+
+
+def _order(adapter: Adapter) -> tuple[Any, ...]:
+    step, epoch = adapter.step, adapter.epoch
+    return natural_key(adapter.run), step is None and epoch is None, step is None, step or 0, epoch or 0
+
+
+def _told_apart(items: list[tuple[Saved, Place]]) -> list[tuple[Saved, Place]]:
+    """Adapters of one run, step and epoch are not of one run: each becomes a run with its own name."""
+    counts = Counter((item.run, item.step, item.epoch) for item, _ in items)
+    return [
+        (replace(item, run=(*parts(item.file.parent), item.file.stem)), root)
+        if counts[item.run, item.step, item.epoch] > 1
+        else (item, root)
+        for item, root in items
+    ]
+
+
+def _run_names(items: Iterable[tuple[Saved, Place]]) -> dict[tuple[str, ...], str]:
+    """Shortest distinct name of each run: its last folders, at least those inside the given path."""
+    depths: dict[tuple[str, ...], int] = {}
+    for item, root in items:
+        top = parts(root)
+        inside = len(item.run) > len(top) and item.run[: len(top)] == top
+        depths[item.run] = max(len(item.run) - len(top) if inside else 1, depths.get(item.run, 0))
+    while True:
+        names = {run: "/".join(run[-depth:]) for run, depth in depths.items()}
+        counts = Counter(names.values())
+        clashes = [run for run, name in names.items() if counts[name] > 1 and depths[run] < len(run)]
+        if not clashes:
+            # A file name need not be valid text, and may hold anything; a table's must not.
+            return {run: printable(name.encode(errors="replace").decode()) for run, name in names.items()}
+        for run in clashes:
+            depths[run] += 1

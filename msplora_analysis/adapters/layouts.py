@@ -1,0 +1,176 @@
+"""What training programs leave in a folder: which files are adapters, of which run, step and epoch.
+
+Known are PEFT with Trainer (and what builds on it: TRL, LLaMA-Factory, axolotl, Unsloth), with
+``checkpoint-<step>`` folders; torchtune (``epoch_<n>/adapter_model.*``, ``adapter_<n>.pt``); the
+diffusers scripts (``checkpoint-<step>/pytorch_lora_weights.safetensors``); kohya's sd-scripts and
+LyCORIS (``<name>-<epoch>.safetensors``, ``<name>-step<step>.safetensors``, ``<name>.safetensors``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_bytes
+from msplora_analysis.files.opening import open_tensors
+from msplora_analysis.files.sharded import CHECKPOINT_NAMES, INDEX_SUFFIX
+from msplora_analysis.formats import looks_like_adapter
+from msplora_core.names import CONFIG, STATE, WEIGHTS
+
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# Each in order of preference, where a folder holds several copies of one adapter or model.
+PEFT_NAMES = (WEIGHTS, "adapter_model.bin", "adapter_model.pt")
+DIFFUSERS_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+FULL_NAMES = tuple(name + suffix for name in CHECKPOINT_NAMES for suffix in ("", INDEX_SUFFIX))
+# Without the configuration the scale of these is unknown; torchtune's .pt has none for some models.
+NEED_CONFIG = PEFT_NAMES[:2]
+
+_CHECKPOINT = re.compile(r"(checkpoint|step|epoch)[-_]([0-9]{1,18})")
+_NUMBERED = re.compile(r"adapter_([0-9]{1,18})\.pt")
+_KOHYA = re.compile(r"(.+)-(?:step([0-9]{8})|([0-9]{6}))")
+_MODEL = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors|optimizer.*|\..*")  # never adapters: not looked into
+_KEPT_JSON = 2**15  # bytes
+_LARGEST_JSON = 32 * 2**20  # bytes; parsed, the worst takes twenty times as much
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file of weights, and what its place and the files beside it tell of it.
+
+    ``run``: the names that lead to its run, from the root of the file system. ``step`` and
+    ``epoch`` are as the names and the state count them, None where they say nothing.
+    """
+
+    file: Place
+    run: tuple[str, ...]
+    step: int | None
+    epoch: int | float | None
+
+
+def adapters_in(folder: Folder) -> Iterator[Place]:
+    """The adapters of a folder, each once. Raises AnalysisError for one that is incomplete."""
+    place, files, _ = folder
+    peft = next((name for name in PEFT_NAMES if name in files), None)
+    if peft in NEED_CONFIG and CONFIG not in files:
+        raise missing_config(place / peft)
+    found = [peft] if peft else []
+    found += [name for name in DIFFUSERS_NAMES if name in files][:1]
+    if not (peft and _CHECKPOINT.fullmatch(place.name)):  # there it is a copy in torchtune's own spelling
+        found += sorted(filter(_NUMBERED.fullmatch, files), key=natural_key)
+    for name in sorted(files.difference(PEFT_NAMES, DIFFUSERS_NAMES), key=natural_key):
+        if name.endswith(".safetensors") and not _MODEL.fullmatch(name) and _looks_like_adapter(place / name):
+            found.append(name)
+    if CONFIG in files and not found:
+        raise AnalysisError(
+            f"{place / CONFIG}: no weights beside it; expected "
+            f"{' or '.join(NEED_CONFIG)}; remove the folder if its saving was cut off"
+        )
+    return (place / name for name in found)
+
+
+def models_in(folder: Folder) -> Iterator[Place]:
+    """The full checkpoint of a folder: its file, or the index of its files."""
+    return (folder.place / name for name in [name for name in FULL_NAMES if name in folder.files][:1])
+
+
+def missing_config(file: Place) -> AnalysisError:
+    return AnalysisError(f"{file}: no {CONFIG} beside it; copy it there")
+
+
+def describe(file: Place) -> Saved:
+    """Run, step and epoch of a file, from the names of its folders, trainer_state.json, and its own name."""
+    folder = checkpoint = file.parent
+    run, match = parts(folder), None
+    # The checkpoint is the file's folder, or the one above it: PEFT saves an adapter that is not
+    # called "default" in a folder of its own.
+    for checkpoint in (folder, folder.parent):
+        if match := _CHECKPOINT.fullmatch(checkpoint.name):
+            run = (*parts(checkpoint.parent), *parts(folder)[len(parts(checkpoint)) :])
+            break
+    step = int(match[2]) if match and match[1] != "epoch" else None
+    epoch: int | float | None = int(match[2]) if match and match[1] == "epoch" else None
+    name_step, name_epoch, own = _from_name(file)
+    step = name_step if step is None else step
+    epoch = name_epoch if epoch is None else epoch
+
+    state = (checkpoint if match else folder) / STATE
+    # Beside checkpoints, the state of a run's folder is that of its end: it belongs to the last of them.
+    if own is None and state.is_file() and (match or not _has_checkpoints(folder)):
+        content = read_json(state)
+        known = _number(state, content, "epoch")
+        epoch = epoch if known is None else known
+        if step is None:
+            steps = _number(state, content, "global_step")
+            step = None if steps is None else int(steps)
+    return Saved(file, run if own is None else (*run, own), step, epoch)
+
+
+def _from_name(file: Place) -> tuple[int | None, int | None, str | None]:
+    """Step and epoch that a file's own name tells, and the name of its run where several may share the folder."""
+    if file.name in (*PEFT_NAMES, *DIFFUSERS_NAMES, *FULL_NAMES):
+        return None, None, None
+    if match := _NUMBERED.fullmatch(file.name):
+        return None, int(match[1]), None
+    if match := _KOHYA.fullmatch(file.stem):
+        return int(match[2]) if match[2] else None, int(match[3]) if match[3] else None, match[1]
+    return None, None, file.stem
+
+
+def _has_checkpoints(folder: Place) -> bool:
+    return any(map(_CHECKPOINT.fullmatch, list_folder(folder).folders))
+
+
+def _looks_like_adapter(file: Place) -> bool:
+    with open_tensors(file) as tensors:
+        return looks_like_adapter(tensors.shapes)
+
+
+def _number(path: Place, content: dict[str, Any], key: str) -> int | float | None:
+    value = content.get(key)
+    if value is None:
+        return None
+    # The tables hold whole numbers as int64; NaN compares false.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**63:
+        raise AnalysisError(f"{path}: {key} must be a number, got {value!r}")
+    return int(value) if value == int(value) else value
+
+
+def read_json(path: Place) -> dict[str, Any]:
+    """A JSON object. Raises AnalysisError if the file holds anything else."""
+    try:
+        content = read_bytes(path, _LARGEST_JSON)
+        value = (_parse if len(content) < _KEPT_JSON else _parse.__wrapped__)(content)
+    except AnalysisError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AnalysisError(f"{path}: not valid JSON: {error}; save the adapter again") from None
+    if not isinstance(value, dict):
+        raise AnalysisError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def nearest_json(file: Place, name: str) -> dict[str, Any]:
+    """The JSON object ``name`` beside a file, or at most two folders above; empty if there is none."""
+    folder = file.parent
+    for _ in range(3):
+        if (folder / name).is_file():
+            return read_json(folder / name)
+        folder = folder.parent
+    return {}
+
+
+@lru_cache(maxsize=16)
+def _parse(content: bytes) -> Any:
+    """A run's checkpoints have one configuration: kept once, it does not fill the memory. Not to be changed."""
+    return json.loads(content, parse_int=_parse_int)
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits)} digits, more than float64 has")
+    return int(digits)

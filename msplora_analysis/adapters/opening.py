@@ -1,0 +1,67 @@
+"""Open an adapter: its file of tensors, and the matrices that its format finds in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.magnitude import magnitude_note
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import parse
+from msplora_analysis.files.sharded import open_checkpoint
+from msplora_analysis.files.tensors import TensorFile
+from msplora_analysis.files.with_base import PairedFile
+from msplora_analysis.formats import Contents, looks_like_adapter, read_contents
+from msplora_analysis.options import Options
+
+
+@contextmanager
+def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> Iterator[tuple[TensorFile, Contents]]:
+    """The open file of an adapter, and what it holds.
+
+    Args:
+        adapter: What discovery found.
+        options: How it is to be read.
+        base_notes: Also give the notes that take reading the base model.
+
+    Raises:
+        AnalysisError: the content is not understood; the message names the file.
+    """
+    with _open(adapter, options) as file:
+        try:
+            contents = read_contents(adapter.config, file, options)
+            notes = [*contents.notes, *(_base_notes(adapter, file, options) if base_notes else ())]
+        except AnalysisError as error:
+            raise AnalysisError(f"{adapter.file}: {error}") from None
+        if contents.unknown and not options.ignore_unknown:
+            raise AnalysisError(
+                f"{adapter.file}: {unknown_text(contents.unknown)}; "
+                "pass --ignore-unknown (ignore_unknown=True) to leave them out"
+            )
+        yield file, contents._replace(notes=notes)
+
+
+def unknown_text(names: Sequence[str]) -> str:
+    """Names the first few tensors that no format explains."""
+    return f"unknown tensors ({len(names)}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def _open(adapter: Adapter, options: Options) -> TensorFile:
+    """The file of an adapter; that of a whole model together with its base."""
+    file = open_checkpoint(adapter.file)
+    if options.base is None or adapter.config or looks_like_adapter(file.shapes):
+        return file
+    try:
+        return PairedFile(file, open_checkpoint(parse(options.base)))
+    except BaseException:
+        file.__exit__(None, None, None)
+        raise
+
+
+def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[str]:
+    """What only the base can tell of an adapter: how far DoRA moved the magnitudes."""
+    if options.base is None or not adapter.config.get("use_dora"):
+        return []
+    with open_checkpoint(parse(options.base)) as base:
+        return [magnitude_note(file, base, adapter.config)]

@@ -1,0 +1,1 @@
+"""Tables to answers: findings, comparisons of methods, results of runs."""

@@ -1,0 +1,97 @@
+"""Which run of one method belongs to which of another: runs of one task and one seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.layouts import nearest_json
+from msplora_analysis.compute.measures.metrics import Array
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import Place
+from msplora_core.names import RECORD
+
+TASKS = ("cola", "mrpc", "stsb", "rte", "sst2", "qnli", "qqp", "mnli", "wnli", "alpaca", "acceptability")
+
+_SEED = re.compile(r"(?:^|[/_.-])seed[-_=]?([0-9]{1,9})(?![0-9])")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run, and what it is a repetition of; task and seed are None where nothing tells them."""
+
+    run: str
+    task: str | None = None
+    seed: int | None = None
+
+
+def units(runs: Iterable[str], adapters: Sequence[Adapter] = ()) -> list[Unit]:
+    """Task and seed of each run: from the run.json above one of its adapters, else from its name.
+
+    A name tells the seed as in ``seed-3``, the task by a folder of its path that is called like it.
+    """
+    files = {adapter.run: adapter.file for adapter in adapters}
+    found = []
+    for run in runs:
+        settings = _settings(files[run]) if run in files else {}
+        task, seed = settings.get("task"), settings.get("seed")
+        match = _SEED.search(run)
+        names = [re.sub("[^a-z0-9]", "", part.lower()) for part in run.split("/")]
+        if not isinstance(task, str):
+            task = next((name for name in names if name in TASKS), None)
+        if not isinstance(seed, int):
+            seed = int(match[1]) if match else None
+        found.append(Unit(run, task, seed))
+    return found
+
+
+def pair(ours: Sequence[Unit], theirs: Sequence[Unit]) -> list[tuple[Unit, Unit]]:
+    """Units of equal task and seed, if both are known and each is there once; in the order of ``ours``."""
+    sides = []
+    for side in (ours, theirs):
+        keys = [(unit.task, unit.seed) for unit in side]
+        sides.append({key: unit for key, unit in zip(keys, side, strict=True) if key[1] is not None})
+        if len(set(keys)) < len(keys):
+            return []
+    return [(unit, sides[1][key]) for key, unit in sides[0].items() if key in sides[1]]
+
+
+def drawn(ours: Sequence[Unit], theirs: Sequence[Unit], *, paired: bool, tasks: bool) -> tuple[list[Array], str]:
+    """What a bootstrap draws anew, in strata that are drawn each by itself, and its name.
+
+    A stratum is an array (clusters, runs of both): which runs each cluster brings. Clusters are pairs
+    of runs, or runs, within their task; whole tasks with ``tasks``. Where a task has one alone, all
+    tasks are one stratum; no strata where a method has one alone.
+    """
+    of = [unit.task for unit in (*ours, *theirs)]
+    eye = np.eye(len(of))
+    names = list(dict.fromkeys(of))
+    if tasks:
+        if None in of or {unit.task for unit in ours} != {unit.task for unit in theirs}:
+            raise AnalysisError("tasks can be resampled only where the task of every run is known, and both have all")
+        clusters = np.array([[float(task == name) for task in of] for name in names])
+        return ([clusters] if len(names) > 1 else []), "tasks"
+    split = len(ours)
+    sides = [eye[:split] + eye[split:]] if paired else [eye[:split], eye[split:]]
+    # The task of a cluster is that of any run in it.
+    within = [
+        chosen
+        for side in sides
+        for name in names
+        if len(chosen := side[[of[int(cluster.argmax())] == name for cluster in side]])
+    ]
+    what = "pairs of runs" if paired else "runs"
+    if min(map(len, within)) > 1:
+        return within, f"{what} within tasks" if len(names) > 1 else what
+    return (sides, what) if min(map(len, sides)) > 1 else ([], "")
+
+
+def _settings(file: Place) -> dict[str, Any]:
+    """``settings`` of the nearest run.json."""
+    settings = nearest_json(file, RECORD).get("settings")
+    return settings if isinstance(settings, dict) else {}

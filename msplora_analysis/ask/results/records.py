@@ -1,0 +1,127 @@
+"""The score of one run, from the run.json that ``msplora-train`` writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msplora_analysis.adapters.layouts import read_json
+from msplora_analysis.errors import AnalysisError
+from msplora_core.names import RECORD
+
+# Of runs recorded before run.json named its metric.
+_METRICS = {"cola": "matthews_correlation", "stsb": "pearson", "acceptability": "matthews_correlation"}
+
+_NAMES = {
+    "fft": "Full fine-tuning", "bitfit": "BitFit", "adapterdrop": "AdapterDrop", "lora": "LoRA", "rslora": "rsLoRA",
+    "dora": "DoRA", "adalora": "AdaLoRA", "dylora": "DyLoRA", "pissa": "PiSSA", "qlora": "QLoRA", "lily": "Lily",
+    "msplora": "MSPLoRA",
+}  # fmt: skip
+
+# Settings that differ between runs of one cell or between tasks; all others belong to a row of the table.
+_NOT_THE_METHOD = ("task", "data_dir", "seed", "model")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one run.
+
+    Args:
+        folder: The run folder.
+        settings: What the run was trained with, as run.json has it.
+        parameters: Trainable parameters without the task's head.
+        metric: Name of the metric.
+        greater_is_better: False for a perplexity.
+        value: The metric in the epoch asked for.
+        epoch: That epoch.
+    """
+
+    folder: Path
+    model: str
+    task: str
+    seed: int
+    method: str
+    parameters: int
+    settings: dict[str, Any]
+    metric: str
+    greater_is_better: bool
+    value: float
+    epoch: int
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The settings that must be equal in runs that only repeat each other."""
+        return {name: value for name, value in self.settings.items() if name not in _NOT_THE_METHOD}
+
+
+def find_records(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The run folders at or below ``paths``, each once, sorted within its path.
+
+    Raises AnalysisError for a path that does not exist or has no run below it.
+    """
+    folders: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise AnalysisError(f"{path}: no such folder; give run folders of msplora-train, or folders of such")
+        found = sorted(Path(at) for at, _, files in os.walk(path, followlinks=True) if RECORD in files)
+        if not found:
+            raise AnalysisError(f"{path}: no {RECORD} in it or below; give run folders of msplora-train")
+        folders |= {folder.resolve(): folder for folder in found}  # the same run may be given twice
+    return list(folders.values())
+
+
+def read_score(folder: Path, at: str) -> Score | None:
+    """The score of a run; None for one that has not finished.
+
+    Args:
+        at: ``best``: the epoch with the best metric (as the paper's tables are made), or ``last``.
+
+    Raises AnalysisError if run.json is not what msplora-train writes.
+    """
+    record = read_json(folder / RECORD)
+    try:
+        settings, results = record["settings"], record.get("results")
+        if not results:
+            return None
+        metric = record.get("metric") or {"name": _METRICS.get(settings["task"], "accuracy"), "greater_is_better": True}
+        sign = 1 if metric["greater_is_better"] else -1
+        # not before training: that is the base model's score
+        trained = [result for result in results if result["epoch"] > 0] or results
+        chosen = trained[-1] if at == "last" else max(trained, key=lambda result: sign * _number(result["metric"]))
+        return Score(
+            folder=folder,
+            model=record["model"]["name"],
+            task=settings["task"],
+            seed=settings["seed"],
+            method=_label(settings),
+            parameters=record["parameters"]["adapter"],
+            settings=settings,
+            metric=metric["name"],
+            greater_is_better=metric["greater_is_better"],
+            value=_number(chosen["metric"]),
+            epoch=chosen["epoch"],
+        )
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise AnalysisError(
+            f"{folder / RECORD}: not a record of msplora-train ({type(error).__name__}: {error}); "
+            "give run folders that msplora-train wrote"
+        ) from None
+
+
+def _number(value: Any) -> float:
+    """A metric; one that is not defined (a constant prediction) counts as the worst and is shown as missing."""
+    return float("nan") if value is None else float(value)
+
+
+def _label(settings: dict[str, Any]) -> str:
+    """A row's name: ``LoRA r=8``, ``MSPLoRA 8/4/2``."""
+    name = _NAMES.get(settings["method"], settings["method"])
+    if settings.get("ranks"):
+        return f"{name} {'/'.join(str(rank) for rank in settings['ranks'].values())}"
+    rank = settings.get("rank")
+    if rank is None:
+        return name
+    return f"{name} {rank}/{rank // 2}/{rank // 4}" if settings["method"] == "msplora" else f"{name} r={rank}"

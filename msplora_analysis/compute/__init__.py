@@ -1,0 +1,1 @@
+"""Matrices to numbers: singular values, directions and measures, over many adapters at once."""

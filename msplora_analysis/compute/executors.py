@@ -1,0 +1,82 @@
+"""What tasks are given to: processes of this machine, or a Dask cluster; None for this process alone."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from msplora_analysis.errors import AnalysisError
+
+_PATIENCE = 10  # seconds to reach a Dask scheduler
+
+
+def cpus() -> int:
+    """How many this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux tells what this process may use
+        return os.cpu_count() or 1
+
+
+@contextmanager
+def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
+    """An executor as long as the context lasts. Raises AnalysisError if the Dask scheduler cannot be reached."""
+    if dask is not None:
+        with _dask_client(dask) as client:
+            yield client.get_executor(pure=False)
+    elif workers > 1:
+        # A copy of this process starts at once, but only one without threads may be copied.
+        method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
+        context = multiprocessing.get_context(method)
+        import msplora_analysis.compute.linalg.spectra  # noqa: F401 (copies need not import it again)
+
+        with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_start_worker) as executor:
+            try:
+                yield executor
+            finally:
+                executor.shutdown(cancel_futures=True)
+    else:
+        yield None
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """For processes started meanwhile: together they would run more threads than there are CPUs."""
+    name = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches every process of the terminal: the one that waits for the workers ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # a collection would write to, and so copy, all that is shared with the first process
+
+
+@contextmanager
+def _dask_client(address: str) -> Iterator[Any]:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise AnalysisError("--dask: Dask is not installed; run `pip install 'msplora[dask]'`") from None
+    try:
+        client = Client(address, timeout=_PATIENCE, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise AnalysisError(f"--dask {address}: no scheduler can be reached there: {reason}") from None
+    with client:
+        yield client

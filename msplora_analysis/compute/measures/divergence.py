@@ -1,0 +1,101 @@
+"""Distances between singular value spectra, as pure functions of arrays.
+
+A spectrum (sigma_1 ≥ … ≥ sigma_r ≥ 0) becomes a distribution over the index k by p_k = sigma_k / sum(sigma)
+(MSPLoRA, arXiv 2503.21838, eq. 9). Every function takes spectra in the last axis, normalises them itself (so
+distributions pass through unchanged) and broadcasts over the axes before it. Two rules hold throughout:
+
+- an all-zero spectrum (B = 0, the start of training) has no distribution: the result is NaN, never 0;
+- spectra of unequal length raise `AnalysisError`, unless `match_rank=True` cuts both to the same number of
+  largest values.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from msplora_analysis.compute.measures.metrics import Array, normalised
+from msplora_analysis.errors import AnalysisError
+
+FLOOR = 1e-12
+"""Smallest probability that `kl` works with: a zero of q under a non-zero p would make it infinite.
+
+It lies far below 1e-7 sigma_1, the absolute accuracy of the spectra themselves, so it moves no value that was measured;
+and it bounds the price of one empty direction at p_k ln(1e12) ≈ 27.6 p_k.
+"""
+
+
+def normalise(sigma: ArrayLike) -> Array:
+    """The distribution p_k = sigma_k / sum(sigma) of each spectrum; NaN throughout for an all-zero one.
+
+    sigma: (..., r), non-negative. Returns (..., r). Source: arXiv 2503.21838, eq. 9.
+    """
+    values = np.asarray(sigma, dtype=np.float64)
+    if values.ndim == 0 or values.shape[-1] == 0:
+        raise AnalysisError("a spectrum needs at least one singular value")
+    if (values < 0).any() or np.isinf(values).any():
+        raise AnalysisError("singular values must be finite and not negative")
+    return normalised(values)[1]
+
+
+def kl(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> Array:
+    """Kullback–Leibler divergence KL(p‖q) = sum_k p_k ln(p_k / q_k), in nats; 0 if and only if p = q.
+
+    p, q: (..., r). Returns (...). Probabilities below `FLOOR` are raised to it and the distribution normalised again,
+    which keeps the result finite and non-negative. Source: arXiv 2503.21838, eq. 10.
+    """
+    a, b = (normalise(np.maximum(spectrum, FLOOR)) for spectrum in _pair(p, q, match_rank))
+    # Rounding can leave a few 1e-17 below the bound; np.maximum lets NaN through.
+    return np.maximum((a * np.log(a / b)).sum(axis=-1), 0.0)
+
+
+def jensen_shannon(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> Array:
+    """Jensen–Shannon divergence (KL(p‖m) + KL(q‖m)) / 2 with m = (p + q) / 2, in nats: symmetric, at most ln 2.
+
+    p, q: (..., r). Returns (...). No floor is needed, since m > 0 wherever p or q is.
+    The divergence itself: `scipy.spatial.distance.jensenshannon` is its square root.
+    Source: Lin 1991, IEEE Transactions on Information Theory 37.
+    """
+    from scipy.special import rel_entr
+
+    a, b = _pair(p, q, match_rank)
+    m = (a + b) / 2
+    return np.clip((rel_entr(a, m) + rel_entr(b, m)).sum(axis=-1) / 2, 0.0, np.log(2))
+
+
+def wasserstein(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> Array:
+    """Wasserstein-1 distance over the index k: the mean number of places that probability must move.
+
+    W_1(p, q) = sum_k |P_k − Q_k| with the cumulative sums P and Q, which is what optimal transport at cost |k − l|
+    comes to in one dimension (Vallender 1974); `scipy.stats.wasserstein_distance(k, k, p, q)` is the same number.
+
+    p, q: (..., r). Returns (...), from 0 to r − 1.
+    """
+    a, b = _pair(p, q, match_rank)
+    return np.abs(np.cumsum(a - b, axis=-1)).sum(axis=-1)
+
+
+def pairwise_kl(spectra: ArrayLike) -> Array:
+    """KL(i‖j) of every ordered pair of spectra at [i, j]; the diagonal is 0.
+
+    spectra: (n, r). Returns (n, n). An all-zero spectrum makes its row and its column NaN.
+    Source: arXiv 2503.21838, eq. 9, 10.
+    """
+    p = normalise(spectra)
+    if p.ndim != 2:
+        raise AnalysisError(f"pairwise_kl takes spectra of shape (n, r), not {p.shape}")
+    # Row by row, so that memory stays at n × r beside the result.
+    return np.array([kl(row, p) for row in p]).reshape(len(p), len(p))
+
+
+def _pair(p: ArrayLike, q: ArrayLike, match_rank: bool) -> tuple[Array, Array]:
+    """Both as distributions over the same k."""
+    a, b = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    if match_rank and a.ndim and b.ndim:
+        r = min(a.shape[-1], b.shape[-1])
+        a, b = (np.sort(spectrum, axis=-1)[..., ::-1][..., :r] for spectrum in (a, b))
+    a, b = normalise(a), normalise(b)
+    if a.shape[-1] != b.shape[-1]:
+        raise AnalysisError(
+            f"spectra of {a.shape[-1]} and {b.shape[-1]} values cannot be compared as they are: "
+            "pass match_rank=True to compare the same number of largest values of each"
+        )
+    return a, b

@@ -1,0 +1,238 @@
+"""What the updates of one adapter share, by pairs of layers and by pairs of scales: the work behind ``redundancy``.
+
+Directions are held in blocks, so that memory stays bounded: every block is compared with itself and with those after
+it, by one matrix product for each side, and is computed anew where not all fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.opening import opened
+from msplora_analysis.compute.linalg.directions import Directions, directions, held
+from msplora_analysis.compute.measures import divergence
+from msplora_analysis.compute.measures.overlap import (
+    Array,
+    expected_overlap,
+    inner_products,
+    overlap_deviation,
+    subspace_overlap,
+    update_cosine,
+)
+from msplora_analysis.compute.tasks import Piece
+from msplora_analysis.files.tensors import TensorFile
+from msplora_analysis.formats import Matrix, Product, Sum
+from msplora_analysis.formats.base import stack_and_layer
+from msplora_analysis.options import Options
+
+_HELD = 2**28  # bytes of directions held at once
+_PRODUCTS = 2**24  # bytes of inner products held at once
+
+Indices = NDArray[np.integer[Any]]
+Columns = dict[str, Any]  # column -> values, or one value for all rows
+
+
+class Redundancy(NamedTuple):
+    """Rows of both tables of one adapter, in blocks; and what a reader must know of it."""
+
+    adapter: Adapter
+    pairs: Sequence[Columns]
+    scales: Sequence[Columns]
+    unknown: Sequence[str]
+    notes: Sequence[str]
+
+    def joined(self, others: Sequence[Redundancy]) -> Redundancy:
+        """With the rows of further parts of the same adapter."""
+        parts = (self, *others)
+        return self._replace(
+            pairs=[block for part in parts for block in part.pairs],
+            scales=[block for part in parts for block in part.scales],
+            notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
+        )
+
+
+def measure(piece: Piece, options: Options) -> Redundancy:
+    """What a worker computes of an adapter: the places that fall to its part."""
+    notes: list[str] = []
+    with opened(piece.adapter, options, base_notes=piece.part == 0) as (file, contents):
+        places = _places(contents.matrices)
+        pairs = [
+            _between_layers(file, units, options.top_k, notes)
+            for units in _share(list(places.values()), piece)
+            if len(units) > 1
+        ]
+        scales = [
+            _between_scales(file, acting, options.top_k)
+            for acting in _share(list(_acting(contents.matrices, places).values()), piece)
+        ]
+    return Redundancy(piece.adapter, pairs, scales, contents.unknown, [*contents.notes, *notes])
+
+
+def _places(matrices: Sequence[Matrix]) -> dict[tuple[Any, ...], list[Matrix]]:
+    """The units that may be compared with one another, in the file's order."""
+    places: dict[tuple[Any, ...], list[Matrix]] = {}
+    for matrix in matrices:
+        stack, layer = stack_and_layer(matrix.name)
+        inside = matrix.name.removeprefix(f"{stack}.{layer}.")
+        key = (matrix.scale, matrix.module, stack, inside, matrix.update.rows, matrix.update.cols)
+        if matrix.group is not None:
+            places.setdefault(key, []).append(matrix)
+    return places
+
+
+def _share(places: Sequence[Any], piece: Piece) -> Sequence[Any]:
+    return places[piece.part :: piece.parts]
+
+
+def _between_layers(file: TensorFile, units: Sequence[Matrix], top_k: int | None, notes: list[str]) -> Columns:
+    """Rows of the pairs table: all units at one place."""
+    n = len(units)
+    i, j = np.triu_indices(n, 1)
+    limits = [held(unit, top_k) for unit in units]
+    size = max(1, _HELD // (8 * max(limits) * (units[0].update.rows + units[0].update.cols)))
+    starts = range(0, n, size if size < n else n)
+    sigma, lengths = np.zeros((n, max(limits))), np.array(limits)
+    overlaps: dict[str, Array] = {}
+    for start in starts:
+        mine = directions(file, units[start : start + size], top_k)
+        sigma[start : start + size, : mine.sigma.shape[1]] = mine.sigma
+        for other in range(start, n, size):
+            theirs = mine if other == start else directions(file, units[other : other + size], top_k)
+            for name, values in _all_pairs(mine, theirs, top_k).items():
+                whole = overlaps.setdefault(name, np.full((n, n), np.nan))
+                whole[start : start + size, other : other + size] = values
+    if lengths.min() < lengths.max():
+        notes.append(
+            f"{units[0].module}: layers have {lengths.min()} to {lengths.max()} singular values; divergences compare "
+            "the same number of largest ones of each pair"
+        )
+    return {
+        "scale": units[0].scale,
+        "module": units[0].module,
+        "group_i": [units[x].group for x in i.tolist()],
+        "group_j": [units[x].group for x in j.tolist()],
+        "name_i": [units[x].name for x in i.tolist()],
+        "name_j": [units[x].name for x in j.tolist()],
+        **_divergences(sigma, lengths, i, j),
+        **{name: values[i, j] for name, values in overlaps.items()},
+    }
+
+
+def _all_pairs(x: Directions, y: Directions, top_k: int | None) -> dict[str, Array]:
+    """Measures of every unit of ``x`` with every one of ``y`` (n, m), or half of them if these are the same."""
+    n, m = len(x.rank), len(y.rank)
+    most = max(1, _PRODUCTS // (4 * x.sigma.shape[1] * y.sigma.shape[1] * m))
+    step = min(most, -(-n // 8)) if x is y else most
+    found: dict[str, Array] = {}
+    for start in range(0, n, step):
+        first = start if x is y else 0
+        rows, cols = x.part(slice(start, start + step)), y.part(slice(first, None))
+        inner_out, inner_in = inner_products(rows.left, cols.left), inner_products(rows.right, cols.right)
+        pair = (slice(None), None), (None, slice(None))
+        for name, values in _measures(rows, cols, pair, inner_out, inner_in, top_k).items():
+            found.setdefault(name, np.full((n, m), np.nan))[start : start + step, first:] = values
+    return found
+
+
+def _measures(
+    x: Directions, y: Directions, pair: tuple[Any, Any], inner_out: Array, inner_in: Array, top_k: int | None
+) -> dict[str, Array]:
+    """Overlaps and cosines, in the shape of ``x.rank[pair[0]]`` with ``y.rank[pair[1]]``."""
+    of_x, of_y = pair
+    k = np.minimum(x.rank[of_x], y.rank[of_y])
+    if top_k is not None:
+        k = np.minimum(k, top_k)
+    rows, cols = x.left.shape[-1], x.right.shape[-1]
+    cosine = update_cosine(inner_out, inner_in, x.sigma[of_x], y.sigma[of_y])
+    expected_in, expected_out = expected_overlap(k, cols), expected_overlap(k, rows)
+    return {
+        "overlap_in": subspace_overlap(inner_in, k),
+        "overlap_out": subspace_overlap(inner_out, k),
+        "overlap_expected": (expected_in + expected_out) / 2,
+        "cosine": np.where(x.complete[of_x] & y.complete[of_y], cosine, np.nan),
+        "k": k,
+        "expected_in": expected_in,
+        "expected_out": expected_out,
+        "deviation_in": overlap_deviation(k, cols),
+        "deviation_out": overlap_deviation(k, rows),
+    }
+
+
+def _divergences(sigma: Array, lengths: Indices, i: Indices, j: Indices) -> dict[str, Array]:
+    """Divergences of the spectra sigma[i] and sigma[j], each pair cut to the smaller of their lengths."""
+    found = {name: np.full(len(i), np.nan) for name in ("kl_ij", "kl_ji", "js", "wasserstein")}
+    shorter = np.minimum(lengths[i], lengths[j])
+    for r in np.unique(shorter):
+        at = np.flatnonzero(shorter == r)
+        p, q = divergence.normalise(sigma[i[at], :r]), divergence.normalise(sigma[j[at], :r])
+        found["kl_ij"][at] = divergence.kl(p, q)
+        found["kl_ji"][at] = divergence.kl(q, p)
+        found["js"][at] = divergence.jensen_shannon(p, q)
+        found["wasserstein"][at] = divergence.wasserstein(p, q)
+    return found
+
+
+class _Acting(NamedTuple):
+    """The units that act in one layer of a place."""
+
+    total: Matrix
+    units: Sequence[Matrix]
+
+
+def _acting(matrices: Sequence[Matrix], places: Any) -> dict[tuple[Any, ...], list[_Acting]]:
+    """Of every place with totals: for each layer, the units of the scales whose products its total is the sum of."""
+    owner: dict[Product, Matrix] = {}
+    for matrix in matrices:
+        if matrix.scale != "total" and isinstance(matrix.update, Sum):
+            owner.update(dict.fromkeys(matrix.update.products, matrix))
+    found: dict[tuple[Any, ...], list[_Acting]] = {}
+    for key, totals in places.items():
+        if key[0] == "total":
+            for total in totals:
+                products = total.update.products if isinstance(total.update, Sum) else ()
+                units = list(dict.fromkeys(owner[product] for product in products if product in owner))
+                if len(units) > 1:
+                    found.setdefault(key, []).append(_Acting(total, units))
+    return found
+
+
+def _between_scales(file: TensorFile, layers: Sequence[_Acting], top_k: int | None) -> Columns:
+    """Rows of the table of scales: all layers at one place."""
+    update = layers[0].total.update
+    most = max(held(unit, top_k) for layer in layers for unit in layer.units)
+    size = max(1, _HELD // (16 * most * (update.rows + update.cols)))
+    blocks = [_scales_block(file, layers[start : start + size], top_k) for start in range(0, len(layers), size)]
+    return {
+        name: values if isinstance(values, str) else [v for block in blocks for v in block[name]]
+        for name, values in blocks[0].items()
+    }
+
+
+def _scales_block(file: TensorFile, layers: Sequence[_Acting], top_k: int | None) -> Columns:
+    units = list(dict.fromkeys(unit for layer in layers for unit in layer.units))
+    number = {unit: x for x, unit in enumerate(units)}
+    both = [
+        (layer.total, first, second)
+        for layer in layers
+        for x, first in enumerate(layer.units)
+        for second in layer.units[x + 1 :]
+    ]
+    i, j = (np.array([number[pair[side]] for pair in both]) for side in (1, 2))
+    known = directions(file, units, top_k)
+    inner_out = known.left[i] @ known.left[j].transpose(0, 2, 1)
+    inner_in = known.right[i] @ known.right[j].transpose(0, 2, 1)
+    return {
+        "module": both[0][0].module,
+        "group": [total.group for total, _, _ in both],
+        "name": [total.name for total, _, _ in both],
+        **{f"scale_{side}": [pair[x].scale for pair in both] for x, side in ((1, "i"), (2, "j"))},
+        **{f"group_{side}": [pair[x].group for pair in both] for x, side in ((1, "i"), (2, "j"))},
+        **{f"name_{side}": [pair[x].name for pair in both] for x, side in ((1, "i"), (2, "j"))},
+        **_divergences(known.sigma, known.lengths, i, j),
+        **_measures(known, known, (i, j), inner_out, inner_in, top_k),
+    }

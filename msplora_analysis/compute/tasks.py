@@ -1,0 +1,211 @@
+"""Singular values of many adapters: in this process, in several, or on a Dask cluster.
+
+Whatever computes them, the results come in the order of the adapters and are the same. The work is
+cut by bytes: many small adapters make one task, a large one makes several, so that memory stays flat
+and no worker waits for another. What the cache holds is not computed again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.opening import opened
+from msplora_analysis.compute.cache import Cache
+from msplora_analysis.compute.executors import cpus, executor_of
+from msplora_analysis.compute.linalg.spectra import adapter_spectra
+from msplora_analysis.compute.results import Failure, Result, Row, Spectra
+from msplora_analysis.errors import AnalysisError, NotFiniteError
+from msplora_analysis.formats import Matrix
+from msplora_analysis.options import Options
+
+Progress = Callable[[float, int], None]  # adapters done, with the share of the one at work; adapters in all
+
+_TASK = 2**24  # bytes of adapter files in one task
+_WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than it saves
+
+
+class Piece(NamedTuple):
+    """The matrices of one adapter, or part number ``part`` of ``parts`` of them."""
+
+    number: int
+    adapter: Adapter
+    part: int = 0
+    parts: int = 1
+    is_cached: bool = False
+
+
+# What is computed of a piece, in a worker: a function of a module. Its result has the method ``joined`` of ``Spectra``.
+Work = Callable[[Piece, Options], Any]
+
+
+def compute(
+    adapters: Sequence[Adapter],
+    options: Options,
+    *,
+    workers: int | None = None,
+    dask: str | None = None,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Result]:
+    """The spectra of each adapter, in order, or what is wrong with it; see ``compute_each``.
+
+    cache: where results are looked up and kept.
+    """
+    return compute_each(_spectra, adapters, options, workers=workers, dask=dask, cache=cache, progress=progress)
+
+
+def compute_each(
+    work: Work,
+    adapters: Sequence[Adapter],
+    options: Options,
+    *,
+    workers: int | None = None,
+    dask: str | None = None,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Any]:
+    """The result of ``work`` for each adapter, in order, or the Failure that says what is wrong with it.
+
+    workers: processes on this machine; None: one for each CPU, if there is enough to do.
+    dask: address of a Dask scheduler whose workers compute instead. They see the same paths.
+    cache: for spectra alone.
+    progress: called after each piece of work.
+
+    Raises AnalysisError if the cluster cannot be reached or a worker dies.
+    """
+    sizes = [_size(adapter) for adapter in adapters]
+    if workers is None:
+        workers = cpus() if sum(sizes) > _WORTH_PROCESSES else 1
+    with executor_of(workers, dask) as executor:
+        parts: list[Result] = []
+        for piece, result in _in_order(executor, _tasks(adapters, sizes, workers, cache, options), options, work):
+            parts.append(result)
+            if piece.part == piece.parts - 1:
+                whole = _joined(parts)
+                parts = []
+                if cache is not None and not piece.is_cached and isinstance(whole, Spectra):
+                    cache.put(piece.adapter, options, whole)
+                yield whole
+            if progress:
+                progress(piece.number + (piece.part + 1) / piece.parts, len(adapters))
+
+
+Task = tuple[list[Piece], list[Result] | None]  # what to compute, and the results if they are known
+
+
+def _tasks(
+    adapters: Sequence[Adapter], sizes: Sequence[int], workers: int, cache: Cache | None, options: Options
+) -> Iterator[Task]:
+    """Pieces of about equal work, in order."""
+    most = min(_TASK, max(sum(sizes) // (4 * workers), 1))
+    batch: list[Piece] = []
+    filled = 0
+    for index, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
+        known = cache.get(adapter, options) if cache is not None else None
+        if batch and (known is not None or filled + size > most):
+            yield batch, None
+            batch, filled = [], 0
+        if known is not None:
+            yield [Piece(index, adapter, is_cached=True)], [known]
+        elif (parts := -(-size // _TASK)) > 1:
+            for part in range(parts):
+                yield [Piece(index, adapter, part, parts)], None
+        else:
+            batch.append(Piece(index, adapter))
+            filled += size
+    if batch:
+        yield batch, None
+
+
+def _in_order(
+    executor: Executor | None, tasks: Iterable[Task], options: Options, work: Work
+) -> Iterator[tuple[Piece, Result]]:
+    """The result of every piece. Tasks are given out ahead, but only so far that memory stays flat."""
+    ahead = 4 * getattr(executor, "_max_workers", 16) if executor is not None else 0
+    pending: deque[tuple[list[Piece], Future[list[Result]] | list[Result]]] = deque()
+    try:
+        for pieces, known in tasks:
+            if known is not None:
+                pending.append((pieces, known))
+            elif executor is not None:
+                pending.append((pieces, executor.submit(_compute, pieces, options, work)))
+            else:
+                pending.append((pieces, _compute(pieces, options, work)))
+            while len(pending) > ahead:
+                yield from _result(*pending.popleft())
+        while pending:
+            yield from _result(*pending.popleft())
+    finally:
+        for _, result in pending:
+            if not isinstance(result, list):
+                result.cancel()
+
+
+def _result(pieces: list[Piece], result: Future[list[Result]] | list[Result]) -> Iterator[tuple[Piece, Result]]:
+    try:
+        results = result if isinstance(result, list) else result.result()
+    except BrokenProcessPool:
+        raise AnalysisError("a worker process died (out of memory?); --workers 1 needs the least memory") from None
+    yield from zip(pieces, results, strict=True)
+
+
+def _compute(pieces: Sequence[Piece], options: Options, work: Work) -> list[Result]:
+    """What a worker does."""
+    results: list[Result] = []
+    for piece in pieces:
+        try:
+            results.append(work(piece, options))
+        except AnalysisError as error:
+            results.append(Failure(piece.adapter, str(error), isinstance(error, NotFiniteError)))
+        except MemoryError:
+            results.append(Failure(piece.adapter, f"{piece.adapter.file}: a tensor is larger than the memory there is"))
+        except OSError as error:
+            results.append(Failure(piece.adapter, f"{piece.adapter.file}: cannot be read: {error.strerror or error}"))
+    return results
+
+
+def _spectra(piece: Piece, options: Options) -> Spectra:
+    with opened(piece.adapter, options, base_notes=piece.part == 0) as (file, contents):
+        matrices = _share(contents.matrices, piece.part, piece.parts)
+        spectra = adapter_spectra(file, matrices, options.top_k)
+    notes = list(contents.notes)
+    if any(found.frobenius is not None for found in spectra):
+        notes.append(
+            "only the largest singular values of large matrices are computed (--top-k); "
+            "measures that need all of them are empty"
+        )
+    rows = [
+        Row(m.scale, m.group, m.module, m.name, m.update.rows, m.update.cols, m.update.rank, found.frobenius)
+        for m, found in zip(matrices, spectra, strict=True)
+    ]
+    return Spectra(piece.adapter, rows, [found.sigma for found in spectra], contents.unknown, notes)
+
+
+def _share(matrices: Sequence[Matrix], part: int, parts: int) -> Sequence[Matrix]:
+    """The matrices that begin in the part's share of all factors, in order."""
+    if parts == 1:
+        return matrices
+    costs = [(m.update.rows + m.update.cols) * m.update.rank for m in matrices]
+    starts = accumulate(costs, initial=0)
+    total = sum(costs)
+    return [m for m, start in zip(matrices, starts, strict=False) if start * parts // total == part]
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The result of an adapter from those of its parts, or the first failure."""
+    failure = next((part for part in parts if isinstance(part, Failure)), None)
+    return failure or parts[0].joined(parts[1:])
+
+
+def _size(adapter: Adapter) -> int:
+    try:
+        return os.stat(adapter.file).st_size
+    except OSError:  # a remote one: its size is not worth a question
+        return 0

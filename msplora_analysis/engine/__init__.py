@@ -1,1 +1,0 @@
-"""Work on many adapters: processes, Dask, the cache, and the results that travel between them."""

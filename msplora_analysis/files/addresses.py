@@ -1,0 +1,162 @@
+"""Places that files are read from: local paths, and addresses of any fsspec file system.
+
+An address has a scheme: ``hf://owner/name[@revision][/folder]`` is a repository of the Hugging Face
+Hub; ``s3://``, ``gs://``, ``https://``, ``github://``, ``memory://`` and others are those of fsspec
+(filesystem-spec.readthedocs.io).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, cast
+
+from msplora_analysis.errors import AnalysisError
+from msplora_core.names import PARTIAL
+
+if TYPE_CHECKING:
+    from msplora_analysis.files.remote import Remote
+
+StrPath = str | os.PathLike[str]
+Place = Union[Path, "Remote"]
+
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:// is a drive
+
+
+class Folder(NamedTuple):
+    """A folder, the names of its files, and of its folders in natural order."""
+
+    place: Place
+    files: set[str]
+    folders: list[str]
+
+
+def parse(address: StrPath) -> Place:
+    """The place that an address or a path names; nothing is looked up yet."""
+    text = os.fspath(address)
+    if _SCHEME.match(text):
+        from msplora_analysis.files.remote import Remote
+
+        return Remote.parse(text)
+    # abspath, not resolve(): runs are named by the folders that the user sees.
+    return Path(os.path.abspath(text))
+
+
+def natural_key(text: str) -> list[Any]:
+    """Sort key under which "layer.10" follows "layer.9"."""
+    # The split alternates text and digits, so equal positions always hold equal types. Digits
+    # are taken in bounded pieces, because int() refuses very long ones.
+    pieces = re.split(r"([0-9]{1,18})", text)
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
+
+
+def identity(folder: Place) -> str:
+    """The same text for every way to name one folder."""
+    return os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
+
+
+def parts(place: Place) -> tuple[str, ...]:
+    """The names that lead to a place, from the root of its file system."""
+    return (place.parts[1:] or place.parts) if isinstance(place, Path) else place.parts
+
+
+def list_folder(folder: Place) -> Folder:
+    """Raises AnalysisError if the folder cannot be listed."""
+    if not isinstance(folder, Path):
+        files, folders = folder.names()
+        return Folder(folder, files, sorted(folders, key=natural_key))
+    try:
+        with os.scandir(folder) as entries:
+            return Folder(folder, *_split(entries))
+    except OSError as error:
+        raise AnalysisError(f"{folder}: cannot be listed: {error.strerror}") from None
+
+
+def walk(root: Place, visited: set[str]) -> Iterator[Folder]:
+    """The folder ``root`` and all under it, but for those ``visited``, to which each is added."""
+    if isinstance(root, Path):
+        pending = [root]
+        while pending:
+            folder = pending.pop()
+            if _first_time(folder, visited):  # not given twice, nor a loop of symbolic links
+                found = list_folder(folder)
+                yield found
+                pending += [folder / name for name in reversed(found.folders) if name != PARTIAL]
+    else:
+        for place, (files, folders) in sorted(root.tree().items(), key=lambda item: natural_key(str(item[0]))):
+            if PARTIAL not in parts(place) and _first_time(place, visited):
+                yield Folder(place, files, sorted(folders, key=natural_key))
+
+
+def _first_time(folder: Place, visited: set[str]) -> bool:
+    name = identity(folder)
+    known = name in visited
+    visited.add(name)
+    return not known
+
+
+def _split(entries: Iterable[os.DirEntry[str]]) -> tuple[set[str], list[str]]:
+    """File names, and folder names in natural order with symbolic links last."""
+    files, folders = set(), []
+    for entry in entries:
+        try:
+            if entry.is_dir():
+                folders.append((entry.is_symlink(), natural_key(entry.name), entry.name))
+            elif entry.is_file():
+                files.add(entry.name)
+        except OSError:  # a link that leads to itself
+            continue
+    return files, [name for *_, name in sorted(folders)]
+
+
+def open_binary(place: Place) -> io.RawIOBase:
+    """A file open to read at any position. Raises AnalysisError if it cannot be."""
+    if not isinstance(place, Path):
+        from msplora_analysis.files.remote import RemoteFile
+
+        return RemoteFile(place)
+    try:
+        mode = os.stat(place).st_mode
+        # A pipe would wait for its writer for ever, and a device may never end.
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise AnalysisError(f"{place}: cannot be opened: it is not a regular file; copy its content to one")
+        return open(place, "rb", buffering=0)
+    except OSError as error:
+        raise AnalysisError(f"{place}: cannot be opened: {error.strerror}") from None
+
+
+def read_bytes(place: Place, limit: int) -> bytes:
+    """The content of a small file. Raises AnalysisError if it has more than ``limit`` bytes."""
+    with open_binary(place) as file:
+        try:
+            size = file.seek(0, os.SEEK_END)
+            if size > limit:
+                raise AnalysisError(f"{place}: it has {size} bytes; expected at most {limit}")
+            file.seek(0)
+            return cast(bytes, file.read())
+        except OSError as error:
+            raise AnalysisError(f"{place}: cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def local_copy(place: Place, limit: int) -> Iterator[Path]:
+    """The path of a local file, or of a copy of a remote one that lasts as long as the context."""
+    file = open_binary(place)
+    with file:
+        if isinstance(place, Path):
+            yield place
+            return
+        remote = cast(Any, file)
+        if remote.size > limit:
+            raise AnalysisError(
+                f"{place}: all of its {remote.size} bytes would have to be fetched; download it, or save it as "
+                "safetensors, of which only what is needed is fetched"
+            )
+        remote.fetch(0, remote.size)
+        yield Path(remote.spool.name)

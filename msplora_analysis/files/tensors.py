@@ -1,0 +1,46 @@
+"""Tensor files: named tensors, whose names and shapes are known at once and whose data is read on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msplora_analysis.files.addresses import Place
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Shape = tuple[int, ...]
+FloatArray = NDArray[np.floating[Any]]
+
+
+class TensorFile(Protocol):
+    """An open file of named tensors."""
+
+    path: Place
+    shapes: dict[str, Shape]
+    metadata: dict[str, str]
+
+    def read(self, name: str) -> FloatArray:
+        """One tensor, float16/32/64 (bfloat16 widened to float32), or int32/64 of one element.
+
+        It may be a view of a buffer that the next read, of any file, overwrites: copy what must last.
+        """
+        ...
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say which tensors will be read next, so that those that lie side by side are read at once."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...

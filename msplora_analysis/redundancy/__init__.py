@@ -1,1 +1,0 @@
-"""What layers, and scales of one layer, have in common: the tables of pairs."""

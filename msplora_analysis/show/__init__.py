@@ -1,0 +1,1 @@
+"""Answers to pictures and pages: figures, the report, the terminal, notebooks."""

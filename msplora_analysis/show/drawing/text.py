@@ -1,0 +1,131 @@
+"""Texts of a figure that find their room: broken into lines where they are too long, never cut off."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from functools import partial
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+
+from msplora_analysis.errors import printable
+from msplora_analysis.show.drawing.labels import LABELS
+
+_EDGE = 6.0  # points between a text and the edge of the figure, at least
+
+
+def title(figure: Figure, heading: str, *notes: str, math: bool = False) -> None:
+    """A short heading with what was averaged in brackets; on lines of their own where the figure is too narrow.
+
+    Without `math` a $ in a name is a $.
+    """
+    heading, note = printable(heading), printable(", ".join(filter(None, notes)))
+    room = 72 * figure.get_figwidth() - 2 * _EDGE
+    text = figure.suptitle(f"{heading} ({note})" if note else heading, parse_math=math)
+    if size_of(text)[0] > room:
+        lines = [_broken(text, part, room) for part in (heading, note) if part]
+        text.set_text("\n".join(lines))
+        _grow(figure, text.get_text().count("\n") * 1.2 * float(text.get_fontsize()))
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
+    """A legend below all panels, in as many columns as fit; a name too long for one is broken."""
+    room = 72 * figure.get_figwidth() - 2 * _EDGE
+    # Of equal numbers of rows the fewest columns: 2 and 2 rather than 3 and 1.
+    even = sorted({math.ceil(len(names) / rows) for rows in range(1, len(names) + 1)}, reverse=True)
+    for columns in [columns for columns in even if columns <= 4]:
+        legend = figure.legend(
+            handles, names, loc="outside lower center", ncols=columns, handlelength=3, columnspacing=1.5
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        width, _ = size_of(legend)
+        if width <= room:
+            break
+        if columns > 1:
+            legend.remove()
+    texts = legend.get_texts()
+    widest = max(size_of(text)[0] for text in texts)
+    for text in texts:
+        break_text(text, room - (width - widest))
+    _grow(figure, size_of(legend)[1] - 2.4 * float(texts[0].get_fontsize()))
+
+
+def label_epochs(axes: Sequence[Axes], columns: int) -> None:
+    """Whole epochs below panels of which `columns` stand side by side, as many as keep apart."""
+    for ax in axes:
+        ax.set_xlabel(LABELS["epoch"])
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        widest = len(f"{ax.get_xlim()[1]:.0f}")
+        labels = 72 * (figure.get_figwidth() / columns - 0.35) / (7 * (widest + 1))
+        ax.xaxis.set_major_locator(MaxNLocator(min(5, max(1, int(labels))), steps=[1, 2, 5, 10], integer=True))
+
+
+def fit(figure: Figure) -> None:
+    """Break labels of axes and titles of panels that are longer than what they name."""
+    lay_out(figure)
+    points = 72 / figure.dpi
+    for ax in figure.axes:
+        box = ax.get_window_extent()
+        break_text(ax.xaxis.label, points * box.width)
+        break_text(ax.yaxis.label, points * box.height)
+        break_text(ax.title, points * box.width)
+
+
+def lay_out(figure: Figure) -> None:
+    """Place the panels as their labels are now."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    for ax in figure.axes:
+        ax.apply_aspect()
+
+
+def break_text(text: Text, room: float) -> None:
+    """Break `text` into lines of at most `room` points, if it is longer along its direction."""
+    content = text.get_text()
+    if content and _length(text) > room:
+        text.set_text(_broken(text, content, room))
+
+
+def broken(name: str, letters: int) -> str:
+    """A name in lines of at most so many letters."""
+    return "\n".join(textwrap.wrap(printable(name), letters, break_on_hyphens=False)) or " "
+
+
+def size_of(artist: Text | Artist) -> tuple[float, float]:
+    """Width and height in points."""
+    figure = artist.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    box = artist.get_window_extent()
+    return box.width * 72 / figure.dpi, box.height * 72 / figure.dpi
+
+
+def _grow(figure: Figure, points: float) -> None:
+    figure.set_figheight(figure.get_figheight() + max(0, points) / 72)
+
+
+def _length(text: Text) -> float:
+    width, height = size_of(text)
+    return height if text.get_rotation() == 90 else width
+
+
+def _broken(text: Text, content: str, room: float) -> str:
+    """`content` with line ends, so that `text` is no longer than `room` points; formulas stay whole."""
+    # Words of labels with a formula are short; a formula cut in two would be an error.
+    long = not (text.get_parse_math() and "$" in content)
+    wrap = partial(textwrap.wrap, content, break_on_hyphens=False, break_long_words=long)
+    letters = len(content)
+    text.set_text(content)
+    while (length := _length(text)) > room and letters > 4:
+        letters = max(4, min(letters - 1, int(letters * room / length)))
+        text.set_text("\n".join(wrap(letters)))
+    lines = len(wrap(letters))
+    while letters > 4 and len(wrap(letters - 1)) == lines:  # lines of about one length
+        letters -= 1
+    text.set_text("\n".join(wrap(letters)))
+    return text.get_text()

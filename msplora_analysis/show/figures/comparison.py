@@ -1,0 +1,79 @@
+"""Two methods side by side: differences between layers with their intervals, from the table of `compare`."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.show.drawing.heatmap import NARROW
+from msplora_analysis.show.drawing.labels import LABELS
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.style import PALETTE, styled
+from msplora_analysis.show.drawing.text import fit, legend_below, title
+from msplora_analysis.show.drawing.venues import Style
+
+_NAMES = {"kl": "KL, as Figure 4"} | {name: LABELS[name] for name in ("kl_matched", "overlap_in", "overlap_out")}
+_FAMILIES = {"kl": LABELS["kl_difference"], "overlap": LABELS["overlap_difference"]}
+_PAIRS = {"all": ("all pairs", "o"), "adjacent": ("adjacent layers", "s")}
+
+
+def comparison_with_intervals(comparison: pd.DataFrame, *, style: str | None = None) -> Figure:
+    """Difference between two methods of each measure, a − b, with its bootstrap interval; filled where it excludes 0.
+
+    `comparison` is the table of `msplora_analysis.compare`. Divergences and overlaps have an axis each.
+    """
+    rows = comparison[comparison["question"] == "difference"]
+    if rows.empty:
+        raise AnalysisError("the comparison table holds no differences: pass what compare returns")
+    return draw(rows, style)
+
+
+def plot(comparison: pd.DataFrame) -> Plot:
+    """The figure with its numbers, to be written."""
+    return Plot("comparison_differences", comparison[comparison["question"] == "difference"], draw)
+
+
+@styled
+def draw(rows: pd.DataFrame, style: Style) -> Figure:
+    families = [name for name in _FAMILIES if rows["measure"].str.startswith(name).any()]
+    width = style.widest if len(families) > 1 else style.widths[0]
+    abreast = width >= NARROW
+    figure = Figure(figsize=(width, 1.9 if abreast else 0.7 + 1.2 * len(families)), layout="constrained")
+    rows_, columns = (1, len(families)) if abreast else (len(families), 1)
+    axes = figure.subplots(rows_, columns, squeeze=False).ravel()
+    for ax, family in zip(axes, families, strict=True):
+        _panel(ax, rows[rows["measure"].str.startswith(family)], _FAMILIES[family])
+    first = rows.iloc[0]
+    handles = [
+        axes[0].plot([], [], marker, color=PALETTE[i], markersize=4, label=label)[0]
+        for i, (label, marker) in enumerate(_PAIRS.values())
+    ]
+    legend_below(figure, handles, [label for label, _ in _PAIRS.values()])
+    has_interval = rows["low"].notna().any()
+    title(
+        figure,
+        f"{first['a']} − {first['b']}",
+        f"{first['confidence']:.0%} intervals" if has_interval else "too few runs for intervals",
+        f"{first['n_a']:g} and {first['n_b']:g} runs; filled: excludes 0",
+    )
+    fit(figure)
+    return figure
+
+
+def _panel(ax: Axes, rows: pd.DataFrame, label: str) -> None:
+    measures = [name for name in _NAMES if name in set(rows["measure"])]
+    ax.axvline(0, color="0.6", linewidth=0.6)
+    for i, (pairs, (_, marker)) in enumerate(_PAIRS.items()):
+        for row in rows[rows["pairs"] == pairs].to_dict("records"):
+            y = measures.index(row["measure"]) + 0.3 * (i - 0.5)
+            if np.isfinite(row["low"]):
+                ax.plot([row["low"], row["high"]], [y, y], color=PALETTE[i], linewidth=1)
+            face = PALETTE[i] if row["decided"] else "white"
+            ax.plot(row["estimate"], y, marker, color=PALETTE[i], markerfacecolor=face, markersize=4)
+    ax.set_yticks(range(len(measures)), [_NAMES[name] for name in measures])
+    ax.set_ylim(len(measures) - 0.5, -0.5)
+    ax.margins(x=0.1)
+    ax.locator_params(axis="x", nbins=4)
+    ax.set_xlabel(label)
+    ax.spines[["top", "right"]].set_visible(False)

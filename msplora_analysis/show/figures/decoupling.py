@@ -1,0 +1,50 @@
+"""How decoupled the scales of MSPLoRA are, over the epochs."""
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from msplora_analysis.formats.base import SCALES
+from msplora_analysis.show.drawing.lines import draw_lines, over_epochs
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.tables.prepared_pairs import prepare_pairs
+
+QUANTITIES = ["overlap_in", "overlap_out", "cosine"]
+PANELS = [f"{one} – {other}" for one, other in combinations(SCALES[:3], 2)]
+
+
+def decoupling_over_epochs(
+    scales: pd.DataFrame, *, labels: Mapping[str, str] | None = None, style: str | None = None
+) -> Figure:
+    """Subspace overlap on either side and cosine: rows; two scales of one layer: columns; variants: lines.
+
+    Low means decoupled; the dotted line is what random subspaces would give. Computed for each layer and module, then
+    averaged. scales: of `load_scale_pairs`; labels: variant of each run (see `pairs.prepare_pairs`).
+    """
+    return draw(numbers(prepare_pairs(scales, labels)), style)
+
+
+def plots(scales: pd.DataFrame) -> Iterator[Plot]:
+    """scales: of `prepare_pairs`."""
+    table = numbers(scales)
+    if len(table):
+        yield Plot("decoupling_over_epochs", table, draw)
+
+
+def numbers(scales: pd.DataFrame) -> pd.DataFrame:
+    table = scales.assign(scale=scales["scale_i"] + " – " + scales["scale_j"])
+    result = over_epochs(table, {name: table[name].to_numpy() for name in QUANTITIES}, PANELS)
+    chances = table.assign(cosine=0.0).groupby(["variant", "scale"])[["chance_in", "chance_out", "cosine"]].mean()
+    chances.columns = pd.Index(QUANTITIES, name="quantity")
+    return result.merge(chances.stack().rename("chance").reset_index(), on=["variant", "scale", "quantity"], how="left")
+
+
+@styled
+def draw(numbers: pd.DataFrame, style: Style) -> Figure:
+    return draw_lines(
+        numbers, style, "Between scales: low = decoupled, dotted = by chance", QUANTITIES, PANELS, least=0.0
+    )

@@ -1,0 +1,41 @@
+"""The effective rank over the epochs: how broad each spectrum is."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from msplora_analysis.compute.measures.metrics import effective_rank
+from msplora_analysis.show.drawing.lines import draw_lines, over_epochs
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.tables.matrices import prepare, sigma
+
+QUANTITIES = ("effective_rank", "effective_rank_over_r")
+
+
+def effective_rank_over_epochs(spectra: pd.DataFrame, *, style: str | None = None) -> Figure:
+    """exp(−sum p ln p), from 1 to r, and its ratio to the rank r: rows; scales: columns; variants: lines.
+
+    *High means broad*; the opposite of M_eff-k. Computed per matrix, then averaged.
+    Source: Roy & Vetterli 2007, The effective rank (EUSIPCO).
+    """
+    return draw(numbers(prepare(spectra)), style)
+
+
+def plots(matrices: pd.DataFrame) -> Iterator[Plot]:
+    table = numbers(matrices)
+    if len(table):
+        yield Plot("effective_rank_over_epochs", table, draw)
+
+
+def numbers(matrices: pd.DataFrame) -> pd.DataFrame:
+    rank = effective_rank(sigma(matrices))
+    values = (rank, rank / matrices["rank"].to_numpy())
+    return over_epochs(matrices, dict(zip(QUANTITIES, values, strict=True)))
+
+
+@styled
+def draw(numbers: pd.DataFrame, style: Style) -> Figure:
+    return draw_lines(numbers, style, "Effective rank: high = broad spectrum", QUANTITIES)

@@ -1,0 +1,98 @@
+"""Figure 4: how far apart the layers' spectra lie under MSPLoRA, minus how far under LoRA."""
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
+from msplora_analysis.show.drawing.labels import LABELS
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.style import DIVERGING, runs_note, styled
+from msplora_analysis.show.drawing.text import title
+from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.tables import layer_kl
+from msplora_analysis.tables.checkpoints import epoch_note
+from msplora_analysis.tables.matrices import choose, is_msplora, prepare, slug, stacks
+
+
+def figure4(
+    spectra: pd.DataFrame,
+    msplora: str | None = None,
+    lora: str | None = None,
+    *,
+    stack: str | None = None,
+    epoch: float | None = None,
+    style: str | None = None,
+) -> Figure:
+    """D_KL(i‖j) between the `layer` parts under MSPLoRA minus that under LoRA: layer i down, layer j across.
+
+    Spectra are averaged over modules and runs first, then compared; positive (red) means that the layers differ more
+    under MSPLoRA. `epoch` is the last that both variants share unless given.
+    Source: MSPLoRA, arXiv 2503.21838, figure 4, eq. 9, 10.
+    """
+    matrices = prepare(spectra)
+    stack = choose("stack", stack, stacks(matrices))
+    both = pairs(matrices, stack)
+    msplora = choose("MSPLoRA variant", msplora, list(dict.fromkeys(ours for ours, _ in both)))
+    lora = choose("LoRA variant", lora, [theirs for ours, theirs in both if ours == msplora])
+    table = numbers(matrices, msplora, lora, stack, epoch)
+    return draw(table, style, name_stack=len(stacks(matrices)) > 1)
+
+
+def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
+    several = len(stacks(matrices)) > 1
+    for stack in stacks(matrices):
+        both = pairs(matrices, stack)
+        kinds = {is_msplora(variant) for variant in layer_kl.layers_of(matrices, stack)}
+        if len(kinds) == 2 and not both:
+            warnings.warn(f"no Figure 4 of {stack}: MSPLoRA and LoRA runs adapt different layers", stacklevel=2)
+        for msplora, lora in both:
+            stem = f"figure4_{slug(msplora)}_minus_{slug(lora)}" + (f"_{slug(stack)}" if several else "")
+            table = numbers(matrices, msplora, lora, stack, epoch)
+            yield Plot(stem, table, partial(draw, name_stack=several))
+
+
+def pairs(matrices: pd.DataFrame, stack: str) -> list[tuple[str, str]]:
+    """(MSPLoRA, LoRA) variants that adapt the same two or more layers of a stack."""
+    layers = layer_kl.layers_of(matrices, stack)
+    return [
+        (ours, theirs)
+        for ours in layers
+        for theirs in layers
+        if is_msplora(ours) and not is_msplora(theirs) and layers[ours] == layers[theirs]
+    ]
+
+
+def numbers(matrices: pd.DataFrame, msplora: str, lora: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
+    """One row per ordered pair of layers: both divergences and `difference`."""
+    table = layer_kl.numbers(matrices, [msplora, lora], stack, epoch)
+    ours, theirs = (table[table["variant"] == variant] for variant in (msplora, lora))
+    merged = ours.merge(theirs, on=["stack", "layer_i", "layer_j"], suffixes=("_msplora", "_lora"))
+    merged["difference"] = merged["kl_msplora"] - merged["kl_lora"]
+    sides = [f"{column}_{side}" for side in ("msplora", "lora") for column in ("variant", "epoch", "runs")]
+    return merged[["stack", *sides, "layer_i", "layer_j", "kl_msplora", "kl_lora", "difference"]]
+
+
+@styled
+def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
+    values = layer_kl.matrix(numbers, "difference")
+    layers = sorted(numbers["layer_i"].unique())
+    figure, axes = square_panels(style, layers, 1)
+    largest = np.nanmax(np.abs(values), initial=0) or 1
+    cells = draw_cells(axes[0], edges(len(values)), edges(len(values)), values, Normalize(-largest, largest), DIVERGING)
+    figure.colorbar(cells, ax=axes, label=LABELS["kl_difference"], aspect=25, pad=0.02)
+    first = numbers.iloc[0]
+    title(
+        figure,
+        f"{first['variant_msplora']} − {first['variant_lora']}",
+        first["stack"] if name_stack else "",
+        epoch_note(pd.concat([numbers["epoch_msplora"], numbers["epoch_lora"]])),
+        runs_note([first["runs_msplora"], first["runs_lora"]]),
+    )
+    finish_squares(figure, axes, layers)
+    return figure

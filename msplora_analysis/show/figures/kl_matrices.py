@@ -1,0 +1,78 @@
+"""The KL matrices themselves, beside Figure 4: how far the spectra of any two layers lie apart."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import pandas as pd
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
+from msplora_analysis.show.drawing.labels import LABELS
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.style import SEQUENTIAL, runs_note, styled
+from msplora_analysis.show.drawing.text import title
+from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.show.figures import kl_difference
+from msplora_analysis.tables import layer_kl
+from msplora_analysis.tables.checkpoints import epoch_note
+from msplora_analysis.tables.matrices import choose, prepare, slug, stacks
+
+
+def kl_between_layers(
+    spectra: pd.DataFrame,
+    variants: Sequence[str] = (),
+    *,
+    stack: str | None = None,
+    epoch: float | None = None,
+    style: str | None = None,
+) -> Figure:
+    """D_KL(i‖j) between the `layer` parts, one square per variant on one colour scale: layer i down, layer j across.
+
+    Spectra are averaged over modules and runs first. Without `variants`, the only one there is.
+    Source: MSPLoRA, arXiv 2503.21838, eq. 9, 10.
+    """
+    matrices = prepare(spectra)
+    stack = choose("stack", stack, stacks(matrices))
+    layers = layer_kl.layers_of(matrices, stack)
+    chosen = [choose("variant", variant, list(layers)) for variant in variants or (None,)]
+    if len({layers[variant] for variant in chosen}) > 1:
+        raise AnalysisError(f"{', '.join(chosen)} adapt different layers: draw them one at a time")
+    return draw(layer_kl.numbers(matrices, chosen, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
+
+
+def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
+    """A companion to each Figure 4, and every variant that has none by itself."""
+    several = len(stacks(matrices)) > 1
+    for stack in stacks(matrices):
+        together: list[tuple[str, ...]] = list(kl_difference.pairs(matrices, stack))
+        drawn = {variant for pair in together for variant in pair}
+        alone = [(variant,) for variant in layer_kl.layers_of(matrices, stack) if variant not in drawn]
+        for variants in together + alone:
+            stem = f"kl_between_layers_{'_and_'.join(map(slug, variants))}" + (f"_{slug(stack)}" if several else "")
+            table = layer_kl.numbers(matrices, list(variants), stack, epoch)
+            yield Plot(stem, table, partial(draw, name_stack=several))
+
+
+@styled
+def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
+    tables = [table for _, table in numbers.groupby("variant", sort=False)]
+    layers = sorted(numbers["layer_i"].unique())
+    figure, axes = square_panels(style, layers, len(tables))
+    largest = numbers["kl"].max()
+    norm = Normalize(0, largest if largest > 0 else 1)
+    for ax, table in zip(axes, tables, strict=True):
+        cells = draw_cells(ax, edges(len(layers)), edges(len(layers)), layer_kl.matrix(table), norm, SEQUENTIAL)
+        if len(tables) > 1:
+            ax.set_title(table["variant"].iloc[0], parse_math=False)
+    figure.colorbar(cells, ax=axes, label=LABELS["kl"], aspect=25, pad=0.02)
+    title(
+        figure,
+        "KL between layers" + ("" if len(tables) > 1 else f", {tables[0]['variant'].iloc[0]}"),
+        numbers["stack"].iloc[0] if name_stack else "",
+        epoch_note(numbers["epoch"]),
+        runs_note([table["runs"].iloc[0] for table in tables]),
+    )
+    finish_squares(figure, axes, layers)
+    return figure

@@ -1,0 +1,74 @@
+"""The singular values of every layer's own part at one checkpoint."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pandas as pd
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, wide_panel
+from msplora_analysis.show.drawing.labels import LABELS
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.style import SEQUENTIAL, runs_note, styled
+from msplora_analysis.show.drawing.text import title
+from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.tables.checkpoints import at_epoch, epoch_note
+from msplora_analysis.tables.matrices import choose, ks, prepare, slug, stacks, variants
+
+TOP = 8
+
+
+def spectra_by_layer(
+    spectra: pd.DataFrame,
+    variant: str | None = None,
+    *,
+    stack: str | None = None,
+    epoch: float | None = None,
+    style: str | None = None,
+) -> Figure:
+    """Layers across, index k down (1 at the top), colour = sigma_k of the `layer` part, mean over modules and runs."""
+    matrices = prepare(spectra)
+    stack = choose("stack", stack, stacks(matrices))
+    variant = choose("variant", variant, drawable(matrices, stack))
+    return draw(numbers(matrices, variant, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
+
+
+def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
+    several = len(stacks(matrices)) > 1
+    for stack in stacks(matrices):
+        for variant in drawable(matrices, stack):
+            stem = f"spectra_by_layer_{slug(variant)}" + (f"_{slug(stack)}" if several else "")
+            yield Plot(stem, numbers(matrices, variant, stack, epoch), partial(draw, name_stack=several))
+
+
+def drawable(matrices: pd.DataFrame, stack: str) -> list[str]:
+    return variants(matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack)])
+
+
+def numbers(matrices: pd.DataFrame, variant: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
+    """One row per layer and k ≤ min(rank of the layer, 8)."""
+    parts = matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack) & (matrices["variant"] == variant)]
+    parts = at_epoch(parts, epoch)
+    by = parts.groupby("group")
+    means = by[ks(parts)[:TOP]].mean().melt(var_name="k", value_name="sigma", ignore_index=False).reset_index()
+    table = means.merge(by["rank"].max().reset_index(), on="group").rename(columns={"group": "layer"})
+    table = table[table["k"] <= table["rank"]].astype({"k": int}).sort_values(["layer", "k"], ignore_index=True)
+    about = {"variant": variant, "stack": stack, "epoch": parts["epoch"].iloc[0], "runs": parts["run"].nunique()}
+    return pd.DataFrame(about, index=table.index).join(table)
+
+
+@styled
+def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
+    values = numbers.pivot(index="k", columns="layer", values="sigma")
+    rows, layers = values.shape
+    figure, ax = wide_panel(style, values.columns.tolist(), rows)
+    norm = Normalize(0, numbers["sigma"].max() or 1)
+    cells = draw_cells(ax, edges(layers), edges(rows, first=1), values.to_numpy(), norm, SEQUENTIAL)
+    ax.set(ylabel=LABELS["k"], yticks=range(1, rows + 1))
+    figure.colorbar(cells, ax=ax, label=LABELS["sigma"], aspect=18, pad=0.02)
+    first = numbers.iloc[0]
+    notes = [first["stack"]] if name_stack else []
+    title(figure, f"{first['variant']}, layer parts", *notes, epoch_note(numbers["epoch"]), runs_note([first["runs"]]))
+    label_layers(figure, [ax.xaxis], values.columns.tolist())
+    return figure

@@ -1,0 +1,108 @@
+"""What any two layers share, beside how far their spectra lie apart: the same pairs, seen two ways."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
+from msplora_analysis.show.drawing.labels import LABELS
+from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.style import OVERLAPS, SEQUENTIAL, runs_note, styled
+from msplora_analysis.show.drawing.text import title
+from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.tables import layer_kl
+from msplora_analysis.tables.checkpoints import at_epoch, epoch_note
+from msplora_analysis.tables.matrices import choose, slug, variants
+from msplora_analysis.tables.prepared_pairs import prepare_pairs
+
+PANELS = {"kl": "KL of the spectra"} | {side: LABELS[side] for side in ("overlap_in", "overlap_out")}
+CHANCES = ["chance_in", "chance_out"]
+_ALIKE = 0.995  # overlaps from here on are 1 to the eye: the colour bar then ends at 1
+
+
+def overlap_between_layers(
+    pairs: pd.DataFrame,
+    variant: str | None = None,
+    *,
+    stack: str | None = None,
+    epoch: float | None = None,
+    labels: Mapping[str, str] | None = None,
+    style: str | None = None,
+) -> Figure:
+    """Three squares, layer i down and layer j across: KL(i‖j) of the spectra, subspace overlap on either side.
+
+    Of the `layer` parts; means over modules and runs of the measures of each pair. The mark on the colour bar of the
+    overlaps is what random subspaces would give; there are two where the sides differ in size. pairs: of `load_pairs`;
+    labels: variant of each run (see `pairs.prepare_pairs`). Source of the overlap: Hu et al. 2021, arXiv 2106.09685.
+    """
+    table = layers_of(prepare_pairs(pairs, labels))
+    stack = choose("stack", stack, sorted(table["stack"].unique()))
+    table = table[table["stack"] == stack]
+    variant = choose("variant", variant, variants(table))
+    return draw(numbers(table, variant, stack, epoch), style)
+
+
+def plots(pairs: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
+    """pairs: of `prepare_pairs`."""
+    layers = layers_of(pairs)
+    stacks = sorted(layers["stack"].unique())
+    for stack in stacks:
+        for variant in variants(layers[layers["stack"] == stack]):
+            stem = f"overlap_between_layers_{slug(variant)}" + (f"_{slug(stack)}" if len(stacks) > 1 else "")
+            table = numbers(layers, variant, stack, epoch)
+            yield Plot(stem, table, partial(draw, name_stack=len(stacks) > 1))
+
+
+def layers_of(pairs: pd.DataFrame) -> pd.DataFrame:
+    return pairs[pairs["scale"] == "layer"]
+
+
+def numbers(layers: pd.DataFrame, variant: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
+    """One row per ordered pair of layers: means over modules and runs, leaving out updates of zero."""
+    table = at_epoch(layers[(layers["variant"] == variant) & (layers["stack"] == stack)], epoch)
+    forth = table.rename(columns={"group_i": "layer_i", "group_j": "layer_j", "kl_ij": "kl"})
+    back = table.rename(columns={"group_j": "layer_i", "group_i": "layer_j", "kl_ji": "kl"})
+    both = pd.concat([forth, back])
+    means = both.groupby(["layer_i", "layer_j"])[[*PANELS, *CHANCES, "cosine"]].mean().reset_index()
+    about = {"variant": variant, "stack": stack, "epoch": table["epoch"].iloc[0], "runs": table["run"].nunique()}
+    return pd.DataFrame(about, index=means.index).join(means.astype({"layer_i": int, "layer_j": int}))
+
+
+@styled
+def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
+    layers = sorted(numbers["layer_i"].unique())
+    figure, axes = square_panels(style, layers, len(PANELS))
+    overlaps = numbers[["overlap_in", "overlap_out"]].to_numpy()
+    chances = numbers[CHANCES].mean()
+    for ax, (column, name) in zip(axes, PANELS.items(), strict=True):
+        largest = numbers["kl"].max() if column == "kl" else max(np.nanmax(overlaps, initial=0), 1.5 * chances.max())
+        norm = Normalize(0, 1 if column != "kl" and largest > _ALIKE else largest if largest > 0 else 1)
+        values = layer_kl.matrix(numbers, column)
+        cells = draw_cells(
+            ax, edges(len(layers)), edges(len(layers)), values, norm, SEQUENTIAL if column == "kl" else OVERLAPS
+        )
+        ax.set_title(name)
+        if column != "overlap_in":  # both overlaps share a bar
+            of = axes[:1] if column == "kl" else axes[1:]
+            label = LABELS["kl" if column == "kl" else "overlap"]
+            bar = figure.colorbar(cells, ax=of, label=label, aspect=25, pad=0.02)
+    for chance in chances.dropna().unique():
+        bar.ax.axhline(chance, color="white", linewidth=2)
+        bar.ax.axhline(chance, color="black", linewidth=0.8)
+    by_chance = [f"{chance:.2g} {side}" for chance, side in zip(chances, ("in", "out"), strict=True)]
+    if np.isclose(*chances):
+        by_chance = [f"{chances.iloc[0]:.2g}"]
+    title(
+        figure,
+        f"{numbers['variant'].iloc[0]}: what layers share",
+        numbers["stack"].iloc[0] if name_stack else "",
+        epoch_note(numbers["epoch"]),
+        runs_note([numbers["runs"].iloc[0]]),
+        f"mark{'s' * (len(by_chance) - 1)}: by chance, {', '.join(by_chance)}",
+    )
+    finish_squares(figure, axes, layers)
+    return figure

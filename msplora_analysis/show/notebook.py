@@ -1,0 +1,165 @@
+"""What Jupyter shows: findings by kind, a comparison in sentences, figures as pictures.
+
+The tables are pandas DataFrames. A selection of rows shows itself in the same way; one of columns as any table does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from msplora_analysis.ask.findings.wording import when, where
+from msplora_analysis.errors import printable
+
+_PLACES = 3  # of each kind of finding, that are shown
+_SYMBOLS = {"error": "✖", "warning": "⚠", "info": "ℹ"}
+
+
+class _Table(pd.DataFrame):
+    """A DataFrame with a view of its own, as long as it has the columns for it."""
+
+    _shown: ClassVar[frozenset[str]]
+
+    @property
+    def _constructor(self) -> Callable[..., pd.DataFrame]:
+        return type(self)
+
+    def _repr_html_(self) -> str | None:
+        if not self._shown <= set(self.columns):
+            html: str | None = super()._repr_html_()
+            return html
+        # The classes keep MathJax from a name that holds dollar signs.
+        return f'<div class="tex2jax_ignore mathjax_ignore">{self._view()}</div>'
+
+    def _view(self) -> str:
+        raise NotImplementedError
+
+
+class Findings(_Table):
+    """The findings of ``diagnose``."""
+
+    _shown = frozenset({"id", "severity", "run", "step", "epoch", "scale", "group", "module", "name"}) | {
+        "evidence",
+        "source",
+        "advice",
+    }
+
+    @property
+    def rank_patterns(self) -> dict[str, dict[str, int]]:
+        """Run -> a ``rank_pattern`` for PEFT's LoraConfig (see ``findings.rank_patterns``)."""
+        from msplora_analysis.ask.findings import rank_patterns
+
+        return rank_patterns(self)
+
+    def _view(self) -> str:
+        """One row per kind of finding, the most severe first, with the first of its places."""
+        from msplora_analysis.ask.findings import KINDS, SEVERITIES
+
+        rows = []
+        for (severity, kind), found in self.groupby(["severity", "id"], sort=False):
+            title = KINDS[kind].title if kind in KINDS else ""
+            places = [
+                f"{_text(_place(row))}: {_text(row['evidence'])}" for row in found.head(_PLACES).to_dict("records")
+            ]
+            if (more := len(found) - _PLACES) > 0:
+                places.append(f"and {more} more")
+            rows.append(
+                (
+                    f"{_SYMBOLS.get(severity, '')} {_text(severity)}",
+                    f"<b>{_text(kind)}</b><br>{_text(title)}",
+                    "<br>".join(places),
+                    f"{_text(found['advice'].iloc[0])}<br><i>threshold: {_text(found['source'].iloc[0])}</i>",
+                )
+            )
+        counts = self["severity"].value_counts()
+        total = ", ".join(f"{counts.get(severity, 0)} {severity}" for severity in SEVERITIES)
+        return (_grid(("severity", "finding", "evidence", "what to try"), rows) if rows else "") + f"<p>{total}</p>"
+
+
+class Figures(dict[str, Any]):
+    """Name -> matplotlib Figure, as ``draw_figures`` gives them; Jupyter shows all, each below its name."""
+
+    def _repr_html_(self) -> str:
+        from base64 import b64encode
+        from io import BytesIO
+
+        pictures = []
+        for name, figure in self.items():
+            png = BytesIO()
+            figure.savefig(png, format="png", dpi=2 * figure.dpi)
+            data = b64encode(png.getvalue()).decode()
+            width = round(figure.get_figwidth() * figure.dpi)
+            pictures.append(f'<p><b>{_text(name)}</b></p><img width="{width}" src="data:image/png;base64,{data}">')
+        return "".join(pictures)
+
+
+class Comparison(_Table):
+    """The comparison of ``compare``."""
+
+    _shown = frozenset({"question", "measure", "pairs", "a", "b", "value_a", "value_b", "estimate", "low", "high"}) | {
+        *("confidence", "p_value", "decided", "n_a", "n_b", "tasks", "paired", "resampled", "k_a", "k_b")
+    }
+
+    @property
+    def sentences(self) -> list[str]:
+        """What each row says, as a paper could quote it."""
+        from msplora_analysis.ask.comparison.statements import sentences
+
+        return list(sentences(self))
+
+    def _view(self) -> str:
+        """The sentences, and the numbers of the differences."""
+        said = "".join(f"<li>{_text(sentence)}</li>" for sentence in self.sentences)
+        differences = self[self["question"] == "difference"]
+        rows = [
+            (
+                *(_text(row[name]) for name in ("measure", "pairs")),
+                *(f"{row[name]:.3g}" for name in ("value_a", "value_b")),
+                f"{row['estimate']:+.3g}",
+                f"{row['low']:+.3g} to {row['high']:+.3g}" if row["low"] == row["low"] else "too few runs",
+                "yes" if row["decided"] else "no",
+            )
+            for row in differences.to_dict("records")
+        ]
+        if not rows:
+            return f"<ul>{said}</ul>"
+        first = differences.iloc[0]
+        head = ("measure", "pairs of layers", _text(first["a"]), _text(first["b"]), "difference")
+        return f"<ul>{said}</ul>" + _grid((*head, f"{first['confidence']:.0%} interval", "decided"), rows)
+
+
+def show_figures() -> None:
+    """Let Jupyter show a figure that is the value of a cell.
+
+    By itself it does so only after ``%matplotlib inline``, or once pyplot has drawn. A choice that was made before, or
+    is made later (``%config InlineBackend.figure_formats``), stands. Outside Jupyter nothing happens.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None or not hasattr(shell, "kernel"):
+        return
+    from IPython.core.pylabtools import select_figure_formats
+    from matplotlib.figure import Figure
+
+    if Figure not in shell.display_formatter.formatters["image/png"]:
+        select_figure_formats(shell, {"retina"})
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already; text is aligned left, which Jupyter does not do by itself."""
+    left = 'style="text-align: left; vertical-align: top"'
+    titles = "".join(f"<th {left}>{cell}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td {left}>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _text(value: object) -> str:
+    return escape(printable(str(value)))
+
+
+def _place(row: dict[str, Any]) -> str:
+    """'cola/lora, epoch 3, layer 3 query'."""
+    return ", ".join(filter(None, (row["run"], when(row), where(row))))

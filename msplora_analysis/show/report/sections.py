@@ -1,0 +1,213 @@
+"""What the page is made of: texts for the template, and the data that its script draws."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msplora_analysis.ask.comparison.compare import Side, compare
+from msplora_analysis.ask.comparison.pairing import units
+from msplora_analysis.ask.comparison.statements import sentences
+from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
+from msplora_analysis.ask.findings.wording import when, where
+from msplora_analysis.ask.gather import Gathered
+from msplora_analysis.errors import AnalysisError, printable
+from msplora_analysis.show.report import charts, numbers
+from msplora_analysis.show.report.about import About
+from msplora_analysis.tables.matrices import prepare, variants
+from msplora_analysis.tables.pair_means import summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PLACES = 100
+"""Most places of one finding that a page lists; `msplora-analyze diagnose` lists all."""
+
+COMPARED = 4
+"""Most methods that are compared two by two."""
+
+LINES = 8
+"""Most runs with a line style each; of more, the runs of one method share theirs."""
+
+
+def prepared(gathered: Gathered) -> tuple[pd.DataFrame | None, str]:
+    """The matrices with the variant ('LoRA r=8') of each run, as figures tell it; or None, and why they cannot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first reading of the table said it
+        try:
+            return prepare(gathered.spectra), ""
+        except AnalysisError as error:
+            return None, str(error)
+
+
+def labels_of(matrices: pd.DataFrame | None, runs: Sequence[str]) -> list[str]:
+    """The variant of each run; its name where it has none."""
+    found = {} if matrices is None else dict(zip(matrices["run"], matrices["variant"], strict=True))
+    return [printable(found.get(run, run)) for run in runs]
+
+
+def findings(gathered: Gathered) -> list[dict[str, Any]]:
+    """One entry per kind, the most severe first: what, evidence by place, what to try."""
+    entries = []
+    for (severity, kind), rows in gathered.findings.groupby(["severity", "id"], sort=False):
+        about = KINDS[str(kind)]
+        places = [
+            {"run": row["run"], "where": where(row), "when": when(row), "evidence": printable(row["evidence"])}
+            for row in rows.head(PLACES).to_dict("records")
+        ]
+        entries.append(
+            {"severity": severity, "id": kind, "title": about.title, "source": about.source, "advice": about.advice}
+            | {"count": len(rows), "places": places, "more": len(rows) - len(places)}
+        )
+    return entries
+
+
+def patterns(gathered: Gathered) -> dict[str, str]:
+    """Run -> JSON of its ``rank_pattern``, ready for PEFT."""
+    return {run: json.dumps(pattern, indent=1) for run, pattern in rank_patterns(gathered.findings).items()}
+
+
+def severities(gathered: Gathered) -> list[tuple[str, int]]:
+    counts = gathered.findings["severity"].value_counts()
+    return [(severity, int(counts.get(severity, 0))) for severity in SEVERITIES]
+
+
+def comparisons(gathered: Gathered, matrices: pd.DataFrame) -> tuple[list[dict[str, Any]], str]:
+    """Methods two by two, in sentences (see ``comparison``); second, why there are none, or ''.
+
+    matrices: see ``prepared``. Subspaces are compared where nothing has to be computed anew: where the layers' ranks
+    are equal, and the last checkpoints of one epoch.
+    """
+    names = variants(matrices)
+    if len(names) > COMPARED:
+        return [], (
+            f"{len(names)} methods are too many to compare two by two here; "
+            "`msplora-analyze compare` compares the two that you choose."
+        )
+    of_run = matrices.drop_duplicates("run").set_index("run")["variant"]
+    ranks = matrices[matrices["scale"] == "layer"].groupby("variant")["rank"].agg(["min", "max"])
+    sides = {name: _side(gathered, name, set(of_run.index[of_run == name])) for name in names}
+    found = []
+    for a, b in combinations(names, 2):
+        together = _equal(ranks, a, b) and _same_epoch(gathered, of_run, (a, b))
+        ours, theirs = (sides[name] if together else _without_pairs(sides[name]) for name in (a, b))
+        said: list[str] = []
+        note = "" if together else "Subspaces are not compared: ranks or last epochs differ."
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                said = list(sentences(compare(ours, theirs)))
+            except AnalysisError as error:
+                note = str(error)
+        notes = dict.fromkeys(filter(None, (note, *(str(warning.message) for warning in caught))))
+        found.append({"a": a, "b": b, "sentences": list(map(printable, said)), "notes": list(map(printable, notes))})
+    return found, ""
+
+
+def _equal(ranks: pd.DataFrame, a: str, b: str) -> bool:
+    return {a, b} <= set(ranks.index) and bool(np.ptp(ranks.loc[[a, b]].to_numpy()) == 0)
+
+
+def _same_epoch(gathered: Gathered, of_run: pd.Series, names: Sequence[str]) -> bool:
+    last = gathered.matrices.keys[gathered.matrices.keys["last"]]
+    epochs = last.loc[last["run"].isin(of_run.index[of_run.isin(names)]), "epoch"]
+    return bool(epochs.nunique(dropna=False) == 1)
+
+
+def _side(gathered: Gathered, label: str, runs: set[str]) -> Side:
+    spectra = gathered.spectra[gathered.spectra["run"].isin(runs)]
+    adapters = [adapter for adapter in gathered.adapters if adapter.run in runs]
+    pairs = gathered.pairs[gathered.pairs["run"].isin(runs)]
+    known = units(dict.fromkeys(spectra["run"]), adapters)
+    return Side(label, spectra, pairs if set(pairs["run"]) == runs else None, known)
+
+
+def _without_pairs(side: Side) -> Side:
+    return Side(side.label, side.spectra, None, side.units)
+
+
+def payload(gathered: Gathered, abouts: Sequence[About], labels: Sequence[str]) -> dict[str, Any]:
+    """What the script draws. Names in it are data: the script shows them as text only."""
+    runs = gathered.runs
+    keys = gathered.matrices.keys
+    places = numbers.Places([*keys["name"], *gathered.pairs.get("name_i", ())])
+    axis = numbers.axis_of(keys)
+    title = {"time": "checkpoint"}.get(axis, axis)
+    spectra, left = numbers.spectra(gathered.matrices, runs, axis, places)
+    pairs, pairs_left = numbers.pairs(gathered.pairs, runs, places)
+    styled = line_labels(runs, labels)
+    legend = list(dict.fromkeys(styled))
+    several = bool(keys.groupby("run")["time"].nunique().gt(1).any())
+    return {
+        "runs": [{"name": run, "label": label} for run, label in zip(runs, styled, strict=True)],
+        "axis": title,
+        "means": numbers.means(gathered.matrices, runs, axis) if several else None,
+        "measures": numbers.MEASURES,
+        "spectra": spectra,
+        "spectra_note": left,
+        "pairs": pairs,
+        "pairs_note": pairs_left,
+        "matrices": numbers.matrix_table(gathered.matrices, runs, places),
+        "curves": numbers.curves([about.curve for about in abouts]),
+        "shared": _shared(gathered),
+        "specs": _specs(title, legend),
+        "config": charts.CONFIG,
+    }
+
+
+def line_labels(runs: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """By what lines are told apart: runs, or methods if there are many runs."""
+    return list(runs) if len(runs) <= LINES else list(labels)
+
+
+def _specs(axis: str, legend: list[str]) -> dict[str, charts.Spec]:
+    across, down = ("column", "layer j"), ("row", "layer i")
+    pair = [("row", "i"), ("column", "j")]
+    beside = [*pair, ("chance", "by chance"), ("cosine", "cosine of updates")]
+    unit = [("unit", "unit"), ("k", "k")]
+    of_layer = [("place", "module"), ("unit", "layer"), ("rank", "of rank")]
+    return {
+        "means": charts.lines(axis, "value", legend),
+        "curve": charts.lines("epoch", "value", legend),
+        "sigma": charts.cells(("k", "k"), ("unit", ""), "σ", unit),
+        "share": charts.cells(("k", "k"), ("unit", ""), "σ / Σσ", unit),
+        "kl": charts.cells(across, down, "KL(i ‖ j), nats", pair, square=True),
+        "overlap_in": charts.cells(across, down, "overlap", beside, square=True),
+        "overlap_out": charts.cells(across, down, "overlap", beside, square=True),
+        "needed": charts.cells(("unit", "layer"), ("place", ""), "directions", of_layer, step=24, texts=True),
+    }
+
+
+def _shared(gathered: Gathered) -> numbers.Columns | None:
+    """The table of means of ``redundancy``: what layers and scales share at the last checkpoint."""
+    if not (len(gathered.pairs) or len(gathered.scales)):
+        return None
+    table = summary(gathered.pairs, gathered.scales)
+    runs = gathered.runs
+    columns: numbers.Columns = {"run": [runs.index(run) for run in table["run"]], "between": table["between"].tolist()}
+    names = ("pairs", "overlap_in", "overlap_out", "overlap_expected", "cosine", "js")
+    return columns | {name: numbers.rounded(table[name].astype("float64")) for name in names}
+
+
+def glance(gathered: Gathered, abouts: Sequence[About], data: dict[str, Any]) -> numbers.Columns:
+    """One row per run: what it is, how it ended, and its layers' spectra."""
+    table = data["matrices"]
+    columns: numbers.Columns = {"run": list(range(len(abouts)))}
+    for name in ("method", "task", "seed"):
+        columns[name] = [about.facts.get(name) for about in abouts]
+    for name in ("rank", "effective_rank", "k99"):
+        of_run: dict[int, list[float]] = {}
+        for run, scale, value in zip(table["run"], table["scale"], table[name], strict=True):
+            if scale == "layer" and value is not None:
+                of_run.setdefault(run, []).append(value)
+        columns[name] = numbers.rounded(np.mean(of_run[run]) if run in of_run else np.nan for run in columns["run"])
+    for name, curve in data["curves"].items():
+        last = dict(zip(curve["run"], curve["value"], strict=True))
+        columns[f"{name} (logged)" if name in columns else name] = [last.get(run) for run in columns["run"]]
+    columns["model"] = [about.facts.get("model") for about in abouts]
+    return {name: column for name, column in columns.items() if any(cell is not None for cell in column)}

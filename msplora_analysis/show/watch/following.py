@@ -1,0 +1,251 @@
+"""A run folder that grows: what is known of it, and reading what is new."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from msplora_analysis.adapters.discovery import Adapter, discover
+from msplora_analysis.adapters.layouts import DIFFUSERS_NAMES, adapters_in, describe, read_json
+from msplora_analysis.compute.cache import open_cache
+from msplora_analysis.compute.measures import metrics
+from msplora_analysis.compute.results import Failure, Spectra
+from msplora_analysis.compute.tasks import compute
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import Folder, Place, walk
+from msplora_analysis.options import Options
+from msplora_core.names import RECORD, STATE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SETTLING = 5.0  # seconds without a change after which a folder without trainer_state.json counts as written
+_GIVEN_UP = 30.0  # seconds without a change after which a folder that cannot be read is no longer being written
+_OPTIONS = Options(ignore_unknown=True)
+
+Signature = tuple[tuple[str, int, int, int], ...]  # of files: name, inode, size, time of change
+
+
+class Means(NamedTuple):
+    """Means over the matrices of one scale and module type; effective_rank is None if all are zero."""
+
+    effective_rank: float | None
+    norm: float
+    rank: float
+    matrices: int
+
+
+class Point(NamedTuple):
+    """One checkpoint that was read, with its means by (scale, module type); or why it could not be."""
+
+    adapter: Adapter
+    result: Spectra | Failure
+    means: dict[tuple[str, str], Means]
+
+
+class Run:
+    """What is known of the run in ``folder``: nothing, until ``update``.
+
+    points: its checkpoints, in order, those deleted meanwhile too. deleted: how many of them are. writing: names of
+    checkpoints that are not whole yet. problems: names of folders that cannot be read, and why. settings: what run.json
+    says, empty without one. history: what Trainer logged until the newest checkpoint, epochs: how many it trains.
+    """
+
+    def __init__(self, folder: Path, *, cache: bool = True) -> None:
+        self.folder = folder
+        self.points: list[Point] = []
+        self.deleted = 0
+        self.writing: list[str] = []
+        self.problems: dict[str, str] = {}
+        self.settings: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.epochs: float | None = None
+        self.finished = False
+        self._cache = cache
+        self._known: dict[Path, Signature] = {}  # folder -> that of what was read there
+        self._run: tuple[str, ...] = ()
+
+    def update(self) -> Iterator[Point]:
+        """Read what is new, one checkpoint after another.
+
+        Raises AnalysisError if the folder holds several runs, or is none.
+        """
+        self.writing = []
+        folders = list(self._folders())
+        self._forget({place for place, _ in folders})
+        self._read_record()
+        fresh: list[tuple[Adapter, Path, Signature]] = []
+        for place, files in folders:
+            signature = _signature(place, files)
+            if signature and signature != self._known.get(place):
+                fresh += [(adapter, place, signature) for adapter in self._adapters(place, files, signature)]
+        with ExitStack() as stack:
+            cache = open_cache() if self._cache else None
+            if cache is not None:
+                stack.enter_context(closing(cache))
+            fresh.sort(key=lambda item: _order(item[0]))
+            results = compute([adapter for adapter, *_ in fresh], _OPTIONS, workers=1, cache=cache)
+            for (adapter, place, signature), result in zip(fresh, results, strict=True):
+                if isinstance(result, Failure) and not result.not_finite:
+                    self._not_read(place, signature, result.message)
+                    continue
+                self._known[place] = signature
+                self.problems.pop(self._name(place), None)
+                means = _means(result) if isinstance(result, Spectra) else {}
+                point = Point(adapter, result, means)
+                self._keep(point)
+                yield point
+
+    def findings(self) -> pd.DataFrame:
+        """What ``diagnose`` says of the checkpoints known; layers and scales are compared at the newest."""
+        from msplora_analysis.ask.findings import diagnose
+        from msplora_analysis.ask.findings.base import Broken
+        from msplora_analysis.tables.load import tables_of
+        from msplora_analysis.tables.pairs import redundancy_of
+
+        good = [point.result for point in self.points if isinstance(point.result, Spectra)]
+        broken = [
+            Broken(self.name, point.adapter.step, point.adapter.epoch, point.result.message)
+            for point in self.points
+            if isinstance(point.result, Failure)
+        ]
+        spectra, measures = tables_of([result.adapter for result in good], good, (1,))
+        pairs, scales = None, None
+        if good and good[-1].adapter.file.is_file():
+            pairs, scales = redundancy_of([good[-1].adapter], _OPTIONS, details=True, say=False)
+        return diagnose(spectra, measures, pairs, scales=scales, broken=broken)
+
+    @property
+    def name(self) -> str:
+        return self.points[0].adapter.run if self.points else self.folder.name
+
+    def _folders(self) -> Iterator[tuple[Path, set[str]]]:
+        if not self.folder.is_dir():
+            return
+        try:
+            for folder in walk(self.folder, set()):
+                yield Path(str(folder.place)), folder.files
+        except AnalysisError:  # deleted while it was being listed: the next look will tell
+            return
+
+    def _forget(self, present: set[Path]) -> None:
+        """Count what was deleted; a run of which nothing is left will start anew."""
+        self.deleted = sum(not Path(str(point.adapter.file)).is_file() for point in self.points)
+        if self.points and self.deleted == len(self.points):
+            self.points, self.deleted, self.history, self._run = [], 0, [], ()
+        for place in self._known.keys() - present - {self.folder / RECORD}:
+            del self._known[place]
+        self.problems = {name: why for name, why in self.problems.items() if (self.folder / name) in present}
+
+    def _read_record(self) -> None:
+        """The record of msplora-train, which is written anew at the end."""
+        file = self.folder / RECORD
+        try:
+            status = file.stat()
+            signature = ((file.name, status.st_ino, status.st_size, status.st_mtime_ns),)
+            if self._known.get(file) == signature:
+                return
+            record = read_json(file)
+        except (OSError, AnalysisError):  # there is none, or it is being written
+            return
+        self._known[file] = signature
+        settings = record.get("settings")
+        self.settings = settings if isinstance(settings, dict) else {}
+        self.finished = "results" in record
+
+    def _adapters(self, place: Path, files: set[str], signature: Signature) -> Sequence[Adapter]:
+        """Those of a folder that changed; none while it is being written."""
+        if STATE not in files and _age(signature) < _SETTLING:
+            self.writing.append(self._name(place))
+            return []
+        try:
+            found = list(adapters_in(Folder(place, files, [])))
+            adapters = [adapter for file in found for adapter in discover(file)]
+            if found and STATE in files:
+                self._read_state(place / STATE)
+        except AnalysisError as error:
+            self._not_read(place, signature, str(error))
+            return []
+        if not adapters:  # other files than adapters
+            self._known[place] = signature
+        for file in found:
+            self._check_one_run(file)
+        return adapters
+
+    def _read_state(self, file: Path) -> None:
+        state = read_json(file)
+        history = state.get("log_history")
+        if isinstance(history, list) and len(history) >= len(self.history):
+            self.history = [entry for entry in history if isinstance(entry, dict)]
+        epochs = state.get("num_train_epochs")
+        self.epochs = epochs if isinstance(epochs, (int, float)) and epochs > 0 else self.epochs
+
+    def _not_read(self, place: Path, signature: Signature, message: str) -> None:
+        if _age(signature) < _GIVEN_UP:
+            self.writing.append(self._name(place))
+        else:
+            self._known[place] = signature  # until it changes
+            self.problems[self._name(place)] = message
+
+    def _keep(self, point: Point) -> None:
+        """In its place; an older one of the same step, which was written anew, goes."""
+        others = [p for p in self.points if _order(p.adapter) != _order(point.adapter)]
+        self.points = sorted([*others, point], key=lambda p: _order(p.adapter))
+
+    def _check_one_run(self, file: Place) -> None:
+        run = describe(file).run
+        self._run = self._run or run
+        if run != self._run:
+            names = " and ".join("/".join(each[-2:]) for each in (self._run, run))
+            raise AnalysisError(f"{self.folder}: holds several runs, such as {names}; watch one of them")
+
+    def _name(self, place: Path) -> str:
+        return place.relative_to(self.folder).as_posix() if place != self.folder else "."
+
+
+def _signature(place: Path, files: set[str]) -> Signature:
+    """Of the files that tell of an adapter, as long as they are not changed; empty without any."""
+    found = []
+    for name in sorted(files):
+        if name in (*DIFFUSERS_NAMES, STATE) or name.startswith("adapter_") or name.endswith(".safetensors"):
+            try:
+                status = os.stat(place / name)
+            except OSError:  # deleted just now
+                continue
+            found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
+
+
+def _age(signature: Signature) -> float:
+    """Seconds since the last change."""
+    return time.time() - max(changed for *_, changed in signature) / 1e9
+
+
+def _order(adapter: Adapter) -> tuple[bool, float, float]:
+    step, epoch = adapter.step, adapter.epoch
+    return step is None and epoch is None, step or 0, epoch or 0
+
+
+def _means(result: Spectra) -> dict[tuple[str, str], Means]:
+    found = {}
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, row in enumerate(result.rows):
+        groups.setdefault((row.scale, row.module), []).append(i)
+    for key, members in groups.items():
+        padded = np.zeros((len(members), max(len(result.sigma[i]) for i in members)))
+        for values, i in zip(padded, members, strict=True):
+            values[: len(result.sigma[i])] = result.sigma[i]
+        given = [result.rows[i].frobenius for i in members]
+        whole = np.array([norm is None for norm in given])
+        norms = np.where(whole, metrics.frobenius(padded), np.array([norm or 0.0 for norm in given]))
+        effective = metrics.effective_rank(padded)
+        effective = effective[whole & ~np.isnan(effective)]
+        rank = float(np.mean([result.rows[i].rank for i in members]))
+        found[key] = Means(float(effective.mean()) if len(effective) else None, float(norms.mean()), rank, len(members))
+    return found

@@ -1,0 +1,109 @@
+"""KL divergence between the spectra of layers: the numbers behind Figure 4, its companion and the summary tables."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+
+from msplora_analysis.compute.measures.divergence import pairwise_kl
+from msplora_analysis.compute.measures.metrics import Array
+from msplora_analysis.tables.checkpoints import at_epoch
+from msplora_analysis.tables.matrices import ks, prepare, variants
+
+
+def mean_spectra(matrices: pd.DataFrame) -> pd.DataFrame:
+    """Mean spectrum of each layer over whatever else `matrices` holds (modules, runs): index layer, columns k.
+
+    Where layers differ in rank, all are cut to the number of values that each of them has.
+    """
+    by = matrices.groupby("group")
+    ranks = by["rank"].max()
+    if ranks.nunique() > 1:
+        warnings.warn(
+            f"{matrices['variant'].iloc[0]}: layers have {ranks.min()} to {ranks.max()} singular values; "
+            f"divergences compare the {ranks.min()} largest of each",
+            stacklevel=2,
+        )
+    return by[ks(matrices)[: ranks.min()]].mean()
+
+
+def layers_of(matrices: pd.DataFrame, stack: str) -> dict[str, tuple[int, ...]]:
+    """Variant → the layers of a numbered stack that it adapts, for variants that adapt at least two."""
+    parts = matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack)]
+    layers = parts.groupby("variant")["group"].unique()
+    return {variant: tuple(sorted(layers[variant])) for variant in variants(parts) if len(layers[variant]) > 1}
+
+
+def numbers(matrices: pd.DataFrame, variants: list[str], stack: str, epoch: float | None = None) -> pd.DataFrame:
+    """D_KL(i‖j) of each variant: one row per variant and ordered pair of layers, all variants at one epoch.
+
+    Source: MSPLoRA, arXiv 2503.21838, section on figure 4: spectra are averaged over modules and runs *first*.
+    """
+    chosen = (matrices["scale"] == "layer") & (matrices["stack"] == stack) & matrices["variant"].isin(variants)
+    parts = at_epoch(matrices[chosen], epoch)
+    tables = []
+    for variant in variants:
+        part = parts[parts["variant"] == variant]
+        spectra = mean_spectra(part)
+        about = {"variant": variant, "stack": stack, "epoch": part["epoch"].iloc[0], "runs": part["run"].nunique()}
+        layers = spectra.index.to_numpy()
+        pairs = {"layer_i": np.repeat(layers, len(layers)), "layer_j": np.tile(layers, len(layers))}
+        tables.append(pd.DataFrame({**about, **pairs, "kl": pairwise_kl(spectra).ravel()}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def matrix(numbers: pd.DataFrame, column: str = "kl") -> Array:
+    """Rows of pairs → array (layers, layers), i down and j across, in the order of the layers."""
+    return numbers.pivot(index="layer_i", columns="layer_j", values=column).to_numpy(dtype=np.float64)
+
+
+def kl_per_run(spectra: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
+    """Mean KL between layers of each run, its spectra averaged over modules only. One row per run and stack.
+
+    `kl_all_pairs` is the mean over ordered pairs i ≠ j, `kl_adjacent` that over ordered pairs of neighbours among the
+    adapted layers; pairs with an all-zero spectrum are left out, and without any pair the mean is NaN.
+    """
+    return per_run(prepare(spectra), epoch)
+
+
+def kl_summary(spectra: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
+    """Mean KL between layers, one row per variant and stack.
+
+    `kl_all_pairs` and `kl_adjacent` come from spectra averaged over modules *and runs* first, as in figure 4. That
+    average hides how runs differ, so `…_run_mean` and `…_run_std` give the mean and standard deviation (n − 1) of
+    `kl_per_run`. All variants stand at one epoch: the one given, or the last that they share.
+    """
+    return summary(prepare(spectra), epoch)
+
+
+def per_run(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
+    return _means(matrices, ["variant", "stack", "run"], epoch)
+
+
+def summary(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
+    key = ["variant", "stack"]
+    by_run = per_run(matrices, epoch).groupby(key)
+    columns = {"runs": by_run.size()}
+    for kl in ("kl_all_pairs", "kl_adjacent"):
+        columns |= {f"{kl}_run_mean": by_run[kl].mean(), f"{kl}_run_std": by_run[kl].std()}
+    return _means(matrices, key, epoch).merge(pd.DataFrame(columns).reset_index(), on=key)
+
+
+def _means(matrices: pd.DataFrame, by: list[str], epoch: float | None) -> pd.DataFrame:
+    """Mean KL of each group of `by`, its spectra averaged first."""
+    layers = at_epoch(matrices[(matrices["scale"] == "layer") & matrices["stack"].notna()], epoch)
+    rows = []
+    for variant in variants(layers):
+        for key, part in layers[layers["variant"] == variant].groupby(by):
+            divergence = pairwise_kl(mean_spectra(part))
+            n = len(divergence)
+            if n > 1:
+                apart = divergence[~np.eye(n, dtype=bool)]
+                neighbours = np.concatenate([divergence.diagonal(1), divergence.diagonal(-1)])
+                rows.append((*key, part["epoch"].iloc[0], n, _mean(apart), _mean(neighbours)))
+    return pd.DataFrame(rows, columns=[*by, "epoch", "layers", "kl_all_pairs", "kl_adjacent"])
+
+
+def _mean(values: Array) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -1,0 +1,143 @@
+"""The tidy spectra table as every figure starts from it: one row per matrix, variants named, epochs aligned."""
+
+import re
+
+import numpy as np
+import pandas as pd
+
+from msplora_analysis.compute.measures.metrics import Array
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.base import SCALES, stack_and_layer
+from msplora_analysis.tables import columns
+from msplora_analysis.tables.checkpoints import align, one_per_epoch
+
+KEYS = list(columns.KEYS)
+
+
+def prepare(spectra: pd.DataFrame) -> pd.DataFrame:
+    """One row per matrix of the tidy table: its key columns, `rank`, `variant`, `stack`, and sigma in columns 1 … R.
+
+    A spectrum shorter than R is filled with zeros: a rank-r update has no more than r non-zero singular values, so a
+    mean over matrices of several ranks stays the mean of their spectra.
+
+    `stack` is the dotted path of `name` before its first all-digit part (`roberta.encoder.layer`), None for a module
+    outside the numbered layers. All runs of a variant keep the same epochs (see `checkpoints.align`).
+    """
+    matrices = _pivot(spectra)
+    stacks = {name: stack_and_layer(name)[0] for name in matrices["name"].unique()}
+    matrices["stack"] = matrices["name"].map(stacks).where(matrices["group"].notna(), None)
+    matrices["variant"] = matrices["run"].map(_variants(matrices))
+    return align(one_per_epoch(matrices))
+
+
+def ks(matrices: pd.DataFrame) -> list[int]:
+    """The columns that hold singular values."""
+    return [column for column in matrices.columns if isinstance(column, int)]
+
+
+def sigma(matrices: pd.DataFrame) -> Array:
+    """Singular values, shape (matrices, R)."""
+    return matrices[ks(matrices)].to_numpy(dtype=np.float64)
+
+
+def variants(matrices: pd.DataFrame) -> list[str]:
+    """Variants in reading order: LoRA first, ranks in the order of numbers."""
+    return sorted(matrices["variant"].unique(), key=_reading_order)
+
+
+def stacks(matrices: pd.DataFrame) -> list[str]:
+    """Numbered stacks that hold `layer` parts."""
+    return sorted(matrices.loc[matrices["scale"] == "layer", "stack"].dropna().unique())
+
+
+def is_msplora(variant: str) -> bool:
+    return variant.startswith("MSPLoRA")
+
+
+def choose(kind: str, value: str | None, candidates: list[str]) -> str:
+    """The variant or stack that was asked for, or the only one there is."""
+    if value is None and len(candidates) == 1:
+        return candidates[0]
+    if value in candidates:
+        return str(value)
+    given = "none was given" if value is None else f"not {value!r}"
+    raise AnalysisError(
+        f"choose the {kind} to draw ({given}): {', '.join(candidates) or 'the table has none that fits'}"
+    )
+
+
+def slug(label: str) -> str:
+    """A label as part of a file name: 'MSPLoRA 8/4/2' → 'msplora-8-4-2', 'LoRA r=2–8' → 'lora-2to8'."""
+    text = label.lower().replace("r=", "").replace("–", "to")
+    return re.sub(r"[^a-z0-9_]+", "-", text).strip("-")
+
+
+def _pivot(spectra: pd.DataFrame) -> pd.DataFrame:
+    missing = [column for column in (*KEYS, "k", "sigma") if column not in spectra.columns]
+    if missing:
+        raise AnalysisError(f"the spectra table lacks the column {', '.join(missing)}: pass what load_spectra returns")
+    if spectra.empty:
+        raise AnalysisError("the spectra table is empty: pass the spectra of at least one adapter")
+    # By way of Float64, which takes NA in a column of objects too.
+    keys = spectra[KEYS].astype({"step": "Float64", "epoch": "Float64", "group": "Int64"})
+    keys = keys.astype({"step": "float64", "epoch": "float64"}).reset_index(drop=True)
+    matrix = keys.groupby(KEYS, dropna=False, sort=False).ngroup().to_numpy()
+    k = spectra["k"].to_numpy(dtype=np.int64)
+    n, r = matrix.max() + 1, k.max()
+    if np.bincount(matrix * r + k - 1).max() > 1:
+        twice = keys.iloc[np.flatnonzero(pd.Series(matrix * r + k).duplicated())[0]]
+        raise AnalysisError(
+            f"run {twice['run']} holds {twice['name']} ({twice['scale']}) twice: pass each adapter once"
+        )
+    values = np.zeros((n, r))
+    values[matrix, k - 1] = spectra["sigma"].to_numpy(dtype=np.float64)
+    first = np.unique(matrix, return_index=True)[1]
+    table = keys.iloc[first].reset_index(drop=True).assign(rank=np.bincount(matrix))
+    return pd.concat([table, pd.DataFrame(values, columns=list(range(1, r + 1)))], axis=1)
+
+
+def _variants(matrices: pd.DataFrame) -> dict[str, str]:
+    """Run → label from its scales and ranks: 'LoRA r=8', 'MSPLoRA 8/4/2'.
+
+    Runs of one label that adapt other stacks, layers or modules are told apart by what differs, as in
+    'LoRA r=8 (12 layers)': a mean over different models would mean nothing.
+    """
+    parts = matrices[matrices["scale"] != "total"]
+    if parts.empty:
+        raise AnalysisError(
+            "the spectra table has only the scale total: pass the parts (layer, or global, mid and layer) too"
+        )
+    labels = {run: _label(rows) for run, rows in parts.groupby("run", sort=False)}
+    traits = {run: _traits(rows) for run, rows in parts.groupby("run", sort=False)}
+    told_apart = {}
+    for run, label in labels.items():
+        rivals = [traits[other] for other in labels if labels[other] == label]
+        differing = [own for own, *others in zip(traits[run], *rivals, strict=True) if len(set(others)) > 1]
+        told_apart[run] = f"{label} ({', '.join(differing)})" if differing else label
+    return told_apart
+
+
+def _label(parts: pd.DataFrame) -> str:
+    ranks = parts.groupby("scale")["rank"].agg(["min", "max"])
+    texts = {
+        scale: f"{low}" if low == high else f"{low}–{high}"
+        for scale, low, high in ranks.loc[[s for s in SCALES if s in ranks.index]].itertuples()
+    }
+    if list(texts) == ["layer"]:
+        return f"LoRA r={texts['layer']}"
+    missing = "" if len(texts) == 3 else f" {'+'.join(texts)}"
+    return f"MSPLoRA {'/'.join(texts.values())}{missing}"
+
+
+def _traits(parts: pd.DataFrame) -> tuple[str, str, str]:
+    layers = parts[parts["scale"] == "layer"]
+    modules = sorted(layers["module"].unique())
+    return (
+        "+".join(sorted(layers["stack"].dropna().unique())),
+        f"{len(layers[['stack', 'group']].drop_duplicates())} layers",
+        "+".join(modules) if len(modules) <= 3 else f"{len(modules)} modules",
+    )
+
+
+def _reading_order(label: str) -> list[tuple[bool, int, str]]:
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", label)]

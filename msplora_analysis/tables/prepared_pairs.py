@@ -1,0 +1,50 @@
+"""The tables of redundancy as figures start from them: variants named, stacks told, epochs aligned."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.base import stack_and_layer
+from msplora_analysis.tables.checkpoints import align, one_per_epoch
+
+MEASURES = ["kl_ij", "kl_ji", "js", "wasserstein", "overlap_in", "overlap_out", "overlap_expected", "cosine"]
+
+
+def prepare_pairs(table: pd.DataFrame, variants: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The table with `variant` and `stack`, all runs of a variant at the same epochs (see `checkpoints.align`).
+
+    table: what `load_pairs` or `load_scale_pairs` returns. variants: label of each run; without it, told from the
+    table by method and, where there is a column `k` (`details=True`), the rank of the layer parts. `stack` is empty
+    where the table has no names. Added too: `chance_in` and `chance_out`, what random subspaces give on either side, or
+    where the table lacks these details the mean of both.
+    """
+    required = ["run", "step", "epoch", "module", "group_i", "group_j", *MEASURES]
+    if missing := [column for column in required if column not in table.columns]:
+        raise AnalysisError(
+            f"the table lacks the column {', '.join(missing)}: pass what load_pairs or load_scale_pairs returns"
+        )
+    names = table.get("name_i", pd.Series("", index=table.index))
+    stacks = {name: stack_and_layer(name)[0] for name in names.unique()}
+    # By way of Float64, which takes NA in a column of objects too.
+    when = {name: table[name].astype("Float64").astype("float64") for name in ("step", "epoch")}
+    labels = dict(variants) if variants is not None else _labels(table)
+    if unknown := sorted(set(table["run"]) - set(labels)):
+        raise AnalysisError(f"run {unknown[0]} has pairs, but no spectra: pass tables of the same runs")
+    chance = {side: table.get(f"expected_{side}", table["overlap_expected"]) for side in ("in", "out")}
+    when |= {f"chance_{side}": values for side, values in chance.items()}
+    prepared = table.assign(**when, stack=names.map(stacks), variant=table["run"].map(labels).astype(object))
+    return align(one_per_epoch(prepared)) if len(prepared) else prepared
+
+
+def _labels(table: pd.DataFrame) -> dict[str, str]:
+    """Run → 'LoRA r=8' or 'MSPLoRA layer r=2'."""
+    labels = {}
+    for run, rows in table.groupby("run", sort=False):
+        between_scales = "scale_j" in rows
+        layers = rows[rows["scale_j" if between_scales else "scale"] == "layer"]
+        is_msplora = between_scales or len(layers) < len(rows)
+        rank = f"r={layers['k'].max()}" if "k" in rows and len(layers) else ""
+        labels[str(run)] = " ".join(filter(None, ("MSPLoRA layer" if is_msplora and rank else
+                                                  "MSPLoRA" if is_msplora else "LoRA", rank)))  # fmt: skip
+    return labels

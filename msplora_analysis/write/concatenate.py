@@ -1,0 +1,89 @@
+"""An adapter as a plain LoRA without loss: the factors of all its products, one after another.
+
+The update of a module, sum over s of scaling_s B_s A_s, is B A with A the A_s stacked and B the
+scaling_s B_s side by side; its rank is the sum of theirs (for MSPLoRA r_g + r_m + r_l,
+arXiv 2503.21838, eq. 6). Shared factors are repeated in every module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msplora_analysis.files.addresses import StrPath
+from msplora_analysis.options import Options
+from msplora_analysis.write.source import Module, Source, factors, find_adapter, open_source, warn_of
+from msplora_analysis.write.write import (
+    Pair,
+    as_pair,
+    check_dtype,
+    new_folder,
+    stored_dtypes,
+    widest_dtype,
+    write_adapter,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def export(
+    adapter: StrPath, out: StrPath, *, dtype: str | None = None, overwrite: bool = False, **options: bool | str
+) -> pd.DataFrame:
+    """Write an adapter as a plain PEFT LoRA adapter with the same update of every weight.
+
+    adapter: an adapter's folder or file, as ``load_spectra`` takes it; one, not several.
+    out: the folder to write.
+    dtype: of the factors, "float32", "float16", "bfloat16" or "float64". None: that of the file
+        where it holds the scaled factors exactly, else float32.
+    overwrite: replace an adapter that is in ``out``.
+    options: ``ignore_unknown`` and ``semantics`` of ``options.Options``.
+
+    Returns one row per module: name, module, layer, rows, cols, rank, parameters. Raises
+    AnalysisError for an adapter that no plain LoRA equals.
+    """
+    return exported(adapter, out, dtype, overwrite, Options(**options))[0]  # type: ignore[arg-type]
+
+
+def exported(
+    adapter: StrPath, out: StrPath, dtype: str | None, overwrite: bool, options: Options
+) -> tuple[pd.DataFrame, Source, str]:
+    """``export``, with what it read and the type that it wrote."""
+    check_dtype(dtype)
+    found = find_adapter(adapter)
+    with new_folder(out, found.file, overwrite) as folder, open_source(found, options) as source:
+        stored = stored_dtypes(found.file)
+        chosen = dtype or widest_dtype(source, stored)
+        try:
+            pairs = [_pair(source, module, chosen, exactly=dtype is None) for module in source.modules]
+        except _Inexact:
+            chosen = "float32"
+            pairs = [_pair(source, module, chosen) for module in source.modules]
+        table = _table(source, pairs)
+        write_adapter(folder, pairs, chosen, source, table, stored)
+    warn_of(source)
+    return table, source, chosen
+
+
+class _Inexact(Exception):
+    """A type of half precision does not hold a scaled factor."""
+
+
+def _pair(source: Source, module: Module, dtype: str, *, exactly: bool = False) -> Pair:
+    a, b = factors(source, module)
+    pair = as_pair(module, a, b, dtype)
+    if exactly and dtype in ("bfloat16", "float16"):
+        same = all((kept.reshape(exact.shape) == exact).all() for kept, exact in ((pair.a, a), (pair.b, b)))
+        if not same:
+            raise _Inexact
+    return pair
+
+
+def _table(source: Source, pairs: list[Pair]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [
+        (m.name, m.matrix.module, m.matrix.group, m.update.rows, m.update.cols, len(pair.a), pair.a.size + pair.b.size)
+        for m, pair in zip(source.modules, pairs, strict=True)
+    ]
+    columns = ["name", "module", "layer", "rows", "cols", "rank", "parameters"]
+    return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})

@@ -1,0 +1,259 @@
+"""One adapter, as far as a plain LoRA can hold it: low-rank updates of modules, and what is saved beside them.
+
+Refused is what a sum of products cannot express, or what the file does not tell; nothing is left
+out silently.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from msplora_analysis.adapters.discovery import Adapter, discover
+from msplora_analysis.adapters.opening import opened, unknown_text
+from msplora_analysis.compute.linalg.spectra import Array, load_factors, not_finite
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import StrPath, parse
+from msplora_analysis.files.tensors import TensorFile
+from msplora_analysis.formats import Contents, Factor, Matrix, Sum
+from msplora_analysis.formats.base import PREFIX, Shape, trained_in_full
+from msplora_analysis.formats.flattened import dotted
+from msplora_analysis.options import Options
+
+# Methods whose modules are linear layers, and whose updates are sums of products of the file's tensors alone.
+_LINEAR = ("MSPLORA", "ADALORA", "VERA", "PVERA", "VBLORA", "DELORA", "GRALORA")
+_SUPPORTED = ("LORA", *_LINEAR)
+
+_REFUSED = {
+    "use_dora": "DoRA rescales the whole weight after adding B A, which no plain LoRA can do; PEFT loads it as it is",
+    "kasa_config": "KaSA's update is to a base weight without its smallest singular values",
+    "alora_invocation_tokens": "an activated LoRA acts only from its invocation tokens on",
+    "lora_bias": "its update has a bias, which is no product",
+    "target_parameters": "it adapts single parameters, whose place a plain LoRA cannot name",
+}
+_SPLIT_OFF = ("pissa", "corda", "olora", "lora_ga", "loftq")
+# What adapter_config.json says of the model and of what is trained in full; the rest is about the method.
+_KEPT = (
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "modules_to_save"),
+    *("fan_in_fan_out", "trainable_token_indices", "layer_replication", "lora_dropout"),
+)
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT looks for a head of these in the file
+_PIPELINE = re.compile(r"(unet|transformer(_2)?|text_encoder(_[23])?|prior)\.")  # models, as diffusers names them
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of the base model and its update.
+
+    name: dotted path in the base model. inputs: the axes of A behind the first; more than one for a convolution.
+    """
+
+    name: str
+    matrix: Matrix
+    update: Sum
+    inputs: Shape
+    is_embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open adapter.
+
+    copied: tensors that are written as they are, by the name they are written under. config: what
+    adapter_config.json says of the base model and of these. parameters: how many numbers the
+    adapter has in the file, shared ones once. notes: what a user must know.
+    """
+
+    adapter: Adapter
+    file: TensorFile
+    modules: list[Module]
+    copied: dict[str, str]
+    config: dict[str, Any]
+    parameters: int
+    notes: list[str]
+
+
+def find_adapter(path: StrPath) -> Adapter:
+    """The one adapter at ``path``. Raises AnalysisError where there are several, naming the newest."""
+    place = parse(path)
+    found = discover(path)
+    here = [adapter for adapter in found if place in (adapter.file, adapter.file.parent)]
+    if len(here or found) == 1:
+        return (here or found)[0]
+    newest = found[-1].file
+    newest = newest.parent if newest.name.startswith("adapter_model.") else newest
+    raise AnalysisError(f"{path}: {len(found)} adapters; give one of them, such as the newest: {newest}")
+
+
+@contextmanager
+def open_source(adapter: Adapter, options: Options) -> Iterator[Source]:
+    """Open an adapter. Raises AnalysisError, naming the file, if it has no exact form as a plain LoRA."""
+    with opened(adapter, options) as (file, contents):
+        try:
+            source = _source(adapter, file, contents)
+        except AnalysisError as error:
+            raise AnalysisError(f"{adapter.file}: {error}") from None
+        yield source
+
+
+def factors(source: Source, module: Module) -> tuple[Array, Array]:
+    """A (rank, cols) and B (rows, rank) of a module's update, scaling in B; scratch memory.
+
+    Raises AnalysisError for a tensor that holds NaN or Inf.
+    """
+    a, b, scaling = load_factors(source.file, [module.update])
+    b *= scaling[0]
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise not_finite(source.file, module.update, module.name)
+    return a[0], b[0]
+
+
+def warn_of(source: Source) -> None:
+    """A warning for each of the notes."""
+    for note in source.notes:
+        warnings.warn(f"{source.adapter.file}: {note}", stacklevel=4)
+
+
+def _source(adapter: Adapter, file: TensorFile, contents: Contents) -> Source:
+    config = adapter.config
+    _check_config(config)
+    modules = [_module(matrix, file, config) for matrix in _whole_updates(contents)]
+    notes = list(contents.notes)
+    if not config:
+        modules = _of_one_model(modules, notes)
+    factors = {tensor for matrix in contents.matrices for tensor in _tensors(matrix)}
+    copied = _copied(file, config, factors.union(contents.unknown))
+    if contents.unknown:
+        notes.append(f"{unknown_text(contents.unknown)} are left out")
+    if config.get("task_type") in _WITH_HEAD and not any(_is_head(key) for key in copied):
+        notes.append(
+            f"task_type is {config['task_type']}, but no head is saved with the adapter: PEFT will miss it; "
+            "set task_type to null in adapter_config.json to use the base model's own"
+        )
+    kept = {key: config[key] for key in _KEPT if config.get(key) is not None}
+    bias = config.get("bias") or "none"
+    kept["bias"] = "lora_only" if bias.endswith("_only") else bias
+    parameters = sum(math.prod(file.shapes[tensor]) for tensor in factors)
+    return Source(adapter, file, modules, copied, kept, parameters, notes)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind not in (None, *_SUPPORTED):
+        raise AnalysisError(
+            f"adapter_config.json: {kind} has no form as a plain LoRA that is exact for every layer; "
+            f"supported: {', '.join(_SUPPORTED)}"
+        )
+    for key, reason in _REFUSED.items():
+        if config.get(key):
+            raise AnalysisError(f"adapter_config.json: {key}: {reason}; it cannot be written as a plain LoRA")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_SPLIT_OFF):
+        raise AnalysisError(
+            f"adapter_config.json: init_lora_weights is {init!r}: B A is relative to a changed base weight; load it in "
+            "PEFT and save it with path_initial_model_for_weight_conversion, then use that"
+        )
+
+
+# Modules
+
+
+def _whole_updates(contents: Contents) -> list[Matrix]:
+    """The whole update of every module: its "total" where it has several scales, else its one matrix."""
+    whole = {m.name: m for scale in ("layer", "total") for m in contents.matrices if m.scale == scale}
+    if not whole:
+        raise AnalysisError("it has no layer scale, and which modules the shared scales adapt is not in the file")
+    return list(whole.values())
+
+
+def _module(matrix: Matrix, file: TensorFile, config: dict[str, Any]) -> Module:
+    update, name = matrix.update, matrix.name
+    if not isinstance(update, Sum):
+        raise AnalysisError(f"{name}: its update is no sum of low-rank products, so that no plain LoRA equals it")
+    if config.get("peft_type") in _LINEAR:
+        return Module(name, matrix, update, (update.cols,))
+    (product,) = update.products
+    key = product.a.tensors[0]
+    unit = key.removeprefix(PREFIX)
+    if not config.get("peft_type"):
+        _check_without_config(name, key, product.a, product.b, config)
+    elif not unit.startswith(f"{name}.lora_"):
+        raise AnalysisError(f"tensor {key}: its module is inside another, where a plain LoRA cannot reach it")
+    shape_a, shape_b = (file.shapes[factor.tensors[0]] for factor in (product.a, product.b))
+    if max(len(shape_a), len(shape_b)) > 2 and (product.a.make or product.b.make):
+        raise AnalysisError(f"tensor {key}: the update of a convolution in groups is not written; leave it as it is")
+    inputs = shape_a[1:] if product.a.make is None else (update.cols,)
+    return Module(name, matrix, update, inputs, ".lora_embedding_A" in key)
+
+
+def _check_without_config(name: str, key: str, a: Factor, b: Factor, config: dict[str, Any]) -> None:
+    """Of files without adapter_config.json: is it a plain pair, of a module whose name is known?"""
+    first = key.partition(".")[0]
+    if dotted(first) != first:
+        raise AnalysisError(f"tensor {key}: the dots of the module's name are not in the file, and PEFT needs them")
+    if a.make or b.make:
+        raise AnalysisError(f"{name}: its update is not one plain pair of factors; only such are written")
+    if key.endswith((".lora_A", ".lora_B")) and "lora_alpha" not in config:  # loralib
+        raise AnalysisError(
+            "a loralib file does not hold lora_alpha, on which the update depends; put "
+            '{"lora_alpha": ..., "r": ...} into an adapter_config.json beside it'
+        )
+
+
+def _of_one_model(modules: list[Module], notes: list[str]) -> list[Module]:
+    """Names without that of the model, which diffusers puts before them; PEFT's adapters are of one model."""
+    matches = [_PIPELINE.match(module.name) for module in modules]
+    models = sorted({match[1] if match else "" for match in matches})
+    if models == [""]:
+        return modules
+    if len(models) > 1:
+        raise AnalysisError(
+            f"it has updates of several models ({', '.join(model or 'one without a name' for model in models)}); "
+            "a PEFT adapter is of one: split the file first"
+        )
+    notes.append(f"the adapter is for the pipeline's {models[0]}; load it into that model")
+    return [Module(m.name.removeprefix(f"{models[0]}."), m.matrix, m.update, m.inputs, m.is_embedding) for m in modules]
+
+
+def _tensors(matrix: Matrix) -> Iterator[str]:
+    assert isinstance(matrix.update, Sum)
+    for product in matrix.update.products:
+        yield from (*product.a.tensors, *product.b.tensors)
+
+
+# What is beside the factors
+
+
+def _copied(file: TensorFile, config: dict[str, Any], done: Iterable[str]) -> dict[str, str]:
+    """Tensors beside the factors, by the name that PEFT gives them now. Raises AnalysisError for what would be lost."""
+    copied = {}
+    left = set(done)
+    for key, shape in file.shapes.items():
+        name = key.removeprefix(PREFIX)
+        if key in left or 0 in shape:  # AdaLoRA's pruned modules are empty
+            continue
+        if trained_in_full(name, config):
+            # PEFT once kept the untouched original beside the copy that is trained.
+            if ".original_module." not in name:
+                copied[PREFIX + re.sub(r"\.modules_to_save(\.default)?\.", ".", name)] = key
+        elif not _is_accounted_for(name, config):
+            raise AnalysisError(f"tensor {key} is no factor of a sum of products, and would be lost in a plain LoRA")
+    return copied
+
+
+def _is_accounted_for(name: str, config: dict[str, Any]) -> bool:
+    """Whether an update has what a tensor says, although it is none of the factors."""
+    if config.get("peft_type") == "MSPLORA":  # the released code repeats a shared pair under every layer
+        return ".lora_" in name
+    return config.get("peft_type") is None and name.endswith((".alpha", ".scalar"))
+
+
+def _is_head(key: str) -> bool:
+    return any(name in key.split(".") for name in ("classifier", "score", "qa_outputs"))

@@ -1,0 +1,165 @@
+"""An adapter as a plain LoRA of lower rank: of every module the best approximation, from its factors alone.
+
+With the singular value decomposition U S Vᵀ of a module's whole update, the first k triples are its
+best approximation of rank k in Frobenius norm, and miss the sum of the other sigma² (Eckart & Young
+1936). Cutting a trained LoRA in this way is what LoRA-Squeeze (2026) calls post-hoc compression.
+The update is never formed: QR of both factors in float64, and the decomposition of an r×r core.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from msplora_analysis.compute.linalg.spectra import Array, adapter_spectra
+from msplora_analysis.compute.measures.rank_needed import energy_rank
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import StrPath
+from msplora_analysis.options import Options
+from msplora_analysis.write.allocate import allocate
+from msplora_analysis.write.source import Source, factors, find_adapter, open_source, warn_of
+from msplora_analysis.write.write import (
+    as_pair,
+    check_dtype,
+    new_folder,
+    stored_dtypes,
+    widest_dtype,
+    write_adapter,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def compress(
+    adapter: StrPath,
+    out: StrPath,
+    *,
+    energy: float | None = None,
+    rank: int | None = None,
+    budget: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    **options: bool | str,
+) -> pd.DataFrame:
+    """Write the best approximation of an adapter by a plain PEFT LoRA adapter of lower rank.
+
+    adapter, out, overwrite, options: see ``concatenate.export``. One of three says how much is kept:
+    energy: of every module, the least rank that keeps this share of the sum of sigma², in (0, 1].
+    rank: of every module this rank, or its own if that is lower.
+    budget: parameters of the factors in all, heads not counted; ranks are those of the least total
+        squared error (see ``allocate``).
+    dtype: of the factors; None: float64 for an adapter in float64, else float32.
+
+    Returns one row per module: name, module, layer, rows, cols, rank_before, rank,
+    parameters_before, parameters (of this module's factors), norm (of its update), energy (share of
+    sigma² that is kept), error (Frobenius norm of what is lost, relative to the update's). A module
+    of rank 0 is left out of the adapter. Raises AnalysisError for an adapter that has no low-rank
+    form, and if nothing would be left.
+    """
+    return compressed(adapter, out, energy, rank, budget, dtype, overwrite, Options(**options))[0]  # type: ignore[arg-type]
+
+
+def compressed(
+    adapter: StrPath,
+    out: StrPath,
+    energy: float | None,
+    rank: int | None,
+    budget: int | None,
+    dtype: str | None,
+    overwrite: bool,
+    options: Options,
+) -> tuple[pd.DataFrame, Source, str]:
+    """``compress``, with what it read and the type that it wrote."""
+    check_dtype(dtype)
+    _check_choice(energy, rank, budget)
+    found = find_adapter(adapter)
+    with new_folder(out, found.file, overwrite) as folder, open_source(found, options) as source:
+        spectra = [one.sigma for one in adapter_spectra(source.file, [module.matrix for module in source.modules])]
+        ranks = _ranks(source, spectra, energy, rank, budget)
+        if not any(ranks):
+            raise AnalysisError(
+                f"{found.file}: nothing would be left of it: "
+                + ("every update is zero" if not any(sigma.any() for sigma in spectra) else "give a larger --budget")
+            )
+        stored = stored_dtypes(found.file)
+        chosen = dtype or ("float64" if widest_dtype(source, stored) == "float64" else "float32")
+        pairs = [
+            as_pair(module, *truncated(*factors(source, module), k), chosen)
+            for module, k in zip(source.modules, ranks, strict=True)
+            if k
+        ]
+        table = _table(source, spectra, ranks)
+        write_adapter(folder, pairs, chosen, source, table, stored)
+    warn_of(source)
+    return table, source, chosen
+
+
+def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+    """Factors (rank, cols) and (rows, rank) of the best approximation of ``b @ a``, of equal norms.
+
+    a: (r, cols), b: (rows, r). The square root of each singular value goes into either factor.
+    """
+    q_a, r_a = np.linalg.qr(a.T)
+    q_b, r_b = np.linalg.qr(b)
+    u, sigma, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = np.sqrt(sigma[:rank])
+    return root[:, None] * (vt[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
+
+
+def _check_choice(energy: float | None, rank: int | None, budget: int | None) -> None:
+    if sum(choice is not None for choice in (energy, rank, budget)) != 1:
+        raise AnalysisError("give one of --energy, --rank and --budget (energy=, rank=, budget=)")
+    if energy is not None and not 0 < energy <= 1:
+        raise AnalysisError(f"--energy {energy:g}: expected a share of the sum of sigma², above 0 and at most 1")
+    for option, value in (("rank", rank), ("budget", budget)):
+        if value is not None and value < 1:
+            raise AnalysisError(f"--{option} {value}: expected a whole number of at least 1")
+
+
+def _ranks(
+    source: Source, spectra: list[Array], energy: float | None, rank: int | None, budget: int | None
+) -> list[int]:
+    """How many directions to keep of each module; zeros but for rounding are never kept."""
+    sizes = [max(module.update.rows, module.update.cols) for module in source.modules]
+    present = [_numerical_rank(sigma, size) for sigma, size in zip(spectra, sizes, strict=True)]
+    if energy is not None:
+        return [int(energy_rank(sigma[:k], energy)) if k else 0 for sigma, k in zip(spectra, present, strict=True)]
+    if rank is not None:
+        return [min(rank, k) for k in present]
+    assert budget is not None
+    costs = [module.update.rows + module.update.cols for module in source.modules]
+    return allocate([sigma[:k] ** 2 for sigma, k in zip(spectra, present, strict=True)], costs, budget)
+
+
+def _numerical_rank(sigma: Array, size: int) -> int:
+    """How many singular values are more than rounding, as numpy's matrix_rank tells it."""
+    return int((sigma > size * np.finfo(np.float64).eps * sigma[0]).sum())
+
+
+def _table(source: Source, spectra: list[Array], ranks: list[int]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for module, sigma, rank in zip(source.modules, spectra, ranks, strict=True):
+        update = module.update
+        norm, lost = float(np.linalg.norm(sigma)), float(np.linalg.norm(sigma[rank:]))
+        error = lost / norm if norm else 0.0
+        rows.append(
+            {
+                "name": module.name,
+                "module": module.matrix.module,
+                "layer": module.matrix.group,
+                "rows": update.rows,
+                "cols": update.cols,
+                "rank_before": update.rank,
+                "rank": rank,
+                "parameters_before": update.rank * (update.rows + update.cols),
+                "parameters": rank * (update.rows + update.cols),
+                "norm": norm,
+                "energy": 1 - error**2 if norm else np.nan,
+                "error": error,
+            }
+        )
+    return pd.DataFrame(rows).astype({"layer": "Int64"})

@@ -1,0 +1,215 @@
+"""Write low-rank pairs as a folder that PEFT, and what reads its LoRA, loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import Place, StrPath
+from msplora_analysis.formats.base import PREFIX
+from msplora_analysis.write.source import Module, Source
+from msplora_core.names import CONFIG
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WEIGHTS_NAME, TABLE_NAME = "adapter_model.safetensors", "ranks.csv"
+# Names of types in safetensors files, from the least to the most exact.
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+
+Array = NDArray[Any]
+
+
+class Pair(NamedTuple):
+    """``b @ a`` is the whole update of the module ``name``: nothing is left to scale.
+
+    a: (r, in, ...), b: (out, r, 1, ...), as many axes as the module's weight.
+    """
+
+    name: str
+    a: Array
+    b: Array
+    is_embedding: bool
+
+
+@contextmanager
+def new_folder(out: StrPath, source: Place, overwrite: bool) -> Iterator[Path]:
+    """A folder to write to, which takes the place of ``out`` at the end, or disappears with an exception.
+
+    Raises AnalysisError if ``out`` holds anything and must not be overwritten, or more than an adapter.
+    """
+    out = Path(os.path.abspath(out))
+    try:
+        _check_free(out, source, overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside, before = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+        beside.mkdir()
+        try:
+            yield beside
+            if out.is_dir():
+                os.rename(out, before)
+            try:
+                os.rename(beside, out)
+            except OSError:
+                if before.is_dir():
+                    os.rename(before, out)
+                raise
+            shutil.rmtree(before, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise AnalysisError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+
+
+def _check_free(out: Path, source: Place, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise AnalysisError(f"--out {out}: not a folder; give another path")
+    names = {path.name for path in out.iterdir()}
+    if isinstance(source, Path) and os.path.realpath(out) == os.path.realpath(source.parent):
+        raise AnalysisError(f"--out {out}: it is the folder of the adapter itself; give another path")
+    if names and not overwrite:
+        raise AnalysisError(f"--out {out}: the folder is not empty; give another, or --overwrite (overwrite=True)")
+    if others := sorted(names - {CONFIG, WEIGHTS_NAME, TABLE_NAME, "README.md"}):
+        raise AnalysisError(f"--out {out}: it holds {others[0]}, which is not of an adapter; give another path")
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises AnalysisError for a type that is not written."""
+    if dtype is not None and dtype not in DTYPES:
+        raise AnalysisError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+
+
+def as_pair(module: Module, a: Array, b: Array, dtype: str) -> Pair:
+    """A (r, cols) and B (rows, r) with the axes that PEFT gives them, rounded to ``dtype``."""
+    rank, ones = len(a), (1,) * (len(module.inputs) - 1)
+    return Pair(
+        module.name,
+        _rounded(a.reshape(rank, *module.inputs), dtype),
+        _rounded(b.reshape(len(b), rank, *ones), dtype),
+        module.is_embedding,
+    )
+
+
+def write_adapter(
+    folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, table: pd.DataFrame, stored: dict[str, str]
+) -> None:
+    """adapter_config.json, adapter_model.safetensors and ranks.csv in ``folder``.
+
+    dtype: that of the factors, a key of DTYPES; the pairs have it already, or float32 where numpy has none.
+    stored: types of the tensors that are copied, as ``stored_dtypes`` gives them.
+    """
+    from msplora_analysis.tables.files import write_table
+
+    tensors: dict[str, Array] = {}
+    kinds: dict[str, str] = {}
+    for pair in pairs:
+        part, suffix = ("lora_embedding_", "") if pair.is_embedding else ("lora_", ".weight")
+        for factor, values in (("A", pair.a), ("B", pair.b)):
+            key = f"{PREFIX}{pair.name}.{part}{factor}{suffix}"
+            tensors[key], kinds[key] = values, DTYPES[dtype]
+    adapted = {pair.name for pair in pairs}
+    dropped = [module.name for module in source.modules if module.name not in adapted]
+    for key, tensor in source.copied.items():
+        key = _unwrapped(key, dropped)
+        tensors[key] = source.file.read(tensor).copy()
+        kinds[key] = stored.get(tensor, "")
+    _save(tensors, kinds, folder / WEIGHTS_NAME)
+    config = _config(pairs, source.config)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_table(table, folder / TABLE_NAME)
+    # safetensors makes files for their owner alone.
+    os.chmod(folder / WEIGHTS_NAME, (folder / CONFIG).stat().st_mode)
+
+
+def stored_dtypes(path: Place) -> dict[str, str]:
+    """The type of each tensor of a local safetensors file ("BF16"); empty for any other file.
+
+    A bfloat16 tensor of those others is known as float32 only, which holds it exactly.
+    """
+    if not isinstance(path, Path) or path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
+def widest_dtype(source: Source, stored: dict[str, str]) -> str:
+    """The most exact type among the factors in the file."""
+    products = [product for module in source.modules for product in module.update.products]
+    tensors = {tensor for product in products for factor in (product.a, product.b) for tensor in factor.tensors}
+    kinds = {stored.get(name) or f"F{8 * source.file.read(name).itemsize}" for name in tensors}
+    return next(name for name, kind in reversed(DTYPES.items()) if kind in kinds)
+
+
+def _rounded(values: NDArray[np.float64], dtype: str) -> Array:
+    """``values`` at the precision of ``dtype``; bfloat16 in float32, as numpy has no such type.
+
+    Raises AnalysisError for values beyond the largest of the type.
+    """
+    if dtype == "bfloat16":
+        import torch
+
+        result: Array = torch.from_numpy(values.astype(np.float32)).bfloat16().float().numpy()
+    else:
+        with np.errstate(over="ignore"):
+            result = values.astype(dtype)
+    if not np.isfinite(result).all():
+        raise AnalysisError(f"values up to {np.abs(values).max():.3g} exceed {dtype}; give --dtype float32")
+    return result
+
+
+def _save(tensors: dict[str, Array], kinds: dict[str, str], path: Path) -> None:
+    # safetensors writes the memory of an array as it lies.
+    tensors = {key: np.ascontiguousarray(values) for key, values in tensors.items()}
+    if "BF16" not in kinds.values():
+        from safetensors.numpy import save_file
+
+        save_file(tensors, path, {"format": "pt"})
+        return
+    import torch
+    from safetensors.torch import save_file as save_torch_file
+
+    as_torch = {key: torch.from_numpy(values) for key, values in tensors.items()}
+    exact = {key: one.bfloat16() if kinds[key] == "BF16" else one for key, one in as_torch.items()}
+    save_torch_file(exact, path, {"format": "pt"})
+
+
+def _config(pairs: Sequence[Pair], kept: dict[str, Any]) -> dict[str, Any]:
+    """alpha = r for every module, so that PEFT's alpha / r is 1, also for readers that know one r and alpha only."""
+    rank = max(pair.a.shape[0] for pair in pairs)
+    pattern = {f"^{re.escape(pair.name)}": pair.a.shape[0] for pair in pairs if pair.a.shape[0] != rank}
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        **kept,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(pair.name for pair in pairs),
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _unwrapped(key: str, dropped: Sequence[str]) -> str:
+    """The name of a tensor of a module that is not adapted any more: PEFT puts no base_layer into it."""
+    for name in dropped:
+        if key.startswith(f"{PREFIX}{name}.base_layer."):
+            return key.replace(".base_layer.", ".", 1)
+    return key

@@ -1,0 +1,52 @@
+"""Names that training writes and the analysis reads: files of a run folder, scales, tasks, labels of methods.
+
+Both packages import them from here. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+RECORD = "run.json"
+"""The record of a run: settings, seed, versions, data, results."""
+STATE = "trainer_state.json"
+"""The state of Hugging Face Trainer in a checkpoint."""
+CONFIG = "adapter_config.json"
+"""PEFT's configuration of an adapter."""
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's file of an adapter's tensors."""
+PARTIAL = ".partial"
+"""The folder inside a run folder for what is being written or deleted. Nothing outside it is ever half there."""
+
+RANK_DECAY = {"global": 1, "mid": 2, "layer": 4}
+"""What r is divided by for the rank of each scale: r, r/2, r/4 (arXiv 2503.21838, section 3.2)."""
+SCALES = tuple(RANK_DECAY)
+"""The scales of MSPLoRA, from the most to the least shared (arXiv 2503.21838, section 3)."""
+TOTAL = "total"
+"""The whole update of a layer: the sum of its scales."""
+
+
+def halved_ranks(r: int) -> dict[str, int]:
+    """The rank of each scale by default.
+
+    Args:
+        r: Rank of the global scale.
+
+    Returns:
+        Scale to rank, in the order of :data:`SCALES`.
+
+    Example:
+        >>> halved_ranks(8)
+        {'global': 8, 'mid': 4, 'layer': 2}
+    """
+    return {scale: r // divisor for scale, divisor in RANK_DECAY.items()}
+
+
+def ranks_text(ranks: Mapping[str, int | str]) -> str:
+    """The ranks of the scales, joined in order.
+
+    Example:
+        >>> ranks_text({"global": 8, "mid": 4, "layer": 2})
+        '8/4/2'
+    """
+    return "/".join(str(ranks[scale]) for scale in SCALES if scale in ranks)

@@ -1,0 +1,1 @@
+"""The run folder: settings, record, checkpoints, and the processes that share it."""

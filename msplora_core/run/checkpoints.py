@@ -1,0 +1,145 @@
+"""Checkpoints that are whole or not there: written aside, flushed, then renamed; checked before resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from msplora_core import names
+from msplora_core.atomic import flush, replacing
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What Trainer needs to continue from a checkpoint; kept in the newest one only, as it is far larger than the adapter.
+_RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "running_loss*.json", "method_state.pt")
+_ADAPTER = (names.CONFIG, names.WEIGHTS)
+_NEEDED = (names.STATE, "optimizer.pt", "scheduler.pt")
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Give a finished folder its final name, at once; survives a power cut, not only a kill."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+    discard(target)
+    os.rename(folder, target)
+    flush(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all. Raises OSError with the file's name."""
+    try:
+        with replacing(path, durable=True) as beside:
+            beside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint so that a kill leaves nothing half deleted under its name."""
+    if folder.exists():
+        aside = folder.parent / names.PARTIAL / f"{folder.name}.old"
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        shutil.rmtree(aside)
+
+
+def remove_partial(output_dir: Path) -> list[str]:
+    """Remove what a killed run was writing or deleting; returns the names."""
+    partial = output_dir / names.PARTIAL
+    left = sorted(path.name for path in partial.iterdir()) if partial.is_dir() else []
+    shutil.rmtree(partial, ignore_errors=True)
+    return left
+
+
+def drop_resume_files(folder: Path) -> None:
+    """Drop what only resuming needs, once a newer checkpoint is whole."""
+    for pattern in _RESUME_FILES:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def all_in(output_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, the newest first."""
+    found = {
+        int(match[1]): path
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if (match := CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    }
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that a run can continue from, and a sentence on every newer one that is not whole.
+
+    Older epochs keep the adapter alone; they are no fault, and nothing to continue from.
+    """
+    notes: list[str] = []
+    for step, folder in all_in(output_dir).items():
+        reason = fault(folder)
+        if reason is None:
+            return folder, notes
+        if step > 0 and not (notes and _kept_for_its_adapter(folder)):
+            notes.append(f"{folder} is not whole ({reason})")
+    return None, notes
+
+
+def fault(folder: Path) -> str | None:
+    """The first file of a checkpoint that is missing or damaged, and how; None if the run can continue from it."""
+    whole_model = (folder / "config.json").is_file()  # of full fine-tuning
+    needed = [folder / name for name in (("config.json",) if whole_model else _ADAPTER) + _NEEDED]
+    if whole_model:
+        needed += sorted(folder.glob("model*.safetensors*")) or [folder / "model.safetensors"]
+    needed += [folder / "method_state.pt"] if (folder / "method_state.pt").exists() else []
+    needed += sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
+    needed += [folder / "scaler.pt"] if (folder / "scaler.pt").exists() else []
+    for path in needed:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if not _readable(path):
+            return f"{path.name} is damaged or cut off"
+    return None
+
+
+def write_failure(error: Exception, folder: Path) -> str | None:
+    """What to tell if ``error`` is a failure to write to ``folder``: the file and the reason; else None."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    elif isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "iostream error" in str(error):
+        reason = " ".join(str(error).split())[:200]
+        if shutil.disk_usage(folder if folder.exists() else folder.parent).free < 2**20:
+            reason = "no space left on the device"
+    else:
+        return None
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    file = max(files, key=lambda path: path.stat().st_mtime_ns) if files else folder
+    return (
+        f"{file}: cannot be written ({reason}); make room there and continue with --resume: "
+        "the checkpoints of earlier epochs are whole"
+    )
+
+
+def _kept_for_its_adapter(folder: Path) -> bool:
+    return not any(path for pattern in _RESUME_FILES for path in folder.glob(pattern))
+
+
+def _readable(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".json":  # also the index of a model in several files
+            json.loads(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "np"):  # compares the file's length with its header
+                pass
+        else:
+            with zipfile.ZipFile(path) as archive:  # as torch.save writes it, with a checksum of every tensor
+                return archive.testzip() is None
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, EOFError):
+        return False
+    return True

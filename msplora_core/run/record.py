@@ -1,0 +1,216 @@
+"""The run folder: what may be written to, and the record of everything needed to repeat the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+import msplora_core
+from msplora_core.data.loading import Split
+from msplora_core.data.tasks import get_task
+from msplora_core.errors import TrainingError
+from msplora_core.methods import is_head
+from msplora_core.names import RECORD, halved_ranks
+from msplora_core.run import checkpoints, distributed
+from msplora_core.run.settings import Settings
+from msplora_core.train.models import ModelSource
+
+_CIRCUMSTANCES = ("processes", "device")
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
+
+
+def check_output_dir(settings: Settings) -> Path | None:
+    """Check that the run may be written to its folder, without touching it.
+
+    Returns:
+        The newest checkpoint when resuming, None for a fresh start.
+
+    Raises:
+        TrainingError: the folder holds something and neither resume nor overwrite was asked for, or the
+            run to resume had other settings.
+    """
+    folder = settings.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder}: is a file; give --output-dir a folder")
+    if not folder.exists() or settings.overwrite or not any(folder.iterdir()):
+        return None
+    if not settings.resume:
+        raise TrainingError(
+            f"{folder}: the output folder is not empty; continue its run with --resume, delete the run in it "
+            "with --overwrite, or give another --output-dir"
+        )
+    return _newest_checkpoint(settings)
+
+
+def results_if_finished(settings: Settings) -> list[dict[str, Any]] | None:
+    """The results of a run that has come to its end and kept its last checkpoint, when it is to be resumed."""
+    folder = settings.output_dir
+    if not settings.resume or not (folder / RECORD).is_file():
+        return None
+    results = read(folder).get("results")
+    if not results or checkpoints.fault(folder / f"checkpoint-{results[-1]['step']}"):
+        return None
+    return results
+
+
+def make_output_dir(settings: Settings) -> list[str]:
+    """Make the run folder; with overwrite, delete the run in it first.
+
+    Returns:
+        What a killed run had left unfinished there and is removed now, in sentences.
+    """
+    folder = settings.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.overwrite:  # only what a run writes: the folder may be somebody's home
+        for checkpoint in checkpoints.all_in(folder).values():
+            checkpoints.discard(checkpoint)
+        (folder / RECORD).unlink(missing_ok=True)  # the last, as it tells whose checkpoints there are
+    removed = checkpoints.remove_partial(folder)
+    return [f"{folder}: removed {name}, which a killed run had not finished" for name in removed]
+
+
+def _newest_checkpoint(settings: Settings) -> Path | None:
+    folder = settings.output_dir
+    newest, _ = checkpoints.newest_whole(folder)
+    if (folder / RECORD).is_file():
+        recorded = read(folder)["settings"]
+        asked = json.loads(json.dumps(settings.what_matters()))
+        default = {field.name: field.default for field in fields(Settings)}  # of settings that came after the record
+        before = {name: recorded.get(name, default[name]) for name in asked}
+        changed = [f"{name} {before[name]!r} -> {asked[name]!r}" for name in asked if asked[name] != before[name]]
+        if changed:
+            raise TrainingError(
+                f"{folder}: the run to resume has other settings ({'; '.join(changed)}); repeat its settings, "
+                "or start anew with --overwrite"
+            )
+    elif newest is not None:
+        raise TrainingError(
+            f"{folder / RECORD}: is missing, so that nobody can tell whether {newest.name} had these settings; "
+            "put it back, or start anew with --overwrite"
+        )
+    return newest
+
+
+def notes_on_resuming(settings: Settings, run: dict[str, Any]) -> list[str]:
+    """What the user should know before a run continues, a sentence each.
+
+    Args:
+        run: What :func:`describe_run` says now.
+
+    Raises:
+        TrainingError: the data or the model's weights are not those that the run began with.
+    """
+    folder = settings.output_dir
+    if not settings.resume or not (folder / RECORD).is_file():
+        return []
+    before = read(folder)
+    changed = [
+        f"the {name} data ({run['data'][name]['source']})"
+        for name in run["data"]
+        if before["data"][name]["sha256"] != run["data"][name]["sha256"]
+    ]
+    if before["model"]["weights_sha256"] != run["model"]["weights_sha256"]:
+        changed.append(f"the weights of the model ({run['model']['name']})")
+    if changed:
+        raise TrainingError(
+            f"{folder}: {' and '.join(changed)} changed since the run began; bring back what it began with, "
+            "or start anew with --overwrite"
+        )
+    notes = [f"{note}: passed over" for note in checkpoints.newest_whole(folder)[1]]
+    now, then = ({**record["versions"], **{k: record.get(k) for k in _CIRCUMSTANCES}} for record in (run, before))
+    other = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
+    if other:
+        notes.append(f"other circumstances than the run began with ({', '.join(other)}): results may differ slightly")
+    return notes
+
+
+def describe_run(settings: Settings, source: ModelSource, splits: dict[str, Split], model: Any) -> dict[str, Any]:
+    """Everything needed to repeat the run, as JSON values.
+
+    Args:
+        model: The model to train; its parameters are counted once each, however many layers share them.
+    """
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trainable.items() if is_head(name))
+    total = sum(_count(p) for p in model.parameters())
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    task = get_task(settings.task)
+    return {
+        "settings": settings.what_matters(),
+        "metric": {"name": task.metric, "greater_is_better": task.greater_is_better},
+        "model": {
+            "name": source.name,
+            "class": type(base_model).__name__,
+            "weights_sha256": source.fingerprint(),
+        },
+        "parameters": {
+            "adapter": sum(trainable.values()) - head,
+            "head": head,
+            "base": total - sum(trainable.values()),
+        },
+        "data": {
+            name: {"source": split.source, "rows": len(split.rows), "sha256": split.fingerprint}
+            for name, split in splits.items()
+        },
+        "versions": {"msplora": msplora_core.__version__, "python": platform.python_version()}
+        | {library: importlib.metadata.version(library) for library in _LIBRARIES},
+        "processes": distributed.process_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+    }
+
+
+def _count(parameter: torch.Tensor) -> int:
+    """How many weights a parameter holds; two of 4 bits are one number of the quantised tensor."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def summary(run: dict[str, Any]) -> str:
+    """One line about a run: method, model, task, parameter counts."""
+    settings, parameters = run["settings"], run["parameters"]
+    size = f" (rank {settings['rank']})" if settings["rank"] else ""
+    if settings["ranks"]:
+        size = f" (ranks {','.join(map(str, settings['ranks'].values()))})"
+    elif settings["method"] == "msplora":
+        size = f" (ranks {','.join(map(str, halved_ranks(settings['rank']).values()))})"
+    elif settings["bottleneck"]:
+        size = f" (bottleneck {settings['bottleneck']})"
+    return (
+        f"{settings['method']}{size} on {run['model']['name']}, task {settings['task']} "
+        f"({run['data']['train']['rows']} + {run['data']['validation']['rows']} examples), seed {settings['seed']}: "
+        f"{parameters['adapter']:,} trained parameters, {parameters['head']:,} in the head, "
+        f"{parameters['base']:,} frozen"
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read a run's record.
+
+    Raises:
+        TrainingError: the record is not JSON.
+    """
+    path = folder / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path}: cannot be read ({error}); start anew with --overwrite") from error
+
+
+def write(folder: Path, run: dict[str, Any]) -> None:
+    """Write a run's record, whole or not at all.
+
+    Raises:
+        TrainingError: it cannot be written, as when the disk is full.
+    """
+    try:
+        checkpoints.write_text(folder / RECORD, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise TrainingError(checkpoints.write_failure(error, folder / RECORD)) from error
