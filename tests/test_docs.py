@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import typer
-from msplora_analysis.redundancy import load
 
 import msplora_analysis as ma
 import msplora_analysis.cli
@@ -22,6 +21,7 @@ from msplora_analysis.ask.comparison import compare
 from msplora_analysis.ask.findings import KINDS, base
 from msplora_analysis.ask.results import summary
 from msplora_analysis.compute.measures import metrics
+from msplora_analysis.tables import pairs as load
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -204,7 +204,7 @@ NOT_RUN: list[tuple[str, str, Callable[[list[str]], None]]] = [
     (r"msplora-analyze .*--base", "needs a whole model before and after training", check_parsing),
     (r"msplora-train .*--resume", "goes on after a kill; tests/core/test_crash.py does", check_parsing),
     (r"msplora-analyze export runs/alpaca/", "of a training of full length; docs/export.md runs export", check_parsing),
-    (r"python (figures|benchmarks|examples|notebooks)/\w+\.py", "takes minutes", check_script),
+    (r"python (study|benchmarks|examples|notebooks)/\w+\.py", "takes minutes", check_script),
 ]
 
 

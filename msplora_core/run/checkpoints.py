@@ -52,6 +52,8 @@ def remove_partial(output_dir: Path) -> list[str]:
     partial = output_dir / names.PARTIAL
     left = sorted(path.name for path in partial.iterdir()) if partial.is_dir() else []
     shutil.rmtree(partial, ignore_errors=True)
+    for path in output_dir.glob(f".{names.RECORD}.*.tmp"):
+        path.unlink(missing_ok=True)
     return left
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from adapters import lora_config, lora_tensors, write_adapter
-from msplora_analysis.engine import compute as engine
 
 from msplora_analysis import AnalysisError, load_spectra, load_tables
 from msplora_analysis.adapters.discovery import discover
+from msplora_analysis.compute import tasks as engine
 from msplora_analysis.compute.cache import Cache, open_cache
 from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.options import Options
@@ -162,7 +162,7 @@ def test_nothing_is_written_if_every_adapter_is_bad(runs, tmp_path):
 
 SLOW = """
 import time
-from msplora_analysis.engine import compute as engine
+from msplora_analysis.compute import tasks as engine
 compute = engine._spectra
 def slow(*args):
     time.sleep(0.1)
@@ -180,7 +180,7 @@ def test_ctrl_c_leaves_valid_tables_that_a_second_call_completes(runs, tmp_path,
     environment = {**os.environ, "MSPLORA_CACHE": str(tmp_path / "cache")}
     out = tmp_path / "out"
     command = ["spectra", str(runs), "--out", str(out), "--workers", str(workers)]
-    code = "from msplora_analysis import engine; engine._TASK = 6000\n" + SLOW
+    code = "from msplora_analysis.compute import tasks as engine; engine._TASK = 6000\n" + SLOW
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from adapters import lora_config, lora_tensors, write_adapter
-from msplora_analysis.redundancy import between
 from scipy.linalg import subspace_angles
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy, wasserstein_distance
@@ -14,6 +13,7 @@ from test_cli import run
 from test_formats import dense, msplora_config, msplora_tensors
 
 import msplora_analysis as ma
+from msplora_analysis.compute import pairs as between
 from msplora_analysis.tables.pair_means import adjacent, summary
 
 PAIRS = [

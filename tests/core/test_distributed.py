@@ -23,8 +23,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from msplora_core import MSPLoraConfig, cli, distributed, record
+from msplora_core import MSPLoraConfig, cli
 from msplora_core.errors import TrainingError
+from msplora_core.run import distributed, record
 from msplora_core.run.settings import Settings
 from msplora_core.train.trainer import AdapterTrainer
 from msplora_core.train.training import train
