@@ -25,6 +25,16 @@ SCALES = tuple(RANK_DECAY)
 TOTAL = "total"
 """The whole update of a layer: the sum of its scales."""
 
+METHOD_NAMES = {
+    "fft": "Full fine-tuning", "bitfit": "BitFit", "adapterdrop": "AdapterDrop", "lora": "LoRA", "rslora": "rsLoRA",
+    "dora": "DoRA", "adalora": "AdaLoRA", "dylora": "DyLoRA", "pissa": "PiSSA", "qlora": "QLoRA", "lily": "Lily",
+    "msplora": "MSPLoRA",
+}  # fmt: skip
+"""How a method is written in text, where not as in ``--method``."""
+
+TASKS = ("cola", "mrpc", "stsb", "rte", "sst2", "qnli", "acceptability", "alpaca", "qqp", "mnli", "wnli")
+"""The tasks that a run may be of; ``msplora-train`` has all but the last three."""
+
 
 def halved_ranks(r: int) -> dict[str, int]:
     """The rank of each scale by default.
@@ -50,3 +60,27 @@ def ranks_text(ranks: Mapping[str, int | str]) -> str:
         '8/4/2'
     """
     return "/".join(str(ranks[scale]) for scale in SCALES if scale in ranks)
+
+
+def method_label(method: str, ranks: int | str | Mapping[str, int | str] | None = None) -> str:
+    """A method with its ranks, as a table's row or a figure's legend has it.
+
+    Args:
+        method: The method's name in ``--method``.
+        ranks: One rank, such as 8 or "2–8", for MSPLoRA its r; or the rank of each scale. None: not told.
+
+    Example:
+        >>> method_label("lora", 8), method_label("msplora", 8), method_label("bitfit")
+        ('LoRA r=8', 'MSPLoRA 8/4/2', 'BitFit')
+        >>> method_label("msplora", {"global": 8, "mid": "2–4"})
+        'MSPLoRA 8/2–4 global+mid'
+    """
+    name = METHOD_NAMES.get(method, method)
+    if ranks is None:
+        return name
+    if method == "msplora" and isinstance(ranks, int):
+        ranks = halved_ranks(ranks)
+    if not isinstance(ranks, Mapping):
+        return f"{name} r={ranks}"
+    scales = [scale for scale in SCALES if scale in ranks]
+    return f"{name} {ranks_text(ranks)}" + ("" if len(scales) == len(SCALES) else f" {'+'.join(scales)}")

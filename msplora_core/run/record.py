@@ -18,7 +18,7 @@ from msplora_core.data.loading import Split
 from msplora_core.data.tasks import get_task
 from msplora_core.errors import TrainingError
 from msplora_core.methods import is_head
-from msplora_core.names import RECORD, halved_ranks
+from msplora_core.names import RECORD, method_label
 from msplora_core.run import checkpoints, distributed
 from msplora_core.run.settings import Settings
 from msplora_core.train.models import ModelSource
@@ -176,15 +176,10 @@ def _count(parameter: torch.Tensor) -> int:
 def summary(run: dict[str, Any]) -> str:
     """One line about a run: method, model, task, parameter counts."""
     settings, parameters = run["settings"], run["parameters"]
-    size = f" (rank {settings['rank']})" if settings["rank"] else ""
-    if settings["ranks"]:
-        size = f" (ranks {','.join(map(str, settings['ranks'].values()))})"
-    elif settings["method"] == "msplora":
-        size = f" (ranks {','.join(map(str, halved_ranks(settings['rank']).values()))})"
-    elif settings["bottleneck"]:
-        size = f" (bottleneck {settings['bottleneck']})"
+    size = f" (bottleneck {settings['bottleneck']})" if settings["bottleneck"] else ""
+    label = method_label(settings["method"], settings["ranks"] or settings["rank"])
     return (
-        f"{settings['method']}{size} on {run['model']['name']}, task {settings['task']} "
+        f"{label}{size} on {run['model']['name']}, task {settings['task']} "
         f"({run['data']['train']['rows']} + {run['data']['validation']['rows']} examples), seed {settings['seed']}: "
         f"{parameters['adapter']:,} trained parameters, {parameters['head']:,} in the head, "
         f"{parameters['base']:,} frozen"

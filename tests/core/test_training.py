@@ -21,11 +21,13 @@ from sklearn.metrics import matthews_corrcoef
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
+from msplora_core import names
 from msplora_core.cli import app
 from msplora_core.data.encoding import tokenize
 from msplora_core.data.loading import load_splits
 from msplora_core.data.tasks import TASKS, get_task
 from msplora_core.errors import TrainingError
+from msplora_core.methods import METHODS
 from msplora_core.run import record
 from msplora_core.run.settings import Settings, make_settings, parse_ranks
 from msplora_core.train import models as base_models
@@ -101,6 +103,11 @@ def test_recipes_are_the_released_ones() -> None:
         assert (recipe.batch_size, recipe.warmup_ratio, recipe.weight_decay) == (64, 0.06, 0.1)
         assert (recipe.lora_alpha, recipe.lora_dropout, recipe.head_learning_rate_ratio) == (16, 0.05, 0.5)
         assert TASKS[task].metric == metric.get(task, "accuracy")
+
+
+def test_names_know_every_task_and_method() -> None:
+    assert set(TASKS) <= set(names.TASKS)
+    assert set(METHODS) == set(names.METHOD_NAMES)
 
 
 def test_every_part_of_a_recipe_can_be_overridden(tmp_path: Path) -> None:

@@ -14,9 +14,7 @@ from msplora_analysis.adapters.layouts import nearest_json
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place
-from msplora_core.names import RECORD
-
-TASKS = ("cola", "mrpc", "stsb", "rte", "sst2", "qnli", "qqp", "mnli", "wnli", "alpaca", "acceptability")
+from msplora_core.names import RECORD, TASKS
 
 _SEED = re.compile(r"(?:^|[/_.-])seed[-_=]?([0-9]{1,9})(?![0-9])")
 
