@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from html.parser import HTMLParser
@@ -20,7 +19,7 @@ import msplora_core.cli
 from msplora_analysis.ask.comparison import compare
 from msplora_analysis.ask.findings import KINDS, base
 from msplora_analysis.ask.results import summary
-from msplora_analysis.compute.measures import metrics
+from msplora_analysis.compute.measures import registry
 from msplora_analysis.tables import pairs as load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,8 +227,17 @@ def test_every_measure_has_formula_source_and_example() -> None:
         assert "```math" in body, column
         assert "```python" in body, column
         assert column == "cosine" or "*Source" in body, column
-    functions = {name for name, value in vars(metrics).items() if inspect.isfunction(value)} - {"normalised"}
-    assert all(f"metrics.{name}(" in text for name in functions)
+
+
+@pytest.mark.parametrize("measure", registry.families(), ids=lambda measure: measure.name)
+def test_every_measure_of_a_spectrum_says_in_the_docs_what_it_says_in_the_code(measure: registry.Measure) -> None:
+    name = measure.name.partition("_{")[0]
+    text = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^### ([^\n]+)\n(.*?)(?=^##|\Z)", text, re.DOTALL | re.MULTILINE)
+    (body,) = (body for title, body in sections if name in re.findall(r"\w+", title))
+    assert measure.formula in body
+    assert f"*Source: {measure.source}." in body
+    assert "```python" in body
 
 
 def test_every_finding_is_named() -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from msplora_analysis.adapters.discovery import Adapter
-from msplora_analysis.compute.measures import metrics
+from msplora_analysis.compute.measures.registry import columns, measures
 from msplora_analysis.compute.results import Row, Spectra
 from msplora_core.version import __version__
 
@@ -78,31 +78,15 @@ class Columns:
         """The key columns, in which each matrix has ``repeats`` rows."""
         of_adapter = [(r.adapter.run, r.adapter.step, r.adapter.epoch) for r in results for _ in r.rows]
         of_matrix = [(row.scale, row.group, row.module, row.name) for row in rows]
-        columns = [*zip(*of_adapter, strict=True), *zip(*of_matrix, strict=True)]
-        return {name: _MAKERS[self._types[name]](column, repeats) for name, column in zip(KEYS, columns, strict=True)}
+        keys = zip(KEYS, [*zip(*of_adapter, strict=True), *zip(*of_matrix, strict=True)], strict=True)
+        return {name: _MAKERS[self._types[name]](column, repeats) for name, column in keys}
 
-    def _measures(self, rows: Sequence[Row], sigma: Sequence[Any]) -> dict[str, Any]:
+    def _measures(self, rows: Sequence[Row], sigma: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The value columns of the metrics table, one entry per matrix."""
-        padded = np.zeros((len(sigma), max(map(len, sigma))))
-        for values, target in zip(sigma, padded, strict=True):
-            target[: len(values)] = values
-        measures = {
-            "sigma_1": padded[:, 0],
-            **{name: measure(padded) for name, measure in metrics.MEASURES.items()},
-            **{f"m_eff_{k}": metrics.m_eff(padded, k) for k in self.ks},
-        }
-        cut = np.array([i for i, row in enumerate(rows) if row.frobenius is not None], dtype=int)
-        if len(cut):  # what the missing values would change is not known
-            known = np.array([rows[i].frobenius for i in cut], dtype=np.float64)
-            for name in measures.keys() - {"sigma_1"}:
-                measures[name][cut] = np.nan
-            measures["frobenius"][cut] = known
-            measures["stable_rank"][cut] = (known / padded[cut, 0]) ** 2
+        shape = ("rows", "cols", "rank")
         return {
-            "rows": np.array([row.rows for row in rows], dtype=np.int64),
-            "cols": np.array([row.cols for row in rows], dtype=np.int64),
-            "rank": np.array([row.rank for row in rows], dtype=np.int64),
-            **measures,
+            **{name: np.array([getattr(row, name) for row in rows], dtype=np.int64) for name in shape},
+            **columns(measures("metrics", self.ks), sigma, [row.frobenius for row in rows]),
         }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.opening import unknown_text
 from msplora_analysis.compute.cache import open_cache
+from msplora_analysis.compute.measures.metrics import KS
 from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import Progress, compute
 from msplora_analysis.errors import AnalysisError
@@ -19,8 +20,6 @@ from msplora_analysis.options import Options
 
 if TYPE_CHECKING:
     import pandas as pd
-
-KS = (1, 2, 4)  # M_eff-k is always given for these
 
 
 class Tables(NamedTuple):

@@ -1,6 +1,11 @@
 """Metrics against values worked out by hand."""
 
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +19,7 @@ from msplora_analysis.compute.measures.metrics import (
     participation_ratio,
     stable_rank,
 )
+from msplora_analysis.compute.measures.registry import columns, measure, measures
 
 RATIOS = [effective_rank, stable_rank, participation_ratio, lambda s: m_eff(s, 1), lambda s: m_eff(s, 9)]
 
@@ -81,3 +87,60 @@ def test_batches_over_leading_axes():
     for ratio in RATIOS:
         assert ratio(sigma).shape == (4, 5)
         assert ratio(sigma)[2, 3] == pytest.approx(ratio(sigma[2, 3]))
+
+
+NEW = """
+    from msplora_analysis.compute.measures.registry import measure
+
+    @measure("spread", label="spread", formula="sigma_1 - sigma_r", source="nobody", high="broad", {more})
+    def spread(sigma):
+        return sigma[..., 0] - sigma.min(axis=-1)
+"""
+
+
+@pytest.mark.parametrize(("more", "shown"), [('shown=("metrics", "report")', True), ('shown=("report",)', False)])
+def test_a_new_measure_is_one_file(tmp_path, more, shown):
+    (tmp_path / "a_new_file.py").write_text(textwrap.dedent(NEW.format(more=more)))
+    script = f"""
+        from msplora_analysis.compute import measures
+
+        measures.__path__.append({str(tmp_path)!r})
+
+        import msplora_analysis as ma
+
+        ma.load_metrics("examples/runs/lora-8/checkpoint-45", cache=False).to_csv({str(tmp_path / "metrics.csv")!r})
+        ma.load_spectra("examples/runs/lora-8/checkpoint-45", cache=False).to_csv({str(tmp_path / "spectra.csv")!r})
+        from msplora_analysis.compute.measures.registry import measures
+
+        assert [found.label for found in measures("report") if found.name == "spread"] == ["spread"]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    always = ["m_eff_1", "m_eff_2", "m_eff_4"]
+    if shown:
+        sigma = pd.read_csv(tmp_path / "spectra.csv").groupby("name", sort=False)["sigma"]
+        np.testing.assert_allclose(table["spread"], sigma.max() - sigma.min())
+    assert list(table.columns[-len(always) - shown :]) == [*always, "spread"][: len(always) + shown]
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match="frobenius"):
+        measure("frobenius", label="", formula="", source="", high="")(lambda sigma: sigma)
+
+
+def test_where_only_the_largest_values_are_known():
+    """Of (4, 3, 1): the first two and the norm. What needs the third is empty."""
+    norm = 26**0.5
+    table = columns(measures("metrics", [2]), [np.array([4.0, 3.0]), np.array([4.0, 3.0, 1.0])], [norm, None])
+    empty = {name for name, (cut, _) in table.items() if np.isnan(cut)}
+    assert empty == {"nuclear", "effective_rank", "participation_ratio", "m_eff_2"}
+    for name in table.keys() - empty:
+        assert table[name][0] == pytest.approx(table[name][1])
+
+
+def test_a_place_says_which_of_a_family_it_shows():
+    assert [of.name for of in measures("live")] == ["frobenius", "effective_rank", "m_eff_1", "m_eff_4"]
+    assert [of.name for of in measures("matrices")][-2:] == ["rank_needed_90", "rank_needed_99"]
+    k90 = measures("matrices")[-2]
+    assert (k90.symbol, k90.label) == ("k90", "directions for 90 % of Σσ²")
+    assert k90.function([4.0, 2.0, 1.0, 1.0]) == 2

@@ -6,8 +6,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from msplora_analysis.compute.measures.metrics import normalised
+from msplora_analysis.compute.measures.registry import measure
 
 SHARE = 0.99
+
+
+@measure(
+    "rank_needed_{percent}",
+    label="directions for {percent} % of Σσ²",
+    symbol="k{percent}",
+    axis="directions needed",
+    formula=r"\min \left\{ k : \sum_{i \le k} \sigma_i^2 \ge s \sum_i \sigma_i^2 \right\}",
+    source="Eckart & Young 1936, Psychometrika 1",
+    high="broad",
+    unit="directions",
+    shown={"matrices": (90, 99)},
+    parameter="percent",
+)
+def rank_needed(sigma: ArrayLike, percent: int) -> NDArray[np.float64]:
+    """``energy_rank`` for a share in percent."""
+    return energy_rank(sigma, percent / 100)
 
 
 def energy_rank(sigma: ArrayLike, share: float = SHARE) -> NDArray[np.float64]:
