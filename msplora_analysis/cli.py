@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from typing import Annotated, NoReturn, TextIO
 
 import typer
 
-from msplora_analysis.commands import (
-    compare,
-    compress,
-    diagnose,
-    export,
-    figures,
-    redundancy,
-    report,
-    results,
-    spectra,
-    watch,
-)
+from msplora_analysis.commands.shared.declaring import all_commands
 from msplora_analysis.errors import AnalysisError, printable
-
-app = typer.Typer(
-    help="Spectral analysis of LoRA and MSPLoRA adapters, from the files that training leaves.",
-    epilog="Run `msplora-analyze COMMAND --help` for the options and examples of a command.",
-    # Plain help starts in less than half the time of rich help.
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    no_args_is_help=True,
-    # Without a value here, `COMMAND --help` makes typer import pydantic to check that none is given.
-    context_settings={"default_map": {"help": False}},
-)
-
-for command in (spectra, figures, redundancy, compare, diagnose, report, results, export, compress, watch):
-    command.register(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,7 +22,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool,
@@ -55,6 +29,28 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+def make_app() -> typer.Typer:
+    """The command line, of all commands that are found."""
+    made = typer.Typer(
+        help="Spectral analysis of LoRA and MSPLoRA adapters, from the files that training leaves.",
+        epilog="Run `msplora-analyze COMMAND --help` for the options and examples of a command.",
+        # Plain help starts in less than half the time of rich help.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        no_args_is_help=True,
+        # Without a value here, `COMMAND --help` makes typer import pydantic to check that none is given.
+        context_settings={"default_map": {"help": False}},
+        callback=_options,
+    )
+    for command in all_commands():
+        command.add_to(made)
+    return made
+
+
+app = make_app()
 
 
 def main() -> NoReturn:
@@ -65,11 +61,21 @@ def main() -> NoReturn:
     try:
         app(prog_name="msplora-analyze")
     except AnalysisError as error:
-        message = str(error)
+        message = with_options(error)
     except OSError as error:  # whatever no module foresaw, such as a full disk
         message = f"{error.filename or 'system'}: {error.strerror or error}"
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def with_options(error: AnalysisError) -> str:
+    """The message, with the arguments that it speaks of as options: ``--top-k 8`` for ``top_k=8``."""
+    message = str(error)
+    for name in error.arguments:
+        option = "--" + name.replace("_", "-")
+        message = re.sub(rf"(?<!\S){name}=(True\b|(?=[,;:.\s]|$))", option, message)
+        message = re.sub(rf"(?<!\S){name}=", f"{option} ", message)
+    return message
 
 
 def _print_warning(

@@ -8,11 +8,18 @@ _LONGEST = 1500  # characters of a message
 class AnalysisError(ValueError):
     """Bad input: a file, tensor, table or option that cannot be used as given.
 
-    The message is one line: what is wrong (file, tensor or option), what was expected and what to
+    The message is one line: what is wrong (file, tensor or argument), what was expected and what to
     do. Names taken from a file may hold anything; they are made ``printable``, and cut if endless.
+
+    An argument is written ``name=`` or ``name=value``, and named again behind the message: the command
+    line then says its option, ``--name value``.
+
+        raise AnalysisError(f"dtype={dtype}: expected float32 or float16", "dtype")
+        raise AnalysisError(f"{path}: unknown tensors: x; pass ignore_unknown=True to leave them out", "ignore_unknown")
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *arguments: str) -> None:
+        self.arguments = arguments
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
         super().__init__(printable(message))

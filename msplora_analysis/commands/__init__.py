@@ -1,1 +1,6 @@
-"""The commands of ``msplora-analyze``, one module each, with ``register(app)``."""
+"""The commands of ``msplora-analyze``, one module each. To add one, add its module: it is found by itself."""
+
+# The order of the help. A command that is not named here comes after these.
+ORDER = (
+    "spectra", "figures", "redundancy", "compare", "diagnose", "report", "results", "export", "compress", "watch",
+)  # fmt: skip

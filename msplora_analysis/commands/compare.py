@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from msplora_analysis.commands.arguments import (
+from msplora_analysis.commands.shared.arguments import (
     FigureFormat,
     Format,
     IgnoreUnknown,
@@ -19,7 +19,8 @@ from msplora_analysis.commands.arguments import (
     Workers,
     make_folder,
 )
-from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths, progress_bar
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, progress_bar
 from msplora_analysis.errors import AnalysisError
 
 
@@ -48,21 +49,16 @@ class _Several(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        cls=_Several,
-        short_help="Compare two methods: do layers differ more, by how much, and is it beyond chance?",
-        epilog="""Examples:
-
-\b
-  msplora-analyze compare runs/*/msplora-8-8-8 --with runs/*/lora-8 --out comparison
-  msplora-analyze compare runs/msplora --with runs/lora --out comparison --average divergences
-  msplora-analyze compare spectra.parquet --method "MSPLoRA 8/8/8" \\
-      --with spectra.parquet --with-method "LoRA r=8" --out comparison
-""",
-    )(compare)
-
-
+@command(
+    "Compare two methods: do layers differ more, by how much, and is it beyond chance?",
+    examples=(
+        "msplora-analyze compare runs/*/msplora-8-8-8 --with runs/*/lora-8 --out comparison",
+        "msplora-analyze compare runs/msplora --with runs/lora --out comparison --average divergences",
+        'msplora-analyze compare spectra.parquet --method "MSPLoRA 8/8/8" \\\n'
+        '      --with spectra.parquet --with-method "LoRA r=8" --out comparison',
+    ),
+    kind=_Several,
+)
 def compare(
     paths: Annotated[
         list[str],

@@ -6,28 +6,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora_analysis.commands.arguments import IgnoreUnknown, Semantics, SemanticsChoice
-from msplora_analysis.commands.export import AdapterPath, Folder, Overwrite, by_module, print_table, span
-from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths
+from msplora_analysis.commands.shared.adapter import AdapterPath, Folder, Overwrite, by_module, span
+from msplora_analysis.commands.shared.arguments import IgnoreUnknown, Semantics, SemanticsChoice
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, plain_table, print_paths, printed_whole
 from msplora_analysis.options import Options
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        short_help="Write the best approximation of an adapter by a plain PEFT LoRA adapter of lower rank.",
-        epilog="""Examples:
-
-\b
-  msplora-analyze compress runs/lora-64/checkpoint-500 --out small --energy 0.9
-  msplora-analyze compress runs/lora-64/checkpoint-500 --out small --rank 8
-  msplora-analyze compress runs/msplora/checkpoint-270 --out small --budget 73728
-""",
-    )(compress)
-
-
+@command(
+    "Write the best approximation of an adapter by a plain PEFT LoRA adapter of lower rank.",
+    examples=(
+        "msplora-analyze compress runs/lora-64/checkpoint-500 --out small --energy 0.9",
+        "msplora-analyze compress runs/lora-64/checkpoint-500 --out small --rank 8",
+        "msplora-analyze compress runs/msplora/checkpoint-270 --out small --budget 73728",
+    ),
+)
 def compress(
     adapter: AdapterPath,
     out: Folder,
@@ -74,7 +70,9 @@ def compress(
     table, source, chosen = compressed(adapter, out, energy, rank, budget, dtype, overwrite, options)
     with closed_pipe_ignored():
         headers = ["module", "number", "rank", "rank\nkept", "parameters", "parameters\nkept", "energy\nkept", "error"]
-        print_table(headers, [[name, *_cells(rows)] for name, rows in by_module(table)])
+        with printed_whole() as console:
+            groups = [[name, *_cells(rows)] for name, rows in by_module(table)]
+            console.print(plain_table(headers, groups), end="\n\n")
         dropped = table.loc[table["rank"] == 0, "name"]
         if len(dropped):
             more = ", ..." if len(dropped) > 3 else ""

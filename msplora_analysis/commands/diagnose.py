@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora_analysis.commands.arguments import IgnoreUnknown, Paths, UseCache, Workers
-from msplora_analysis.commands.terminal import closed_pipe_ignored, progress_bar
+from msplora_analysis.commands.shared.arguments import IgnoreUnknown, Paths, UseCache, Workers
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, printed_whole, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,19 +18,14 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 _SHOWN = 4  # places named in full, of each finding
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        short_help="Say what deserves a look: faults, redundancy, unused rank.",
-        epilog="""Examples:
-
-\b
-  msplora-analyze diagnose runs/cola
-  msplora-analyze diagnose runs --json > findings.json
-  msplora-analyze diagnose runs/cola --base models/roberta-base
-""",
-    )(diagnose)
-
-
+@command(
+    "Say what deserves a look: faults, redundancy, unused rank.",
+    examples=(
+        "msplora-analyze diagnose runs/cola",
+        "msplora-analyze diagnose runs --json > findings.json",
+        "msplora-analyze diagnose runs/cola --base models/roberta-base",
+    ),
+)
 def diagnose(
     paths: Paths,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per finding and place.")] = False,
@@ -63,7 +59,7 @@ def diagnose(
             print_findings(found)
 
 
-def as_objects(findings: pd.DataFrame) -> dict[str, Any]:
+def as_objects(findings: pd.DataFrame) -> dict[str, object]:
     """``findings``: a list of objects, empty cells null; ``rank_pattern``: run -> what PEFT's LoraConfig takes."""
     from msplora_analysis.ask.findings import rank_patterns
 
@@ -77,14 +73,12 @@ def as_objects(findings: pd.DataFrame) -> dict[str, Any]:
 
 def print_findings(findings: pd.DataFrame) -> None:
     """One paragraph per kind of finding, the most severe first, with its places run by run."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding
 
     from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
 
-    console = Console(highlight=False)
-    with console.capture() as capture:  # rich would end the program at a closed pipe
+    with printed_whole() as console:
         if findings.empty:
             console.print("No findings.")
         for (severity, kind), rows in findings.groupby(["severity", "id"], sort=False):
@@ -102,7 +96,6 @@ def print_findings(findings: pd.DataFrame) -> None:
             console.print(json.dumps(pattern), markup=False, soft_wrap=True, end="\n\n")
         counts = findings["severity"].value_counts()
         console.print(", ".join(f"{counts.get(severity, 0)} {severity}" for severity in SEVERITIES))
-    print(capture.get(), end="")
 
 
 def _places(run: str, rows: pd.DataFrame) -> list[str]:

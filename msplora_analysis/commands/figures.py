@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.arguments import (
+from msplora_analysis.commands.shared.arguments import (
     FigureFormat,
     IgnoreUnknown,
     Out,
@@ -16,23 +16,19 @@ from msplora_analysis.commands.arguments import (
     Workers,
     make_folder,
 )
-from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths, progress_bar
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, progress_bar
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        short_help="Draw figures 3 and 4 of the MSPLoRA paper, and more.",
-        epilog="""Examples:
-
-\b
-  msplora-analyze figures runs --out figures
-  msplora-analyze figures runs/lora runs/msplora --out figures --format pdf --format svg
-  msplora-analyze figures tables --out figures --style icml-column
-  msplora-analyze figures tables/spectra.parquet --out figures
-""",
-    )(figures)
-
-
+@command(
+    "Draw figures 3 and 4 of the MSPLoRA paper, and more.",
+    examples=(
+        "msplora-analyze figures runs --out figures",
+        "msplora-analyze figures runs/lora runs/msplora --out figures --format pdf --format svg",
+        "msplora-analyze figures tables --out figures --style icml-column",
+        "msplora-analyze figures tables/spectra.parquet --out figures",
+    ),
+)
 def figures(
     paths: Paths,
     out: Out,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora_analysis.commands.arguments import (
+from msplora_analysis.commands.shared.arguments import (
     Base,
     Dask,
     Format,
@@ -19,25 +20,36 @@ from msplora_analysis.commands.arguments import (
     Workers,
     make_folder,
 )
-from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths, progress_bar
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import (
+    closed_pipe_ignored,
+    plain_table,
+    print_paths,
+    printed_whole,
+    progress_bar,
+)
 from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        short_help="Write tables: what layers share (spectra, directions), and how decoupled scales are.",
-        epilog="""Examples:
-
-\b
-  msplora-analyze redundancy runs/cola --out tables
-  msplora-analyze redundancy runs --out tables --top-k 4 --format csv
-""",
-    )(redundancy)
+_SHOWN = {  # column -> its header on the terminal
+    "overlap_in": "overlap\nin",
+    "overlap_out": "overlap\nout",
+    "overlap_expected": "by\nchance",
+    "cosine": "cosine",
+    "js": "Jensen-\nShannon",
+}
 
 
+@command(
+    "Write tables: what layers share (spectra, directions), and how decoupled scales are.",
+    examples=(
+        "msplora-analyze redundancy runs/cola --out tables",
+        "msplora-analyze redundancy runs --out tables --top-k 4 --format csv",
+    ),
+)
 def redundancy(
     paths: Paths,
     out: Out,
@@ -98,23 +110,16 @@ def redundancy(
 
 
 def _print(means: pd.DataFrame) -> None:
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    console = Console(highlight=False)
-    with console.capture() as capture:  # rich would end the program at a closed pipe
+    with printed_whole() as console:
         for run, rows in means.groupby("run", sort=False):
-            table = Table("between", box=None, pad_edge=False)
-            for header in ("pairs", "overlap\nin", "overlap\nout", "by\nchance", "cosine", "Jensen-\nShannon"):
-                table.add_column(header, justify="right", no_wrap=True)
-            for row in rows.to_dict("records"):
-                numbers = (row[name] for name in ("overlap_in", "overlap_out", "overlap_expected", "cosine", "js"))
-                cells = ["-" if number != number else f"{number:.3g}" for number in numbers]
-                table.add_row(row["between"], str(row["pairs"]), *cells)
             console.print(f"[bold]{escape(str(run))}[/bold]: means over pairs and modules{_when(rows)}")
-            console.print(table, end="\n\n")
-    print(capture.get(), end="")
+            cells = [
+                [row["between"], str(row["pairs"]), *("-" if math.isnan(row[n]) else f"{row[n]:.3g}" for n in _SHOWN)]
+                for row in rows.to_dict("records")
+            ]
+            console.print(plain_table(["between", "pairs", *_SHOWN.values()], cells), end="\n\n")
 
 
 def _when(rows: pd.DataFrame) -> str:

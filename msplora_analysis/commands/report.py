@@ -7,23 +7,26 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.arguments import IgnoreUnknown, Paths, Semantics, SemanticsChoice, UseCache, Workers
-from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths, progress_bar
+from msplora_analysis.commands.shared.arguments import (
+    IgnoreUnknown,
+    Paths,
+    Semantics,
+    SemanticsChoice,
+    UseCache,
+    Workers,
+)
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, progress_bar
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        short_help="Write one HTML page: findings, charts to explore, tables; for one run, or several compared.",
-        epilog="""Examples:
-
-\b
-  msplora-analyze report runs/cola
-  msplora-analyze report runs/lora runs/msplora --out comparison.html
-  msplora-analyze report tables/spectra.parquet --out report.html
-""",
-    )(report)
-
-
+@command(
+    "Write one HTML page: findings, charts to explore, tables; for one run, or several compared.",
+    examples=(
+        "msplora-analyze report runs/cola",
+        "msplora-analyze report runs/lora runs/msplora --out comparison.html",
+        "msplora-analyze report tables/spectra.parquet --out report.html",
+    ),
+)
 def report(
     paths: Paths,
     out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),

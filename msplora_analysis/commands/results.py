@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.arguments import make_folder
-from msplora_analysis.commands.terminal import closed_pipe_ignored, print_paths
+from msplora_analysis.commands.shared.arguments import make_folder
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, printed_whole
 
 
 class At(str, Enum):
@@ -17,18 +18,13 @@ class At(str, Enum):
     last = "last"
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        short_help="What runs scored: methods by tasks, mean and deviation over seeds, for LaTeX and Markdown.",
-        epilog="""Examples:
-
-\b
-  msplora-analyze results runs/
-  msplora-analyze results runs/ --out tables --at last
-""",
-    )(results)
-
-
+@command(
+    "What runs scored: methods by tasks, mean and deviation over seeds, for LaTeX and Markdown.",
+    examples=(
+        "msplora-analyze results runs/",
+        "msplora-analyze results runs/ --out tables --at last",
+    ),
+)
 def results(
     paths: Annotated[
         list[str],
@@ -46,7 +42,6 @@ def results(
 
     Scores are times 100; parameters are the trained ones without the task's head.
     """
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -60,8 +55,7 @@ def results(
     runs = table["runs"][table["metric"] != "average"]
     counts = f"{runs.min()}" if runs.min() == runs.max() else f"{runs.min()} to {runs.max()}"
     caption = f"mean and standard deviation over seeds ({counts} a cell), {epoch}."
-    console = Console(highlight=False)
-    with closed_pipe_ignored(), console.capture() as capture:
+    with closed_pipe_ignored(), printed_whole() as console:
         for grid in grids(table):
             console.print(f"[bold]{escape(grid.model)}[/bold]: {caption}", soft_wrap=True)
             shown = Table(box=None, pad_edge=False)
@@ -71,7 +65,6 @@ def results(
                 texts = ["–" if cell is None else f"[b]{cell.text}[/b]" if cell.best else cell.text for cell in cells]
                 shown.add_row(escape(method), parameters, *texts)
             console.print(shown, end="\n\n")
-    print(capture.get(), end="")
     for folder in table.attrs["unfinished"]:
         print(f"left out: {folder} has no results yet (continue it with msplora-train --resume)")
     if out is not None:

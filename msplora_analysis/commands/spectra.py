@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.arguments import (
+from msplora_analysis.commands.shared.arguments import (
     Base,
     Dask,
     Format,
@@ -21,23 +21,25 @@ from msplora_analysis.commands.arguments import (
     Workers,
     make_folder,
 )
-from msplora_analysis.commands.terminal import Summary, closed_pipe_ignored, interruptible, print_paths, progress_bar
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import (
+    Summary,
+    closed_pipe_ignored,
+    interruptible,
+    print_paths,
+    progress_bar,
+)
 from msplora_analysis.options import Options
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        short_help="Write tables: the singular values of every adapter, measures of each matrix.",
-        epilog="""Examples:
-
-\b
-  msplora-analyze spectra runs/cola --out tables
-  msplora-analyze spectra runs --out tables --format csv
-  msplora-analyze spectra adapter/adapter_model.safetensors --out tables --k 8,16
-""",
-    )(spectra)
-
-
+@command(
+    "Write tables: the singular values of every adapter, measures of each matrix.",
+    examples=(
+        "msplora-analyze spectra runs/cola --out tables",
+        "msplora-analyze spectra runs --out tables --format csv",
+        "msplora-analyze spectra adapter/adapter_model.safetensors --out tables --k 8,16",
+    ),
+)
 def spectra(
     paths: Paths,
     out: Out,

@@ -7,23 +7,19 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.arguments import UseCache
-from msplora_analysis.commands.terminal import closed_pipe_ignored
+from msplora_analysis.commands.shared.arguments import UseCache
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.terminal import closed_pipe_ignored
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        short_help="Follow a run while it trains.",
-        epilog="""Examples:
-
-\b
-  msplora-analyze watch runs/cola/msplora
-  msplora-analyze watch runs/cola/msplora --once
-  msplora-analyze watch runs/cola/msplora >> watch.log
-""",
-    )(watch)
-
-
+@command(
+    "Follow a run while it trains.",
+    examples=(
+        "msplora-analyze watch runs/cola/msplora",
+        "msplora-analyze watch runs/cola/msplora --once",
+        "msplora-analyze watch runs/cola/msplora >> watch.log",
+    ),
+)
 def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of a training; it may still be made.")],
     interval: Annotated[

@@ -1,14 +1,18 @@
 import os
+import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 from adapters import lora_config, lora_tensors, write_adapter
+from typer.testing import CliRunner
 
 import msplora_analysis as ma
-from msplora_analysis import cli
+from msplora_analysis import cli, commands
 
 ROOT = Path(ma.__file__).parent.parent
 
@@ -264,3 +268,44 @@ def test_reference_run_through_the_command(reference, tmp_path):
     )
     assert len(table) == 96
     assert (table["sigma"] / table["sigma_exact"] - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments", "expected"),
+    [
+        ("dtype=int8: expected float32", ["dtype"], "--dtype int8: expected float32"),
+        ("give a larger top_k=", ["top_k"], "give a larger --top-k"),
+        ("x: pass ignore_unknown=True to go on", ["ignore_unknown"], "x: pass --ignore-unknown to go on"),
+        ("give energy=, rank= or budget=64", ["energy", "rank", "budget"], "give --energy, --rank or --budget 64"),
+        ("runs/rank=8/seed=1: no adapter", [], "runs/rank=8/seed=1: no adapter"),
+        ("runs/rank=8: give rank=4", ["rank"], "runs/rank=8: give --rank 4"),
+    ],
+)
+def test_a_message_speaks_of_options_on_the_command_line(message, arguments, expected):
+    error = ma.AnalysisError(message, *arguments)
+    assert (str(error), cli.with_options(error)) == (message, expected)
+    assert pickle.loads(pickle.dumps(error)).arguments == tuple(arguments)  # from a worker process
+
+
+TOY = '''
+import typer
+from msplora_analysis.commands.shared.declaring import command
+
+@command("Say hello.", examples=("msplora-analyze toy anna", "msplora-analyze toy anna --loud"))
+def toy(name: str, loud: bool = False) -> None:
+    """Say hello to somebody."""
+    print(f"hello {name}{'!' if loud else ''}")
+'''
+
+
+def test_a_new_command_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    app, invoke = cli.make_app(), CliRunner().invoke
+    assert invoke(app, ["toy", "anna", "--loud"]).output == "hello anna!\n"
+    assert invoke(app, ["toy", "--help"]).output.endswith(
+        "Examples:\n\n    msplora-analyze toy anna\n    msplora-analyze toy anna --loud\n"
+    )
+    listed = re.findall(r"^  ([a-z]\w*)  ", invoke(app, ["--help"]).output.partition("Commands:")[2], re.MULTILINE)
+    assert listed == [*commands.ORDER, "toy"]
+    assert [found.name for found in typer.main.get_command(cli.app).commands.values()] == [*commands.ORDER]

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from msplora_analysis.ask.comparison.compare import Side, compare, layer_kl
 from msplora_analysis.ask.comparison.pairing import Unit, drawn, pair, units
 from msplora_analysis.ask.comparison.statements import sentences
 from msplora_analysis.ask.comparison.uncertainty import adjacent_test, interval
-from msplora_analysis.commands import compare as command
+from msplora_analysis.cli import app
 from msplora_analysis.compute.measures.divergence import kl, pairwise_kl
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.figures import kl_summary
@@ -337,13 +336,6 @@ def test_runs_that_do_not_pair() -> None:
     assert result["n_a"].unique().tolist() == [2]
 
 
-def _app() -> typer.Typer:
-    app = typer.Typer()
-    command.register(app)
-    app.callback()(lambda: None)
-    return app
-
-
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
@@ -355,7 +347,7 @@ def stored(tmp_path: Path) -> Path:
 def test_command_on_runs(tmp_path: Path) -> None:
     out = tmp_path / "out"
     a, b = (str(FIRST_LOOK / run) for run in ("msplora-4-4-4", "lora-4"))
-    result = CliRunner().invoke(_app(), ["compare", a, "--with", b, "--out", str(out), "--no-cache"])
+    result = CliRunner().invoke(app, ["compare", a, "--with", b, "--out", str(out), "--no-cache"])
     assert result.exit_code == 0, (result.output, result.exception)
     assert "the data do not decide" in result.stdout
     assert result.stdout.rstrip().endswith("comparison.parquet")
@@ -367,12 +359,12 @@ def test_command_on_runs(tmp_path: Path) -> None:
 def test_command_on_tables(stored: Path, tmp_path: Path) -> None:
     methods = ["--method", "LoRA r=4", "--with-method", "LoRA r=6", "--format", "csv", "--out", str(tmp_path / "o")]
     methods += ["--figure", "png"]
-    result = CliRunner().invoke(_app(), ["compare", str(stored), "--with", str(stored), *methods])
+    result = CliRunner().invoke(app, ["compare", str(stored), "--with", str(stored), *methods])
     assert result.exit_code == 0, (result.output, result.exception)
     assert "6 pairs of runs on 2 tasks" in result.stdout.replace("\n", " ")
     assert set(pd.read_csv(tmp_path / "o" / "comparison.csv")["measure"]) == {"kl", "kl_matched"}
     assert (tmp_path / "o" / "comparison_differences.png").is_file()
-    result = CliRunner().invoke(_app(), ["compare", str(stored), "--with", str(stored), "--out", str(tmp_path / "o")])
+    result = CliRunner().invoke(app, ["compare", str(stored), "--with", str(stored), "--out", str(tmp_path / "o")])
     assert isinstance(result.exception, AnalysisError)
     assert "choose one with --method or --with-method: LoRA r=4, LoRA r=6" in str(result.exception)
 
@@ -383,7 +375,7 @@ def test_with_takes_several_paths(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     others = [str(tmp_path / "x"), str(tmp_path / "y")]
     args = ["compare", str(FIRST_LOOK / "lora-4"), "--with", *others, "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(_app(), args)
+    result = CliRunner().invoke(app, args)
     assert isinstance(result.exception, AnalysisError)
     assert str(result.exception).startswith(f"{tmp_path / 'x'}: no adapter found")
 

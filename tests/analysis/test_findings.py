@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import typer
 from adapters import lora_config, lora_tensors, write_adapter
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
@@ -20,7 +19,7 @@ import msplora_analysis as ma
 from msplora_analysis.adapters.discovery import discover
 from msplora_analysis.ask.findings import KINDS, diagnose, load_findings, rank_patterns
 from msplora_analysis.ask.findings.against_base import measure
-from msplora_analysis.commands import diagnose as command
+from msplora_analysis.cli import app
 from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import AnalysisError
 
@@ -294,13 +293,6 @@ def test_every_kind_says_where_its_threshold_is_from() -> None:
     assert all(name == kind.id and kind.severity in ("error", "warning", "info") for name, kind in KINDS.items())
 
 
-def _app() -> typer.Typer:
-    app = typer.Typer()
-    command.register(app)
-    app.callback()(lambda: None)
-    return app
-
-
 def test_command(tmp_path: Path) -> None:
     def edit(tensors: Tensors) -> None:
         tensors[key(3, "query", "B")] *= 50
@@ -308,7 +300,7 @@ def test_command(tmp_path: Path) -> None:
         tensors[key(2, "value", "B")].fill(0)
 
     run = broken_run(tmp_path, edit)
-    result = CliRunner().invoke(_app(), ["diagnose", str(run), "--no-cache"])
+    result = CliRunner().invoke(app, ["diagnose", str(run), "--no-cache"])
     assert result.exit_code == 0, result.output
     first, *_ = result.stdout.splitlines()
     assert first.startswith("error no-update:") or "no-update" in first
@@ -316,7 +308,7 @@ def test_command(tmp_path: Path) -> None:
     assert "also layer 2 value" in result.stdout
     assert result.stdout.index("no-update") < result.stdout.index("norm-outlier") < result.stdout.index("rank-unused")
 
-    result = CliRunner().invoke(_app(), ["diagnose", str(run), "--no-cache", "--json"])
+    result = CliRunner().invoke(app, ["diagnose", str(run), "--no-cache", "--json"])
     found = json.loads(result.stdout)
     ids = [row["id"] for row in found["findings"]]
     assert ids[:2] == ["no-update", "no-update"]

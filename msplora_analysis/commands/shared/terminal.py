@@ -1,4 +1,4 @@
-"""What the command line shows: progress while adapters are read, and a summary of the tables."""
+"""What the terminal shows: progress, tables, paths; and what ends a command early: Ctrl-C, a reader that leaves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from rich.console import Console
     from rich.table import Table
 
     from msplora_analysis.compute.tasks import Progress
@@ -28,6 +29,9 @@ _COLUMNS = {
 
 
 _MOST_RUNS = 20  # in a summary
+
+_Checkpoint: TypeAlias = "tuple[int | None, float | None]"  # step and epoch
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -62,7 +66,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C only makes the function given true, so that what is done can be kept."""
     stopped = False
 
-    def stop(*_: Any) -> None:
+    def stop(*_: object) -> None:
         nonlocal stopped
         stopped = True
         signal.signal(signal.SIGINT, before)  # a second one ends at once
@@ -90,12 +94,36 @@ def print_paths(paths: Iterable[Path]) -> None:
         print(path)
 
 
+@contextmanager
+def printed_whole() -> Iterator[Console]:
+    """A console of rich, printed when the block ends: rich itself would end the program at a closed pipe."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with console.capture() as capture:
+        yield console
+    print(capture.get(), end="")
+
+
+def plain_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Rows under their headers, without lines: names to the left, numbers to the right."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(headers[0], box=None, pad_edge=False)
+    for header in headers[1:]:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 class Summary:
     """Means over matrices per run, scale and checkpoint, gathered from batches of the metrics table."""
 
     def __init__(self) -> None:
         # run -> scale -> (step, epoch) -> per column (sum, count), and the number of matrices
-        self._runs: dict[str, dict[str, dict[tuple[Any, Any], _Means]]] = {}
+        self._runs: dict[str, dict[str, dict[_Checkpoint, _Means]]] = {}
 
     def add(self, metrics: pa.RecordBatch) -> None:
         keys = zip(*(metrics[name].to_pylist() for name in ("run", "scale", "step", "epoch")), strict=True)
@@ -106,18 +134,15 @@ class Summary:
 
     def print(self) -> None:
         """One small table a run; the middle of a long run is left out."""
-        from rich.console import Console
         from rich.markup import escape
 
-        console = Console(highlight=False)
-        with console.capture() as capture:  # rich would end the program at a closed pipe
+        with printed_whole() as console:
             for run, scales in islice(self._runs.items(), _MOST_RUNS):
                 checkpoints = list(dict.fromkeys(key for of_scale in scales.values() for key in of_scale))
                 shown = _spread(checkpoints)
                 some = "" if shown == checkpoints else f" ({len(shown)} of {len(checkpoints)} checkpoints shown)"
                 console.print(f"[bold]{escape(run)}[/bold]: means over matrices{some}")
                 console.print(_table(scales, shown), end="\n\n")
-        print(capture.get(), end="")
         if (more := len(self._runs) - _MOST_RUNS) > 0:
             print(f"... and {more} more runs, in the tables")
 
@@ -141,21 +166,17 @@ class _Means:
         return [f"{total / n:.4g}" if n else "-" for total, n in zip(self._sums, self._counts, strict=True)]
 
 
-def _table(scales: dict[str, dict[tuple[Any, Any], _Means]], shown: list[tuple[Any, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table("scale", box=None, pad_edge=False)
-    for header in ("epoch", "matrices", *_COLUMNS):
-        table.add_column(header, justify="right", no_wrap=True)
+def _table(scales: dict[str, dict[_Checkpoint, _Means]], shown: list[_Checkpoint]) -> Table:
+    rows = []
     for scale, of_scale in scales.items():
         for step, epoch in shown:
             if means := of_scale.get((step, epoch)):
                 when = f"{epoch:g}" if epoch is not None else f"step {step}" if step is not None else "-"
-                table.add_row(scale, when, str(means.rows), *means.texts())
-    return table
+                rows.append([scale, when, str(means.rows), *means.texts()])
+    return plain_table(["scale", "epoch", "matrices", *_COLUMNS], rows)
 
 
-def _spread(items: list[Any], most: int = 6) -> list[Any]:
+def _spread(items: list[_T], most: int = 6) -> list[_T]:
     """The first, the last and evenly spread items between them."""
     if len(items) <= most:
         return items
