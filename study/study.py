@@ -251,8 +251,8 @@ def figures(options: argparse.Namespace) -> None:
             for path in out.glob(pattern):
                 path.unlink()
         for path in sorted(folder.glob("*_minus_*/comparison.csv")):
-            plot = replace(comparison.plot(pd.read_csv(path)), stem=f"comparison_{path.parent.name}")
-            plot.write(out, options.formats)
+            for plot in comparison.plots(pd.read_csv(path)):
+                replace(plot, stem=f"comparison_{path.parent.name}").write(out, options.formats)
 
 
 def _analyze(*arguments: str | Path) -> None:

@@ -247,13 +247,10 @@ def test_every_finding_is_named() -> None:
 
 def test_every_figure_has_how_to_read_it() -> None:
     text = (DOCS / "figures.md").read_text(encoding="utf-8")
-    import msplora_analysis.show.figures as figures
+    from msplora_analysis.show.drawing.catalogue import KINDS
 
     sections = dict(re.findall(r"^## [^\n]*\{ #(\w+) \}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
-    drawn = {name for name in figures.__all__ if name not in ("FORMATS", "draw_figures", "write_figures")}
-    tables = {"kl_per_run": "kl_between_layers", "kl_summary": "kl_between_layers"}
-    stems = {tables.get(name, re.sub("_(over_epochs|map|with_intervals)$", "", name)) for name in drawn}
-    assert stems == sections.keys()
+    assert {name.removesuffix("_over_epochs") for name in KINDS} == sections.keys()
     for anchor, body in sections.items():
         for part in ("**Shows**", "**Read it**", "**It can't show**"):
             assert part in body, f"{anchor}: {part}"

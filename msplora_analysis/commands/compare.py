@@ -138,9 +138,9 @@ def compare(
     written = [out / f"comparison.{format.value}"]
     write_table(table, written[0])
     if figure:
-        from msplora_analysis.show.figures.comparison import plot
+        from msplora_analysis.show.figures.comparison import plots
 
-        written += plot(table).write(out, [kind.value for kind in figure], style)
+        written += [path for plot in plots(table) for path in plot.write(out, [kind.value for kind in figure], style)]
     with closed_pipe_ignored():
         print("\n\n".join(sentences(table)), end="\n\n")
         print_paths(written)

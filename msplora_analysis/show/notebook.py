@@ -1,11 +1,10 @@
-"""What Jupyter shows: findings by kind, a comparison in sentences, figures as pictures.
+"""What Jupyter shows: findings by kind, a comparison in sentences.
 
 The tables are pandas DataFrames. A selection of rows shows itself in the same way; one of columns as any table does.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any, ClassVar
@@ -80,23 +79,6 @@ class Findings(_Table):
         return (_grid(("severity", "finding", "evidence", "what to try"), rows) if rows else "") + f"<p>{total}</p>"
 
 
-class Figures(dict[str, Any]):
-    """Name -> matplotlib Figure, as ``draw_figures`` gives them; Jupyter shows all, each below its name."""
-
-    def _repr_html_(self) -> str:
-        from base64 import b64encode
-        from io import BytesIO
-
-        pictures = []
-        for name, figure in self.items():
-            png = BytesIO()
-            figure.savefig(png, format="png", dpi=2 * figure.dpi)
-            data = b64encode(png.getvalue()).decode()
-            width = round(figure.get_figwidth() * figure.dpi)
-            pictures.append(f'<p><b>{_text(name)}</b></p><img width="{width}" src="data:image/png;base64,{data}">')
-        return "".join(pictures)
-
-
 class Comparison(_Table):
     """The comparison of ``compare``."""
 
@@ -130,22 +112,6 @@ class Comparison(_Table):
         first = differences.iloc[0]
         head = ("measure", "pairs of layers", _text(first["a"]), _text(first["b"]), "difference")
         return f"<ul>{said}</ul>" + _grid((*head, f"{first['confidence']:.0%} interval", "decided"), rows)
-
-
-def show_figures() -> None:
-    """Let Jupyter show a figure that is the value of a cell.
-
-    By itself it does so only after ``%matplotlib inline``, or once pyplot has drawn. A choice that was made before, or
-    is made later (``%config InlineBackend.figure_formats``), stands. Outside Jupyter nothing happens.
-    """
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is None or not hasattr(shell, "kernel"):
-        return
-    from IPython.core.pylabtools import select_figure_formats
-    from matplotlib.figure import Figure
-
-    if Figure not in shell.display_formatter.formatters["image/png"]:
-        select_figure_formats(shell, {"retina"})
 
 
 def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

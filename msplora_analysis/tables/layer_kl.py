@@ -8,7 +8,7 @@ import pandas as pd
 from msplora_analysis.compute.measures.divergence import pairwise_kl
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.tables.checkpoints import at_epoch
-from msplora_analysis.tables.matrices import ks, prepare, variants
+from msplora_analysis.tables.matrices import is_msplora, ks, prepare, variants
 
 
 def mean_spectra(matrices: pd.DataFrame) -> pd.DataFrame:
@@ -32,6 +32,17 @@ def layers_of(matrices: pd.DataFrame, stack: str) -> dict[str, tuple[int, ...]]:
     parts = matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack)]
     layers = parts.groupby("variant")["group"].unique()
     return {variant: tuple(sorted(layers[variant])) for variant in variants(parts) if len(layers[variant]) > 1}
+
+
+def both_methods(matrices: pd.DataFrame, stack: str) -> list[tuple[str, str]]:
+    """(MSPLoRA, LoRA) labels that adapt the same two or more layers of a stack."""
+    layers = layers_of(matrices, stack)
+    return [
+        (ours, theirs)
+        for ours in layers
+        for theirs in layers
+        if is_msplora(ours) and not is_msplora(theirs) and layers[ours] == layers[theirs]
+    ]
 
 
 def numbers(matrices: pd.DataFrame, variants: list[str], stack: str, epoch: float | None = None) -> pd.DataFrame:

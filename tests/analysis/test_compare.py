@@ -19,9 +19,9 @@ from msplora_analysis.ask.comparison.uncertainty import adjacent_test, interval
 from msplora_analysis.cli import app
 from msplora_analysis.compute.measures.divergence import kl, pairwise_kl
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.show.figures import kl_summary
 from msplora_analysis.show.figures.comparison import comparison_with_intervals
 from msplora_analysis.show.figures.rank_needed import plots, rank_needed_map
+from msplora_analysis.tables.layer_kl import kl_summary
 from msplora_analysis.tables.matrices import prepare
 
 FIRST_LOOK = Path(__file__).parents[1] / "data" / "first_look"

@@ -12,17 +12,21 @@ from matplotlib.collections import QuadMesh
 from scipy.stats import entropy
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.show import figures
+from msplora_analysis.show.drawing import catalogue
+from msplora_analysis.show.drawing.figure import Figure
+from msplora_analysis.show.drawing.plot import Plot
 from msplora_analysis.show.figures import (
+    draw_figures,
     effective_rank_over_epochs,
     figure3,
     figure4,
     kl_between_layers,
-    kl_per_run,
-    kl_summary,
     m_eff_over_epochs,
     spectra_by_layer,
     write_figures,
 )
+from msplora_analysis.tables.layer_kl import kl_per_run, kl_summary
 
 GROUPS = {"global": 1, "mid": 3}
 
@@ -489,3 +493,32 @@ def test_no_pyplot_and_no_seaborn():
         "False",
         "False",
     ]
+
+
+# A figure of one's own
+
+
+def test_a_figure_declares_itself_and_is_written_with_the_others(tmp_path, spectra, monkeypatch):
+    monkeypatch.setitem(catalogue.KINDS, "largest_values", None)  # taken away at the end
+
+    def largest_values(table):
+        return draw(table, None)
+
+    @catalogue.plots_of(largest_values, order=0)
+    def plots(matrices, epoch=None):
+        yield Plot("largest_values", matrices[["run", "epoch"]].assign(sigma=matrices[1]), draw)
+
+    def draw(numbers, style):
+        figure = Figure()
+        figure.subplots().plot(numbers["epoch"], numbers["sigma"], ".")
+        return figure
+
+    paths = write_figures(spectra, tmp_path, ["svg"])
+    assert [path.name for path in paths[:3]] == [
+        "largest_values.csv",
+        "largest_values.svg",
+        "figure3_msplora-8-4-2.csv",
+    ]
+    assert len(pd.read_csv(paths[0])) == spectra.groupby(["run", "epoch", "scale", "name"]).ngroups
+    assert list(draw_figures(spectra, which="largest_values")) == ["largest_values"]
+    assert figures.largest_values is largest_values

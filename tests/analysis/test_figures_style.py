@@ -19,11 +19,13 @@ from tueplots import figsizes
 
 import msplora_analysis as ma
 from msplora_analysis.show import figures
+from msplora_analysis.show.drawing.catalogue import all_plots
 from msplora_analysis.show.drawing.plot import Plot
 from msplora_analysis.show.drawing.style import SERIF, SETTINGS
 from msplora_analysis.show.drawing.venues import VENUES, style_of
 from msplora_analysis.show.figures.singular_values import draw as draw_figure3
 from msplora_analysis.show.figures.singular_values import numbers as numbers_of_figure3
+from msplora_analysis.tables.matrices import prepare
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "runs"
 
@@ -102,7 +104,7 @@ def test_commands_take_a_style(tmp_path, capsys, monkeypatch):
 def test_figures_are_returned_and_kept_nowhere_else():
     drawn = ma.draw_figures(EXAMPLES, style="icml", which=["figure3", "rank_needed_lora-8"])
     assert list(drawn) == ["figure3_msplora-8-8-8", "rank_needed_lora-8"]
-    assert all(type(figure) is Figure for figure in drawn.values())
+    assert all(isinstance(figure, Figure) for figure in drawn.values())
     if pyplot := sys.modules.get("matplotlib.pyplot"):
         assert not pyplot.get_fignums()
 
@@ -189,11 +191,12 @@ write_styled(Path(sys.argv[2]))
 def write_styled(folder):
     folder.mkdir()
     table, _ = tables(12)
-    matrices = figures.prepare(table)
+    matrices = prepare(table)
     Plot("figure3", numbers_of_figure3(matrices, "MSPLoRA 8/4/2"), draw_figure3).write(
         folder, figures.FORMATS, "icml-column"
     )
-    figures.comparison.plot(comparison_table()).write(folder, figures.FORMATS, "neurips")
+    for plot in all_plots({"comparison": comparison_table()}):
+        plot.write(folder, figures.FORMATS, "neurips")
 
 
 def test_bytes_are_those_of_any_other_process(tmp_path):

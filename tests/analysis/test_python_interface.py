@@ -18,7 +18,8 @@ from msplora_analysis.ask.comparison.statements import sentences
 from msplora_analysis.ask.findings import KINDS
 from msplora_analysis.ask.findings.base import COLUMNS
 from msplora_analysis.ask.findings.load import load_findings
-from msplora_analysis.show.notebook import Comparison, Figures, Findings
+from msplora_analysis.show.drawing.figure import Figure, Figures
+from msplora_analysis.show.notebook import Comparison, Findings
 from msplora_analysis.tables.pairs import load_redundancy
 
 RUNS = Path(__file__).parents[2] / "examples" / "runs"
@@ -200,9 +201,7 @@ def test_names_from_files_are_text_wherever_they_stand(comparison: Comparison) -
     assert "mathjax_ignore" in html  # or it would set $x$ as a formula
 
 
-def empty_figure() -> Any:
-    from matplotlib.figure import Figure
-
+def empty_figure() -> Figure:
     return Figure(figsize=(1, 1))
 
 
@@ -238,3 +237,15 @@ def test_figures_show_themselves_with_their_names() -> None:
     html = figures._repr_html_()  # type: ignore[attr-defined]
     assert html.count("data:image/png;base64,iVBOR") == len(figures)
     assert all(name in html for name in figures)
+
+
+def test_jupyter_shows_a_figure_without_a_change_to_its_settings() -> None:
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+    formatters = shell.display_formatter.formatters["image/png"]
+    before = dict(formatters.type_printers)
+    figure = empty_figure()
+    data, metadata = shell.display_formatter.format(figure)
+    assert data["image/png"].startswith(b"\x89PNG")
+    assert metadata["image/png"] == {"width": 100, "height": 100}
+    assert "text/html" in shell.display_formatter.format(Figures(one=figure))[0]
+    assert dict(formatters.type_printers) == before

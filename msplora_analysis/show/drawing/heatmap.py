@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from msplora_analysis.compute.measures.metrics import Array
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.style import NO_DATA, SMALLEST
 from msplora_analysis.show.drawing.text import fit, lay_out, size_of

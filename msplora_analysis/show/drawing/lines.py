@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.formats.base import SCALES
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.style import DASHES, PALETTE
 from msplora_analysis.show.drawing.text import fit, label_epochs, legend_below, title

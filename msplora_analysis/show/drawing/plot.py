@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.style import settings
 from msplora_analysis.show.drawing.venues import style_of
 from msplora_core.atomic import replacing

@@ -7,8 +7,8 @@ from typing import Any
 
 import matplotlib.style as mpl_style
 import pandas as pd
-from matplotlib.figure import Figure
 
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.venues import DEFAULT, Style, style_of
 
 SEQUENTIAL = "viridis"

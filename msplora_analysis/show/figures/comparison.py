@@ -1,11 +1,14 @@
 """Two methods side by side: differences between layers with their intervals, from the table of `compare`."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import NARROW
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
@@ -29,9 +32,11 @@ def comparison_with_intervals(comparison: pd.DataFrame, *, style: str | None = N
     return draw(rows, style)
 
 
-def plot(comparison: pd.DataFrame) -> Plot:
-    """The figure with its numbers, to be written."""
-    return Plot("comparison_differences", comparison[comparison["question"] == "difference"], draw)
+@plots_of(comparison_with_intervals, order=10, needs="comparison", name="comparison")
+def plots(comparison: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
+    rows = comparison[comparison["question"] == "difference"]
+    if len(rows):
+        yield Plot("comparison_differences", rows, draw)
 
 
 @styled

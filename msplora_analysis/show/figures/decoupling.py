@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from msplora_analysis.formats.base import SCALES
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.lines import draw_lines, over_epochs
 from msplora_analysis.show.drawing.plot import Plot
 from msplora_analysis.show.drawing.style import styled
@@ -28,7 +29,8 @@ def decoupling_over_epochs(
     return draw(numbers(prepare_pairs(scales, labels)), style)
 
 
-def plots(scales: pd.DataFrame) -> Iterator[Plot]:
+@plots_of(decoupling_over_epochs, order=9, needs="scales")
+def plots(scales: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     """scales: of `prepare_pairs`."""
     table = numbers(scales)
     if len(table):

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from msplora_analysis.compute.measures.metrics import effective_rank
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.lines import draw_lines, over_epochs
 from msplora_analysis.show.drawing.plot import Plot
 from msplora_analysis.show.drawing.style import styled
@@ -24,7 +25,8 @@ def effective_rank_over_epochs(spectra: pd.DataFrame, *, style: str | None = Non
     return draw(numbers(prepare(spectra)), style)
 
 
-def plots(matrices: pd.DataFrame) -> Iterator[Plot]:
+@plots_of(effective_rank_over_epochs, order=5)
+def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     table = numbers(matrices)
     if len(table):
         yield Plot("effective_rank_over_epochs", table, draw)

@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
@@ -37,17 +38,18 @@ def figure4(
     """
     matrices = prepare(spectra)
     stack = choose("stack", stack, stacks(matrices))
-    both = pairs(matrices, stack)
+    both = layer_kl.both_methods(matrices, stack)
     msplora = choose("MSPLoRA variant", msplora, list(dict.fromkeys(ours for ours, _ in both)))
     lora = choose("LoRA variant", lora, [theirs for ours, theirs in both if ours == msplora])
     table = numbers(matrices, msplora, lora, stack, epoch)
     return draw(table, style, name_stack=len(stacks(matrices)) > 1)
 
 
+@plots_of(figure4, order=2)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     several = len(stacks(matrices)) > 1
     for stack in stacks(matrices):
-        both = pairs(matrices, stack)
+        both = layer_kl.both_methods(matrices, stack)
         kinds = {is_msplora(variant) for variant in layer_kl.layers_of(matrices, stack)}
         if len(kinds) == 2 and not both:
             warnings.warn(f"no Figure 4 of {stack}: MSPLoRA and LoRA runs adapt different layers", stacklevel=2)
@@ -55,17 +57,6 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
             stem = f"figure4_{slug(msplora)}_minus_{slug(lora)}" + (f"_{slug(stack)}" if several else "")
             table = numbers(matrices, msplora, lora, stack, epoch)
             yield Plot(stem, table, partial(draw, name_stack=several))
-
-
-def pairs(matrices: pd.DataFrame, stack: str) -> list[tuple[str, str]]:
-    """(MSPLoRA, LoRA) variants that adapt the same two or more layers of a stack."""
-    layers = layer_kl.layers_of(matrices, stack)
-    return [
-        (ours, theirs)
-        for ours in layers
-        for theirs in layers
-        if is_msplora(ours) and not is_msplora(theirs) and layers[ours] == layers[theirs]
-    ]
 
 
 def numbers(matrices: pd.DataFrame, msplora: str, lora: str, stack: str, epoch: float | None = None) -> pd.DataFrame:

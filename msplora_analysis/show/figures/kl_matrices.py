@@ -5,16 +5,16 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
 from msplora_analysis.show.drawing.style import SEQUENTIAL, runs_note, styled
 from msplora_analysis.show.drawing.text import title
 from msplora_analysis.show.drawing.venues import Style
-from msplora_analysis.show.figures import kl_difference
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.checkpoints import epoch_note
 from msplora_analysis.tables.matrices import choose, prepare, slug, stacks
@@ -42,17 +42,22 @@ def kl_between_layers(
     return draw(layer_kl.numbers(matrices, chosen, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
 
 
+@plots_of(kl_between_layers, order=3)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
-    """A companion to each Figure 4, and every variant that has none by itself."""
+    """A companion to each Figure 4, and every label that has none by itself; then the means as tables."""
     several = len(stacks(matrices)) > 1
     for stack in stacks(matrices):
-        together: list[tuple[str, ...]] = list(kl_difference.pairs(matrices, stack))
+        together: list[tuple[str, ...]] = list(layer_kl.both_methods(matrices, stack))
         drawn = {variant for pair in together for variant in pair}
         alone = [(variant,) for variant in layer_kl.layers_of(matrices, stack) if variant not in drawn]
         for variants in together + alone:
             stem = f"kl_between_layers_{'_and_'.join(map(slug, variants))}" + (f"_{slug(stack)}" if several else "")
             table = layer_kl.numbers(matrices, list(variants), stack, epoch)
             yield Plot(stem, table, partial(draw, name_stack=several))
+    summary = layer_kl.summary(matrices, epoch)
+    if len(summary):
+        yield Plot("kl_summary", summary)
+        yield Plot("kl_per_run", layer_kl.per_run(matrices, epoch))
 
 
 @styled

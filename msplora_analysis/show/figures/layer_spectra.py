@@ -5,8 +5,9 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, wide_panel
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
@@ -34,6 +35,7 @@ def spectra_by_layer(
     return draw(numbers(matrices, variant, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
 
 
+@plots_of(spectra_by_layer, order=6)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     several = len(stacks(matrices)) > 1
     for stack in stacks(matrices):

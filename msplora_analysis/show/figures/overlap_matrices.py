@@ -6,8 +6,9 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
@@ -46,6 +47,7 @@ def overlap_between_layers(
     return draw(numbers(table, variant, stack, epoch), style)
 
 
+@plots_of(overlap_between_layers, order=8, needs="pairs")
 def plots(pairs: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     """pairs: of `prepare_pairs`."""
     layers = layers_of(pairs)

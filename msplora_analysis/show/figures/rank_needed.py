@@ -6,9 +6,10 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from msplora_analysis.compute.measures.rank_needed import energy_rank
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, width_for
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
@@ -41,6 +42,7 @@ def rank_needed_map(
     return draw(numbers(matrices, variant, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
 
 
+@plots_of(rank_needed_map, order=7, name="rank_needed")
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     several = len(stacks(matrices)) > 1
     for stack in stacks(matrices):

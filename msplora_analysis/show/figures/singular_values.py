@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.formats.base import SCALES
+from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import NARROW, draw_cells, edges, mark_absent
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
@@ -31,7 +32,8 @@ def figure3(spectra: pd.DataFrame, variant: str | None = None, *, style: str | N
     return draw(numbers(matrices, choose("variant", variant, drawable(matrices))), style)
 
 
-def plots(matrices: pd.DataFrame) -> Iterator[Plot]:
+@plots_of(figure3, order=1)
+def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     for variant in drawable(matrices):
         yield Plot(f"figure3_{slug(variant)}", numbers(matrices, variant), draw)
 

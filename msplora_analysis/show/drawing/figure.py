@@ -1,0 +1,35 @@
+"""Figures that Jupyter shows, by their own methods: nothing of Jupyter or matplotlib is changed."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from html import escape
+from io import BytesIO
+
+import matplotlib.figure
+
+from msplora_analysis.errors import printable
+
+
+class Figure(matplotlib.figure.Figure):
+    """A matplotlib Figure that Jupyter shows without ``%matplotlib inline``; what that sets comes first."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """Twice as many pixels as it is wide on the page."""
+        png = BytesIO()
+        self.savefig(png, format="png", dpi=2 * self.dpi)
+        width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
+        return png.getvalue(), {"width": width, "height": height}
+
+
+class Figures(dict[str, Figure]):
+    """Name -> figure, as ``draw_figures`` gives them; Jupyter shows all, each below its name."""
+
+    def _repr_html_(self) -> str:
+        shown = []
+        for name, figure in self.items():
+            png, size = figure._repr_png_()
+            data = b64encode(png).decode()
+            shown.append(f"<p><b>{escape(printable(name))}</b></p>")
+            shown.append(f'<img width="{size["width"]}" src="data:image/png;base64,{data}">')
+        return "".join(shown)
