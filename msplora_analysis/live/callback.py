@@ -1,19 +1,22 @@
 """A callback for Hugging Face Trainer that logs spectra of the adapter beside the loss.
 
-    trainer.add_callback(SpectraCallback())
+    SpectraCallback().add_to(trainer)
 
 The values (``measures`` names them) are added to what Trainer logs, so that TensorBoard, W&B, trackio, MLflow, the
 printed lines and trainer_state.json have them. Works with every PEFT method that ``docs/formats.md`` lists, in Trainer
 and what builds on it, such as TRL.
+
+Trainer calls callbacks in the order in which they were added, its trackers (``report_to``) first, and hands the same
+dictionary to all. It tells a callback neither of itself nor of the others (transformers 5.17 to 5.23), so a callback
+cannot come first by itself: ``add_to`` is given the trainer.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.live.measures import adapter_values
@@ -21,15 +24,22 @@ from msplora_analysis.live.model import active_adapters
 
 try:
     from transformers import TrainerCallback, TrainingArguments
-    from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+    from transformers.trainer_callback import TrainerControl, TrainerState
 except ImportError:
     raise AnalysisError(
         "SpectraCallback needs transformers, which is not installed; run `pip install 'msplora[train]'`"
     ) from None
 
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
 class SpectraCallback(TrainerCallback):
     """Adds effective rank, M_eff-k, norms and the overlap of scales to every log of the training loss.
+
+    Give it to a trainer by ``SpectraCallback().add_to(trainer)``. In ``Trainer(callbacks=[...])`` it works too, but is
+    called after the trackers of ``report_to``: these get no spectra, later callbacks and trainer_state.json do.
 
     Args:
         every: Log (loss and all) and compute every so many steps too, whatever logging_steps says; then at these
@@ -61,16 +71,29 @@ class SpectraCallback(TrainerCallback):
         self.seconds = 0.0
         """Seconds that all computations took together."""
         self._not_before = 0.0
+        self._is_first = False
         self._said: set[str] = set()
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Add this callback to a trainer before all others, so that all get its values.
+
+        Args:
+            trainer: A Trainer of transformers, or what builds on it. It may have this callback already.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._is_first = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._put_first():
+        if args.report_to and not self._is_first:
             self._say(
                 "order",
-                "the callbacks of this trainer cannot be reached: those before SpectraCallback (TensorBoard, W&B, ...) "
-                "get no spectra, trainer_state.json does",
+                f"{', '.join(args.report_to)} is called before it and gets no spectra, trainer_state.json does; "
+                "for both use SpectraCallback().add_to(trainer)",
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -127,23 +150,6 @@ class SpectraCallback(TrainerCallback):
             reason = str(error) if isinstance(error, AnalysisError) else f"{type(error).__name__}: {error}"
             self._say(reason, f"no spectra are logged: {printable(reason)}")
         return found
-
-    def _put_first(self) -> bool:
-        """Move before all other callbacks, so that all get the values; whether that was possible.
-
-        Callbacks are called in the order in which they were added, the integrations first, and are not told who
-        calls: the caller's frame is the one way to their list. Nobody is called twice or left out by the move, as
-        those after this one stay where they are.
-        """
-        frame = sys._getframe(1)
-        while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
-                handler.callbacks.remove(self)
-                handler.callbacks.insert(0, self)
-                return True
-            frame = frame.f_back  # type: ignore[assignment]
-        return False
 
     def _say(self, what: str, message: str) -> None:
         if what not in self._said:

@@ -98,7 +98,7 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
     if settings.log_spectra:
         from msplora_analysis import SpectraCallback
 
-        trainer.add_callback(SpectraCallback())
+        SpectraCallback().add_to(trainer)
     trainer.add_callback(KeepEveryEpoch(trainer, last_checkpoint, settings.save_steps))
     show_progress(trainer, task, report)
 

@@ -68,6 +68,9 @@ def train(model: nn.Module, folder: Path, *callbacks: TrainerCallback, **options
         model=model, args=TrainingArguments(str(folder), **arguments), train_dataset=examples(),
         eval_dataset=examples(), callbacks=list(callbacks),
     )  # fmt: skip
+    for callback in callbacks:
+        if isinstance(callback, SpectraCallback):
+            callback.add_to(trainer)
     trainer.train()
     return trainer
 
@@ -298,8 +301,9 @@ def test_trl(tmp_path: Path) -> None:
         train_dataset=Dataset.from_dict({"text": ["a b c d", "e f g h"] * 4}),
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        callbacks=[before, SpectraCallback(budget=None)],
+        callbacks=[before],
     )  # fmt: skip
+    SpectraCallback(budget=None).add_to(trainer)
     trainer.train()
     found = logged(trainer)
     assert list(found) == [1, 2]
@@ -383,13 +387,21 @@ def test_other_processes_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert logs == {"loss": 1.0}
 
 
-def test_a_trainer_that_hides_its_callbacks_is_told(tmp_path: Path) -> None:
-    from transformers.trainer_callback import TrainerControl, TrainerState
-
-    with pytest.warns(UserWarning, match="get no spectra, trainer_state.json does"):
-        SpectraCallback().on_train_begin(
-            TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
-        )
+def test_as_one_callback_of_many_it_says_what_trackers_do_not_get(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    after = Recorder()
+    trainer = Trainer(
+        model=peft.get_peft_model(make_bert(), CONFIGS["lora"]),
+        args=TrainingArguments(
+            str(tmp_path), max_steps=1, logging_steps=1, report_to=["tensorboard"], disable_tqdm=True,
+            save_strategy="no", use_cpu=True,
+        ),
+        train_dataset=examples(),
+        callbacks=[SpectraCallback(budget=None), after],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"tensorboard .*gets no spectra.*add_to\(trainer\)"):
+        trainer.train()
+    assert logged(trainer)[1].items() <= next(logs for logs in after.logs if "loss" in logs).items()
 
 
 @pytest.mark.parametrize(
