@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from msplora_analysis.adapters.discovery import as_paths
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
+from msplora_analysis.options import Execution, Options, Progress, changed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,32 +33,45 @@ def diagnose(
     pairs: pd.DataFrame | None = None,
     *,
     scales: pd.DataFrame | None = None,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
     base: StrPath | None = None,
+    top_k: int | None = None,
     workers: int | None = 1,
-    **how: Any,
+    dask: str | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
 ) -> Findings:
     """What deserves a look: faults, redundancy, unused rank; one row each, the most severe first.
 
-    source: a path or a list of paths, as for ``load_spectra``; or the spectra table.
-    metrics, pairs, scales: beside a spectra table, those of ``load_metrics``, ``load_pairs(details=True)`` and
-        ``load_scale_pairs(details=True)``, each for findings that need it. Paths need none of them.
-    base: the model that was trained (a folder or file), to compare the updates with its weights. Only with paths.
-    workers, how: as in ``load_tables``. Only with paths.
+    Args:
+        source: A path or a list of paths, as for ``load_spectra``; or the spectra table.
+        metrics, pairs, scales: Beside a spectra table, those of ``load_metrics``, ``load_pairs(details=True)`` and
+            ``load_scale_pairs(details=True)``, each for findings that need it. Paths need none of them.
+        base: The model that was trained (a folder or file), to compare the updates with its weights. Only with paths.
+        ignore_unknown, semantics, top_k, workers, dask, cache, progress: As of ``load_tables``. Only with paths.
 
-    Columns: id, severity (error, warning, info), the key columns of the spectra table (empty where they do not apply),
-    value, threshold, evidence, source (of the threshold), advice, details (JSON, or empty). A finding is evidence, no
-    verdict. Raises AnalysisError for input that cannot be used; a file with NaN or Inf is a finding.
+    Returns:
+        Columns id, severity (error, warning, info), the key columns of the spectra table (empty where they do not
+        apply), value, threshold, evidence, source (of the threshold), advice, details (JSON, or empty). A finding is
+        evidence, no verdict.
+
+    Raises:
+        AnalysisError: the input cannot be used. A file with NaN or Inf is a finding.
+
+    Example:
+        >>> ma.diagnose("runs/cola").query("severity == 'error'")
     """
     from msplora_analysis.ask import findings
     from msplora_analysis.show.notebook import Findings
 
+    options = Options(ignore_unknown, semantics, top_k=top_k)  # base: no adapter is read as a difference to it
+    execution = Execution(workers, dask, cache, progress)
     if not _is_table(source):
         if any(table is not None for table in (metrics, pairs, scales)):
             raise AnalysisError("metrics, pairs and scales belong to a spectra table: give that first, or paths alone")
-        return Findings(findings.load_findings(source, base=base, workers=workers, **how))
-    if base is not None or how:
-        option = "base" if base is not None else next(iter(how))
-        raise AnalysisError(f"{option} is for reading adapters: give their paths rather than a spectra table")
+        return Findings(findings.load_findings(source, options, execution, base))
+    _refuse(Options(base=base), options, execution)
     return Findings(findings.diagnose(source, metrics, pairs, scales=scales))
 
 
@@ -74,38 +88,57 @@ def compare(
     stack: str | None = None,
     confidence: float = 0.95,
     seed: int = 0,
-    **how: Any,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: StrPath | None = None,
+    top_k: int | None = None,
+    workers: int | None = 1,
+    dask: str | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Two methods: do the layers of one differ more, by how much, and is it beyond chance?
 
-    a, b: the runs of each: paths (of adapters, or of one table that ``msplora-analyze spectra`` wrote), or spectra
-        tables; both of one kind. Runs are paired by task and seed, as run.json or, for tables, the names of runs say.
-    method_a, method_b: keep the runs of this method, as figures call it: "LoRA r=8", "MSPLoRA 8/4/2".
-    pairs: beside spectra tables, that of ``load_pairs(details=True)`` for the runs of both, to compare the directions
-        of layers too; with ``top_k`` the smaller rank where ranks differ. Paths need none.
-    averaging: spectra (over runs and modules, then the divergence of layers, as in the paper) or divergences.
-    resample: seeds (the intervals are about these tasks) or tasks (about tasks like them).
-    epoch: the last that all runs share, unless given. stack: of numbered layers, if there are several.
-    confidence: of the intervals. seed: of the resampling. how: options of ``load_tables``; only with paths.
+    Args:
+        a: The runs of one method: paths (of adapters, or of one table that ``msplora-analyze spectra`` wrote), or a
+            spectra table. Runs are paired by task and seed, as run.json or, for tables, the names of runs say.
+        b: Those of the other, as ``a`` is given: both as paths, or both as tables.
+        method_a, method_b: Keep the runs of this method, as figures call it: "LoRA r=8", "MSPLoRA 8/4/2".
+        pairs: Beside spectra tables, that of ``load_pairs(details=True)`` for the runs of both, to compare the
+            directions of layers too; with ``top_k`` the smaller rank where ranks differ. Paths need none.
+        averaging: "spectra" (over runs and modules, then the divergence of layers, as in the paper) or "divergences".
+        resample: "seeds" (the intervals are about these tasks) or "tasks" (about tasks like them).
+        epoch: The epoch to compare at; None: the last that all runs share.
+        stack: The stack of numbered layers to compare, if there are several.
+        confidence: Of the intervals, between 0 and 1.
+        seed: Of the resampling.
+        ignore_unknown, semantics, base, top_k, workers, dask, cache, progress: As of ``load_tables``. Only with paths.
 
-    Returns one row per question (columns: see ``comparison.compare``); ``.sentences`` says the same in words. Raises
-    AnalysisError if the two cannot be compared.
+    Returns:
+        One row per question (columns: see ``ask.comparison.compare``); ``.sentences`` says the same in words.
+
+    Raises:
+        AnalysisError: the two cannot be compared.
+
+    Example:
+        >>> ma.compare("runs/msplora", "runs/lora").sentences
     """
     from msplora_analysis.ask.comparison import compare as comparison
     from msplora_analysis.show.notebook import Comparison
 
+    options = Options(ignore_unknown, semantics, base, top_k)
+    execution = Execution(workers, dask, cache, progress)
     if _is_table(a) != _is_table(b):
         raise AnalysisError("give both methods as paths, or both as spectra tables")
     if _is_table(a):
-        if how:
-            raise AnalysisError(f"{next(iter(how))} is for reading adapters: give paths rather than spectra tables")
+        _refuse(options, execution)
         sides = _sides(a, b, method_a, method_b, pairs)
     else:
         from msplora_analysis.ask.comparison.sides import load_sides
 
         if pairs is not None:
             raise AnalysisError("pairs belong to spectra tables: give these, or paths alone")
-        sides = load_sides(as_paths(a), as_paths(b), method_a, method_b, epoch=epoch, **how)
+        sides = load_sides(as_paths(a), as_paths(b), method_a, method_b, options, execution, epoch=epoch)
     found = comparison.compare(
         *sides, averaging=averaging, resample=resample, epoch=epoch, stack=stack, confidence=confidence, seed=seed
     )
@@ -128,6 +161,12 @@ def _sides(a: Any, b: Any, method_a: str | None, method_b: str | None, pairs: pd
     if sides[0].label == sides[1].label:
         sides = [Side(f"{s.label} ({of})", s.spectra, s.pairs, s.units) for s, of in zip(sides, "ab", strict=True)]
     return sides[0], sides[1]
+
+
+def _refuse(*given: Options | Execution) -> None:
+    """Raise AnalysisError for what is said of reading adapters where a table is given."""
+    if names := changed(*given):
+        raise AnalysisError(f"{names[0]} is for reading adapters: give their paths rather than a spectra table")
 
 
 def _is_table(source: object) -> bool:

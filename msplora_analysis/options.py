@@ -1,24 +1,63 @@
-"""How adapters are to be read: the choices that change what the tables hold."""
+"""What a call is asked for beside its paths: how adapters are read, and how the work is done."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from msplora_analysis.errors import AnalysisError
+
+Progress = Callable[[float, int], None]
+"""Called with the adapters that are done, with the share of the one at work; and with the number of all adapters."""
+
+SEMANTICS = ("paper", "as-executed")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of a reading, the same for every adapter of a call.
+    """How adapters are read: all that changes the numbers. The cache finds results by it.
 
-    ignore_unknown: leave out tensors that no format explains, with a warning, instead of raising.
-    semantics: for checkpoints of the released MSPLoRA code, the sharing of the paper ("paper"), or
-        what that code really computed ("as-executed").
-    base: folder or file of the model before training; full checkpoints are read as their
-        difference to it.
-    top_k: how many singular values of a whole matrix to compute (None: all of a small one, the
-        largest of a large one).
+    Args:
+        ignore_unknown: Leave out tensors that no format explains, with a warning, instead of raising.
+        semantics: For checkpoints of the released MSPLoRA code, the sharing of the paper ("paper"), or
+            what that code really computed ("as-executed").
+        base: Folder or file of the model before training. Full checkpoints are read as their
+            difference to it.
+        top_k: How many singular values of a whole matrix to compute (None: all of a small one, the
+            largest of a large one), and the most directions to compare.
+
+    Raises:
+        AnalysisError: ``semantics`` is neither of the two.
     """
 
     ignore_unknown: bool = False
     semantics: str = "paper"
-    base: str | None = None
+    base: str | os.PathLike[str] | None = None
     top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.semantics not in SEMANTICS:
+            raise AnalysisError(f"semantics={self.semantics!r}: expected {' or '.join(SEMANTICS)}")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done: nothing here changes the numbers.
+
+    Args:
+        workers: Processes on this machine; None: one for each CPU, if there is enough to do.
+        dask: Address of a Dask scheduler, whose workers compute instead. They see the same paths.
+        cache: Use what earlier calls computed of the same files, and keep what this one computes.
+        progress: Called after each piece of work.
+    """
+
+    workers: int | None = 1
+    dask: str | None = None
+    cache: bool = True
+    progress: Progress | None = None
+
+
+def changed(*given: Options | Execution) -> list[str]:
+    """The names of the fields that are not at their defaults."""
+    return [field.name for one in given for field in fields(one) if getattr(one, field.name) != field.default]

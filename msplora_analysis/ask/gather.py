@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.ask.findings import diagnose
 from msplora_analysis.ask.findings.base import Broken, Matrices
 from msplora_analysis.ask.findings.base import gather as gather_matrices
 from msplora_analysis.ask.findings.load import newest, told_apart
-from msplora_analysis.compute.tasks import Progress
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.gather import gather_redundancy
 from msplora_analysis.tables.load import gather_spectra, spectra_of, table_at, tables_of
 from msplora_analysis.tables.pair_means import last_checkpoints
@@ -51,31 +50,24 @@ class Gathered:
         return list(dict.fromkeys(self.matrices.keys["run"]))
 
 
-def gather(
-    paths: Sequence[StrPath],
-    *,
-    workers: int | None = None,
-    cache: bool = True,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Gathered:
-    """Read the adapters and tables at ``paths``. For arguments and errors see ``reporting.report``."""
+def gather(paths: Sequence[StrPath], options: Options, execution: Execution) -> Gathered:
+    """Read the adapters and tables at ``paths``. For errors see ``show.report.report``."""
     import pandas as pd
 
     tables = [path for path in paths if table_at(path) is not None]
     others = [path for path in paths if table_at(path) is None]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        read = _adapters(others, Options(**options), workers, cache, progress) if others else _nothing()
+        read = _adapters(others, options, execution) if others else _nothing()
         adapters, broken, spectra, metrics, redundancy = read
         if tables:
-            stored = gather_spectra(tables)
+            stored = gather_spectra(tables, options, execution)
             if shared := sorted(set(stored["run"]) & set(spectra["run"])):
                 raise AnalysisError(
                     f"{tables[0]}: run {shared[0]} is also in {others[0]}; give the run folders, or the table, alone"
                 )
             spectra = pd.concat([table for table in (spectra, stored) if len(table)], ignore_index=True)
-            beside = gather_redundancy(tables)
+            beside = gather_redundancy(tables, options, execution)
             redundancy = Redundancy(*(_joined(*both) for both in zip(redundancy, beside, strict=True)))
     for warning in caught:
         warnings.warn(str(warning.message), category=warning.category, stacklevel=2)
@@ -103,21 +95,19 @@ def gather(
 _Read = tuple[list[Adapter], list[Broken], "pd.DataFrame", "pd.DataFrame", Redundancy]
 
 
-def _adapters(
-    paths: Sequence[StrPath], options: Options, workers: int | None, cache: bool, progress: Progress | None
-) -> _Read:
+def _adapters(paths: Sequence[StrPath], options: Options, execution: Execution) -> _Read:
     """Adapters with their spectra and metrics tables; those that hold NaN or Inf are told apart, not refused."""
     adapters = discover(paths)
-    good, broken = told_apart(spectra_of(adapters, options, workers, cache=cache, progress=progress))
+    good, broken = told_apart(spectra_of(adapters, options, execution))
     spectra, metrics = tables_of([result.adapter for result in good], good, (1,))
     latest = newest([result.adapter for result in good])
-    redundancy = redundancy_of(latest, options, details=True, workers=workers, say=False)
+    redundancy = redundancy_of(latest, options, replace(execution, progress=None), details=True, say=False)
     return adapters, broken, spectra, metrics, redundancy
 
 
 def _nothing() -> _Read:
     spectra, metrics = tables_of([], [], (1,))
-    return [], [], spectra, metrics, redundancy_of([], Options(), details=True)
+    return [], [], spectra, metrics, redundancy_of([], Options(), Execution(), details=True)
 
 
 def _joined(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

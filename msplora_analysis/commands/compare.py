@@ -22,6 +22,7 @@ from msplora_analysis.commands.shared.arguments import (
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, progress_bar
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.options import Execution, Options
 
 
 class Averaging(str, Enum):
@@ -124,8 +125,8 @@ def compare(
             raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
     make_folder(out)
     with progress_bar("Reading") as progress:
-        how = {"workers": workers, "cache": cache, "ignore_unknown": ignore_unknown, "progress": progress}
-        sides = load_sides(paths, other, method, with_method, epoch=epoch, **how)
+        options, execution = Options(ignore_unknown), Execution(workers, cache=cache, progress=progress)
+        sides = load_sides(paths, other, method, with_method, options, execution, epoch=epoch)
     table = compared(
         *sides,
         averaging=average.value,

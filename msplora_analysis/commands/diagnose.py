@@ -10,6 +10,7 @@ import typer
 from msplora_analysis.commands.shared.arguments import IgnoreUnknown, Paths, UseCache, Workers
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, printed_whole, progress_bar
+from msplora_analysis.options import Execution, Options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,9 +50,8 @@ def diagnose(
     from msplora_analysis.ask.findings import load_findings
 
     with progress_bar("Reading") as progress:
-        found = load_findings(
-            paths, base=base, workers=workers, cache=cache, ignore_unknown=ignore_unknown, progress=progress
-        )
+        execution = Execution(workers, cache=cache, progress=progress)
+        found = load_findings(paths, Options(ignore_unknown), execution, base)
     with closed_pipe_ignored():
         if as_json:
             print(json.dumps(as_objects(found), indent=2, ensure_ascii=False))

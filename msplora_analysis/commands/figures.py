@@ -18,6 +18,7 @@ from msplora_analysis.commands.shared.arguments import (
 )
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, progress_bar
+from msplora_analysis.options import Execution, Options
 
 
 @command(
@@ -58,12 +59,13 @@ def figures(
 
         style_of(style)
     make_folder(out)
+    options = Options(ignore_unknown)
     with progress_bar("Reading") as progress:
-        table = gather_spectra(paths, workers=workers, cache=cache, ignore_unknown=ignore_unknown, progress=progress)
+        table = gather_spectra(paths, options, Execution(workers, cache=cache, progress=progress))
     from msplora_analysis.tables.gather import gather_redundancy
 
     with progress_bar("Comparing") as progress:
-        pairs, scales = gather_redundancy(paths, workers=workers, ignore_unknown=ignore_unknown, progress=progress)
+        pairs, scales = gather_redundancy(paths, options, Execution(workers, progress=progress))
     from msplora_analysis.show.figures import write_figures
 
     written = write_figures(table, out, formats, pairs=pairs, scales=scales, style=style)

@@ -29,7 +29,7 @@ from msplora_analysis.commands.shared.terminal import (
     print_paths,
     progress_bar,
 )
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options
 
 
 @command(
@@ -89,7 +89,7 @@ def spectra(
     with interruptible() as stopped, progress_bar("Reading") as progress:
         written = write_tables(
             adapters,
-            spectra_of(adapters, options, workers, dask, cache, progress),
+            spectra_of(adapters, options, Execution(workers, dask, cache, progress)),
             out,
             format.value,
             {*KS, *ks},

@@ -23,9 +23,7 @@ from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.compute.results import Failure, Result, Row, Spectra
 from msplora_analysis.errors import AnalysisError, NotFiniteError
 from msplora_analysis.formats import Matrix
-from msplora_analysis.options import Options
-
-Progress = Callable[[float, int], None]  # adapters done, with the share of the one at work; adapters in all
+from msplora_analysis.options import Options, Progress
 
 _TASK = 2**24  # bytes of adapter files in one task
 _WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than it saves

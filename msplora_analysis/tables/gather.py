@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msplora_analysis.adapters.discovery import discover
-from msplora_analysis.compute.tasks import Progress
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.files import FORMATS, read_csv, read_parquet, with_whole_epochs
 from msplora_analysis.tables.pairs import DETAILS, PAIRS, SCALES, Tables, redundancy_of, table_of
 
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def gather_redundancy(paths: Sequence[StrPath], **how: Any) -> Tables:
+def gather_redundancy(paths: Sequence[StrPath], options: Options, execution: Execution) -> Tables:
     """Both tables for the paths that ``tables.load.gather_spectra`` takes.
 
     For a table of spectra, or its folder, those that ``msplora-analyze redundancy`` wrote beside it are read, if they
-    are there; adapters are compared as by ``load_redundancy`` with options ``how``, with the columns of ``DETAILS``,
-    but nothing is said that reading their spectra says.
+    are there; adapters are compared as by ``load_redundancy``, with the columns of ``DETAILS``, but nothing is said
+    that reading their spectra says.
     """
     import pandas as pd
 
@@ -38,17 +37,10 @@ def gather_redundancy(paths: Sequence[StrPath], **how: Any) -> Tables:
         else:
             found.append(Tables(*(_beside(table, *each) for each in (("pairs", PAIRS), ("scales", SCALES)))))
     if adapters:
-        found.append(_of_adapters(adapters, **how))
+        discovered = discover(adapters, full=options.base is not None)
+        found.append(redundancy_of(discovered, options, execution, details=True, say=False))
     both = (pd.concat([each for each in of_kind if len(each)] or [of_kind[0]]) for of_kind in zip(*found, strict=True))
     return Tables(*(with_whole_epochs(table.reset_index(drop=True)) for table in both))
-
-
-def _of_adapters(
-    paths: Sequence[StrPath], *, workers: int | None = 1, progress: Progress | None = None, **options: Any
-) -> Tables:
-    reading = Options(**options)
-    adapters = discover(paths, full=reading.base is not None)
-    return redundancy_of(adapters, reading, details=True, workers=workers, progress=progress, say=False)
 
 
 def _beside(spectra: Path, name: str, types: dict[str, str]) -> pd.DataFrame:

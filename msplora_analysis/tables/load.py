@@ -6,17 +6,17 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.opening import unknown_text
 from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.measures.metrics import KS
 from msplora_analysis.compute.results import Failure, Spectra
-from msplora_analysis.compute.tasks import Progress, compute
+from msplora_analysis.compute.tasks import compute
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, StrPath, parse
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options, Progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,53 +29,119 @@ class Tables(NamedTuple):
     metrics: pd.DataFrame
 
 
-def load_spectra(paths: StrPath | Iterable[StrPath], **how: Any) -> pd.DataFrame:
+def load_spectra(
+    paths: StrPath | Iterable[StrPath],
+    *,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: StrPath | None = None,
+    top_k: int | None = None,
+    workers: int | None = 1,
+    dask: str | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """Singular values of every adapter at and under ``paths``, one row each.
 
-    paths: run folders, adapter folders or files, or folders of such (see ``sources.discovery.discover``).
-    how: options of ``load_tables``.
+    Args: as of :func:`load_tables`.
 
-    Columns: run, step, epoch, scale, group, module, name, k (from 1), sigma (float64, descending in
-    k, with the factor alpha/r). Raises AnalysisError for input that cannot be used as given.
+    Returns:
+        Columns run, step, epoch, scale, group, module, name, k (from 1), sigma (float64, descending in k, with the
+        factor alpha / r).
+
+    Raises:
+        AnalysisError: the input cannot be used as given.
+
+    Example:
+        >>> spectra = ma.load_spectra("runs/cola")
+        >>> spectra.groupby("run")["sigma"].max()
     """
-    return load_tables(paths, **how).spectra
+    execution = Execution(workers, dask, cache, progress)
+    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k), execution).spectra
 
 
-def load_metrics(paths: StrPath | Iterable[StrPath], **how: Any) -> pd.DataFrame:
+def load_metrics(
+    paths: StrPath | Iterable[StrPath],
+    *,
+    ks: Iterable[int] = KS,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: StrPath | None = None,
+    top_k: int | None = None,
+    workers: int | None = 1,
+    dask: str | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """Measures of every matrix of every adapter at and under ``paths``, one row each.
 
-    For the arguments and errors see ``load_tables``.
+    Args: as of :func:`load_tables`.
 
-    Columns: run, step, epoch, scale, group, module, name, rows, cols, rank (of the factors),
-    sigma_1, frobenius, nuclear, stable_rank, effective_rank, participation_ratio, m_eff_<k>; the
-    module ``metrics`` defines the last seven.
+    Returns:
+        Columns run, step, epoch, scale, group, module, name, rows, cols, rank (of the factors), sigma_1, frobenius,
+        nuclear, stable_rank, effective_rank, participation_ratio, m_eff_<k>. ``compute.measures.metrics`` defines the
+        last seven.
+
+    Raises:
+        AnalysisError: the input cannot be used as given.
+
+    Example:
+        >>> metrics = ma.load_metrics("runs/cola", ks=[8])
+        >>> metrics.groupby(["run", "scale"])["effective_rank"].mean()
     """
-    return load_tables(paths, **how).metrics
+    execution = Execution(workers, dask, cache, progress)
+    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k), execution, ks).metrics
 
 
 def load_tables(
     paths: StrPath | Iterable[StrPath],
     *,
     ks: Iterable[int] = KS,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: StrPath | None = None,
+    top_k: int | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     cache: bool = True,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Tables:
     """Both tables, reading every adapter once.
 
-    ks: the k of the columns m_eff_<k>.
-    workers, dask, progress: see ``engine.compute.compute_each``. More than one worker needs a script whose
-        own work stands under ``if __name__ == "__main__":``.
-    cache: use what earlier calls computed (see ``engine.cache``).
-    options: fields of ``options.Options``: ignore_unknown, semantics, base, top_k.
+    Args:
+        paths: Run folders, adapter folders or files, or folders of such (see ``adapters.discovery.discover``).
+        ks: The k of the columns m_eff_<k>.
+        ignore_unknown: Leave out tensors that no format explains, with a warning, instead of raising.
+        semantics: For checkpoints of the released MSPLoRA code, the sharing of the paper ("paper"), or what that code
+            really computed ("as-executed").
+        base: Folder or file of the model before training; full checkpoints are read as their difference to it.
+        top_k: How many singular values of a whole matrix to compute (None: all of a small one, the largest of a large
+            one).
+        workers: Processes to compute with; None: one for each CPU. More than one needs a script whose own work stands
+            under ``if __name__ == "__main__":``.
+        dask: Address of a Dask scheduler, whose workers compute instead.
+        cache: Use what earlier calls computed of the same files.
+        progress: Called with the adapters done, and with their number.
 
-    Raises AnalysisError for input that cannot be used as given.
+    Returns:
+        The tables of :func:`load_spectra` and :func:`load_metrics`.
+
+    Raises:
+        AnalysisError: the input cannot be used as given.
+
+    Example:
+        >>> spectra, metrics = ma.load_tables("runs/cola", workers=4)
     """
-    reading = Options(**options)
-    adapters = discover(paths, full=reading.base is not None)
-    tables = tables_of(adapters, succeeding(spectra_of(adapters, reading, workers, dask, cache, progress)), ks)
+    execution = Execution(workers, dask, cache, progress)
+    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k), execution, ks)
+
+
+def read_tables(
+    paths: StrPath | Iterable[StrPath], options: Options, execution: Execution, ks: Iterable[int] = KS
+) -> Tables:
+    """:func:`load_tables`, for options in hand."""
+    adapters = discover(paths, full=options.base is not None)
+    tables = tables_of(adapters, succeeding(spectra_of(adapters, options, execution)), ks)
     if tables.metrics.empty:  # every tensor was unknown and is left out
         raise AnalysisError(f"{adapters[0].file}: no low-rank factors in this or any other file")
     return tables
@@ -98,21 +164,19 @@ def tables_of(adapters: Sequence[Adapter], results: Iterable[Spectra], ks: Itera
 
 
 def spectra_of(
-    adapters: Sequence[Adapter],
-    options: Options,
-    workers: int | None = None,
-    dask: str | None = None,
-    cache: bool = True,
-    progress: Progress | None = None,
+    adapters: Sequence[Adapter], options: Options, execution: Execution
 ) -> Generator[Spectra | Failure, None, None]:
-    """``engine.compute.compute`` with the user's cache, and a warning for what its results must be read with."""
+    """The spectra of each adapter, in order, or what is wrong with it.
+
+    The user's cache is used; what results must be read with is a warning at the end.
+    """
     said = Warnings()
     with ExitStack() as stack:
-        opened = open_cache() if cache else None
+        opened = open_cache() if execution.cache else None
         if opened is not None:
             stack.enter_context(closing(opened))
-        results = compute(adapters, options, workers=workers, dask=dask, cache=opened, progress=progress)
-        for result in results:
+        workers, dask, progress = execution.workers, execution.dask, execution.progress
+        for result in compute(adapters, options, workers=workers, dask=dask, cache=opened, progress=progress):
             if isinstance(result, Spectra):
                 said.hear(result)
             yield result
@@ -146,11 +210,11 @@ class Warnings:
             warnings.warn(f"{first}{also}: {note}", stacklevel=3)
 
 
-def gather_spectra(paths: Sequence[StrPath], **how: Any) -> pd.DataFrame:
+def gather_spectra(paths: Sequence[StrPath], options: Options, execution: Execution) -> pd.DataFrame:
     """One spectra table from any mix of adapters and of tables written before.
 
     A path that is a .parquet or .csv file, or a folder with spectra.parquet or spectra.csv at its
-    top, is read as a table; all others as ``load_spectra`` does, with options ``how``. Raises
+    top, is read as a table; all others as ``load_spectra`` does. Raises
     AnalysisError also if two of these hold a run of the same name.
     """
     import pandas as pd
@@ -161,8 +225,7 @@ def gather_spectra(paths: Sequence[StrPath], **how: Any) -> pd.DataFrame:
     adapters = [path for path, file in files.items() if file is None]
     sources = {str(file): read_spectra(file) for file in files.values() if file is not None}
     if adapters:
-        loaded = load_tables(adapters, **how)
-        sources[", ".join(map(str, adapters))] = loaded.spectra
+        sources[", ".join(map(str, adapters))] = read_tables(adapters, options, execution).spectra
     owners: dict[str, str] = {}
     for source, table in sources.items():
         for run in table["run"].unique():

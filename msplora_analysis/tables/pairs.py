@@ -25,9 +25,9 @@ import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.compute.pairs import Columns, Redundancy, measure
-from msplora_analysis.compute.tasks import Progress, compute_each
+from msplora_analysis.compute.tasks import compute_each
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options, Progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,67 +57,121 @@ class Tables(NamedTuple):
     scales: pd.DataFrame
 
 
-def load_pairs(paths: StrPath | Iterable[StrPath], **how: Any) -> pd.DataFrame:
-    """One row per unordered pair of layers (or mid groups) within run, step, scale and module.
+def load_pairs(
+    paths: StrPath | Iterable[StrPath],
+    *,
+    details: bool = False,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: StrPath | None = None,
+    top_k: int | None = None,
+    workers: int | None = 1,
+    dask: str | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """What two layers share: one row per unordered pair of layers (or mid groups) within run, step, scale and module.
 
-    Columns: run, step, epoch, scale, module, group_i, group_j (group_i first in the file's order of layers), kl_ij,
-    kl_ji, js, wasserstein, overlap_in, overlap_out, overlap_expected, cosine; the module says what they are. For the
-    arguments and errors see ``load_redundancy``.
+    Args: as of :func:`load_redundancy`.
+
+    Returns:
+        Columns run, step, epoch, scale, module, group_i, group_j (group_i first in the file's order of layers), kl_ij,
+        kl_ji, js, wasserstein, overlap_in, overlap_out, overlap_expected, cosine (see docs/redundancy.md).
+
+    Raises:
+        AnalysisError: the input cannot be used as given.
+
+    Example:
+        >>> pairs = ma.load_pairs("runs/cola")
+        >>> pairs.groupby(["run", "module"])["overlap_in"].mean()
     """
-    return load_redundancy(paths, **how).pairs
+    execution = Execution(workers, dask, progress=progress)
+    return read_redundancy(paths, Options(ignore_unknown, semantics, base, top_k), execution, details=details).pairs
 
 
-def load_scale_pairs(paths: StrPath | Iterable[StrPath], **how: Any) -> pd.DataFrame:
-    """One row per layer and two scales that act in it, of MSPLoRA; no rows for other methods.
+def load_scale_pairs(
+    paths: StrPath | Iterable[StrPath],
+    *,
+    details: bool = False,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: StrPath | None = None,
+    top_k: int | None = None,
+    workers: int | None = 1,
+    dask: str | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """What two scales of MSPLoRA share: one row per layer and two scales that act in it; none for other methods.
 
-    Columns: run, step, epoch, module, group (the layer), name, scale_i, scale_j, group_i, group_j (the unit of either
-    scale), then the measures of ``load_pairs``. For the arguments and errors see ``load_redundancy``.
+    Args: as of :func:`load_redundancy`.
+
+    Returns:
+        Columns run, step, epoch, module, group (the layer), name, scale_i, scale_j, group_i, group_j (the unit of
+        either scale), then the measures of :func:`load_pairs`.
+
+    Raises:
+        AnalysisError: the input cannot be used as given.
+
+    Example:
+        >>> scales = ma.load_scale_pairs("runs/msplora")
+        >>> scales.groupby(["scale_i", "scale_j"])["cosine"].mean()
     """
-    return load_redundancy(paths, **how).scales
+    execution = Execution(workers, dask, progress=progress)
+    return read_redundancy(paths, Options(ignore_unknown, semantics, base, top_k), execution, details=details).scales
 
 
 def load_redundancy(
     paths: StrPath | Iterable[StrPath],
     *,
-    top_k: int | None = None,
     details: bool = False,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: StrPath | None = None,
+    top_k: int | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Tables:
     """Both tables, reading every adapter once.
 
-    top_k: most directions to compare (and to compute of a large matrix without factors).
-    details: add the columns of ``DETAILS``.
-    workers, dask, progress: see ``load_tables``.
-    options: further fields of ``options.Options``.
+    Args:
+        paths: What :func:`load_tables` takes.
+        details: Add the columns of ``DETAILS``.
+        top_k: Most directions to compare (and to compute of a large matrix without factors).
+        ignore_unknown, semantics, base, workers, dask, progress: As of :func:`load_tables`.
 
-    Raises AnalysisError for input that cannot be used as given.
+    Returns:
+        The tables of :func:`load_pairs` and :func:`load_scale_pairs`.
+
+    Raises:
+        AnalysisError: the input cannot be used as given.
+
+    Example:
+        >>> pairs, scales = ma.load_redundancy("runs/msplora", details=True)
     """
-    reading = Options(top_k=top_k, **options)
-    adapters = discover(paths, full=reading.base is not None)
-    return redundancy_of(adapters, reading, details=details, workers=workers, dask=dask, progress=progress)
+    execution = Execution(workers, dask, progress=progress)
+    return read_redundancy(paths, Options(ignore_unknown, semantics, base, top_k), execution, details=details)
+
+
+def read_redundancy(
+    paths: StrPath | Iterable[StrPath], options: Options, execution: Execution, *, details: bool
+) -> Tables:
+    """:func:`load_redundancy`, for options in hand."""
+    return redundancy_of(discover(paths, full=options.base is not None), options, execution, details=details)
 
 
 def redundancy_of(
-    adapters: Sequence[Adapter],
-    options: Options,
-    *,
-    details: bool = False,
-    workers: int | None = 1,
-    dask: str | None = None,
-    progress: Progress | None = None,
-    say: bool = True,
+    adapters: Sequence[Adapter], options: Options, execution: Execution, *, details: bool = False, say: bool = True
 ) -> Tables:
     """Both tables of adapters that are found already.
 
-    say: warn of what the tables must be read with; it need not be said again where spectra were read before.
+    Args:
+        say: Warn of what the tables must be read with; it need not be said again where spectra were read before.
     """
     from msplora_analysis.tables.load import Warnings, succeeding
 
     said = Warnings()
     found: list[Redundancy] = []
+    workers, dask, progress = execution.workers, execution.dask, execution.progress
     results: Any = compute_each(measure, adapters, options, workers=workers, dask=dask, progress=progress)
     for result in succeeding(results):
         said.hear(result)

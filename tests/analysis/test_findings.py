@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import msplora_analysis as ma
 from msplora_analysis.adapters.discovery import discover
-from msplora_analysis.ask.findings import KINDS, diagnose, load_findings, rank_patterns
+from msplora_analysis.ask.findings import KINDS, diagnose, rank_patterns
 from msplora_analysis.ask.findings.against_base import measure
 from msplora_analysis.cli import app
 from msplora_analysis.compute.measures.rank_needed import energy_rank
@@ -69,7 +69,7 @@ def table(sigma: np.ndarray, **columns: Any) -> pd.DataFrame:
 
 @pytest.mark.parametrize("run", ["lora-4", "msplora-4-4-4"])
 def test_healthy_runs_have_no_errors_or_warnings(run: str) -> None:
-    findings = load_findings(FIRST_LOOK / run, cache=False)
+    findings = ma.diagnose(FIRST_LOOK / run, cache=False)
     assert serious(findings) == set()
     assert set(findings["id"]) <= {"dominant-direction", "rank-saturated", "rank-unused"}
 
@@ -84,7 +84,7 @@ def test_the_study_has_no_errors_or_warnings(file: Path) -> None:
 
 def test_a_frozen_b_is_named(tmp_path: Path) -> None:
     run = broken_run(tmp_path, lambda tensors: tensors[key(2, "query", "B")].fill(0))
-    findings = load_findings(run, cache=False)
+    findings = ma.diagnose(run, cache=False)
     assert places(findings, "no-update") == {(2, "query")}
     assert serious(findings) == {"no-update"}
     row = findings.iloc[0]
@@ -95,20 +95,20 @@ def test_a_layer_that_never_moved_is_named(tmp_path: Path) -> None:
     fixed = load_file(FIRST_LOOK / "lora-4/checkpoint-135/adapter_model.safetensors")
     names = [key(1, "value", factor) for factor in "AB"]
     run = broken_run(tmp_path, lambda tensors: tensors.update({name: fixed[name] for name in names}))
-    findings = load_findings(run, cache=False)
+    findings = ma.diagnose(run, cache=False)
     assert places(findings, "no-update") == {(1, "value")}
     assert serious(findings) == {"no-update"}
 
 
 def test_the_adapter_before_training_is_no_fault() -> None:
-    assert load_findings(FIRST_LOOK / "lora-4/checkpoint-0", cache=False).empty
+    assert ma.diagnose(FIRST_LOOK / "lora-4/checkpoint-0", cache=False).empty
 
 
 def test_nan_is_a_finding_and_the_other_checkpoints_are_read(tmp_path: Path) -> None:
     def edit(tensors: Tensors) -> None:
         tensors[key(3, "value", "A")][0, 0] = np.nan
 
-    findings = load_findings(broken_run(tmp_path, edit, only="270"), cache=False)
+    findings = ma.diagnose(broken_run(tmp_path, edit, only="270"), cache=False)
     row = findings.iloc[0]
     assert (row["id"], row["severity"], row["step"], row["name"]) == ("non-finite", "error", 270, key(3, "value", "A"))
     assert set(findings["step"]) == {225, 270}  # the last readable is diagnosed
@@ -118,14 +118,14 @@ def test_nan_is_a_finding_and_the_other_checkpoints_are_read(tmp_path: Path) -> 
 def test_nothing_but_nan(tmp_path: Path) -> None:
     tensors = lora_tensors("layer.0.query")
     next(iter(tensors.values()))[:] = np.inf
-    findings = load_findings(write_adapter(tmp_path / "a", tensors), cache=False)
+    findings = ma.diagnose(write_adapter(tmp_path / "a", tensors), cache=False)
     assert findings["id"].tolist() == ["non-finite"]
 
 
 def test_other_unreadable_files_are_bad_input(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", lora_tensors("layer.0.query") | {"x.y": np.zeros(3, np.float32)})
     with pytest.raises(AnalysisError, match=r"unknown tensors \(1\): x\.y"):
-        load_findings(tmp_path / "a", cache=False)
+        ma.diagnose(tmp_path / "a", cache=False)
 
 
 @pytest.mark.parametrize("only", ["*", "270"])
@@ -133,7 +133,7 @@ def test_a_layer_scaled_by_50_is_named(tmp_path: Path, only: str) -> None:
     def edit(tensors: Tensors) -> None:
         tensors[key(3, "query", "B")] *= 50
 
-    findings = load_findings(broken_run(tmp_path, edit, only=only), cache=False)
+    findings = ma.diagnose(broken_run(tmp_path, edit, only=only), cache=False)
     assert places(findings, "norm-outlier") == {(3, "query")}
     assert places(findings, "norm-jump") == (set() if only == "*" else {(3, "query")})
     assert serious(findings) <= {"norm-outlier", "norm-jump", "large-update"}
@@ -144,7 +144,7 @@ def test_a_small_layer_is_information(tmp_path: Path) -> None:
     def edit(tensors: Tensors) -> None:
         tensors[key(3, "query", "B")] /= 50
 
-    findings = load_findings(broken_run(tmp_path, edit), cache=False)
+    findings = ma.diagnose(broken_run(tmp_path, edit), cache=False)
     assert places(findings, "norm-outlier") == {(3, "query")}
     assert serious(findings) == set()
 
@@ -154,7 +154,7 @@ def test_the_same_adapter_in_two_layers_is_named(tmp_path: Path) -> None:
         for factor in "AB":
             tensors[key(4, "value", factor)] = tensors[key(1, "value", factor)]
 
-    findings = load_findings(broken_run(tmp_path, edit), cache=False)
+    findings = ma.diagnose(broken_run(tmp_path, edit), cache=False)
     assert serious(findings) == {"identical-update"}
     rows = findings[findings["id"] == "identical-update"]
     assert [json.loads(details) for details in rows["details"]] == [{"groups": [1, 4]}]
@@ -169,7 +169,7 @@ def test_neighbours_in_the_same_directions_are_named(tmp_path: Path) -> None:
         tensors[key(3, "query", "A")] = tensors[key(2, "query", "A")]
         tensors[key(3, "query", "B")] = tensors[key(2, "query", "B")] @ turn
 
-    findings = load_findings(broken_run(tmp_path, edit, only="270"), cache=False)
+    findings = ma.diagnose(broken_run(tmp_path, edit, only="270"), cache=False)
     rows = findings[findings["id"] == "adjacent-redundant"]
     assert [json.loads(details)["groups"] for details in rows["details"]] == [[2, 3]]
     assert (rows["severity"] == "info").all()
@@ -182,7 +182,7 @@ def test_coupled_scales_are_named(tmp_path: Path) -> None:
             if ".msplora_layer." in name:
                 tensors[name] = layer[name.replace("msplora_layer", "msplora_mid")]
 
-    findings = load_findings(broken_run(tmp_path, edit, "msplora-4-4-4"), cache=False)
+    findings = ma.diagnose(broken_run(tmp_path, edit, "msplora-4-4-4"), cache=False)
     rows = findings[findings["id"] == "scales-coupled"]
     assert list(zip(rows["scale"], rows["group"], rows["module"], strict=True)) == [("mid-layer", 0, "query")]
 
@@ -231,7 +231,7 @@ def test_shared_parts_get_no_rank_pattern() -> None:
 def test_peft_takes_the_rank_pattern() -> None:
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
-    findings = load_findings(FIRST_LOOK / "lora-4", cache=False)
+    findings = ma.diagnose(FIRST_LOOK / "lora-4", cache=False)
     pattern = rank_patterns(findings)["lora-4"]
     assert pattern
     name = next(iter(pattern))
@@ -277,7 +277,7 @@ def test_updates_against_the_base(tmp_path: Path) -> None:
     measured = measure(discover(tmp_path / "run"), tmp_path / "base")
     assert measured["ratio"].tolist() == pytest.approx([1.5, 1.5, 15, 0.005], rel=1e-5)
     assert measured["intruders"].tolist() == [1, 0, 0, 0]
-    findings = load_findings(tmp_path / "run", base=tmp_path / "base", cache=False)
+    findings = ma.diagnose(tmp_path / "run", base=tmp_path / "base", cache=False)
     assert places(findings, "large-relative-update") == {(2, "query")}
     assert places(findings, "intruder-dimensions") == {(0, "query")}
 
@@ -348,7 +348,7 @@ def test_real_trainings_gone_wrong(tmp_path: Path) -> None:
     train("healthy", 8, 2e-3)
     train("fast", 8, 0.2)
     train("wide", 64, 5e-3)
-    findings = load_findings(tmp_path, cache=False)
+    findings = ma.diagnose(tmp_path, cache=False)
     assert serious(findings[findings["run"] == "healthy"]) == set()
     fast = findings[(findings["run"] == "fast") & (findings["id"] == "large-update")]
     assert len(fast) == 8  # every layer and module

@@ -17,7 +17,6 @@ import msplora_analysis as ma
 from msplora_analysis.ask.comparison.statements import sentences
 from msplora_analysis.ask.findings import KINDS
 from msplora_analysis.ask.findings.base import COLUMNS
-from msplora_analysis.ask.findings.load import load_findings
 from msplora_analysis.show.drawing.figure import Figure, Figures
 from msplora_analysis.show.notebook import Comparison, Findings
 from msplora_analysis.tables.pairs import load_redundancy
@@ -117,13 +116,12 @@ def test_help_before_first_use_is_that_of_the_function() -> None:
 
 def test_diagnose_takes_a_path_a_list_or_the_tables(spectra: pd.DataFrame) -> None:
     last = [run / "checkpoint-270" for run in (LORA, MSPLORA)]
-    expected = load_findings(last, workers=1)
+    expected = ma.diagnose(last)
     assert len(expected)
-    pd.testing.assert_frame_equal(pd.DataFrame(ma.diagnose(last)), expected)
     assert set(ma.diagnose(str(last[0]))["run"]) == {"lora-8"}
     tables, both = ma.load_tables(last), load_redundancy(last, details=True)
     found = ma.diagnose(tables.spectra, tables.metrics, both.pairs, scales=both.scales)
-    pd.testing.assert_frame_equal(pd.DataFrame(found), expected)
+    pd.testing.assert_frame_equal(found, expected)
     assert found.rank_patterns["lora-8"]["bert.encoder.layer.5.attention.self.query"] == 1
     assert isinstance(ma.diagnose(spectra), Findings)
 
@@ -163,6 +161,7 @@ def test_two_tables_of_one_method_are_told_apart(spectra: pd.DataFrame) -> None:
         (lambda t: ma.compare(t, t), "LoRA r=8, MSPLoRA 8/8/8"),
         (lambda t: ma.compare(t, t, method_a="DoRA"), "'DoRA'"),
         (lambda t: ma.compare(t, t, workers=2), "workers is for reading adapters"),
+        (lambda t: ma.load_spectra(LORA, semantics="papers"), "semantics='papers': expected paper or as-executed"),
         (lambda t: ma.compare(LORA, LORA, pairs=t), "pairs belong to spectra tables"),
     ],
 )
@@ -170,6 +169,19 @@ def test_bad_input_is_one_clear_line(spectra: pd.DataFrame, call: Any, message: 
     with pytest.raises(ma.AnalysisError, match=message) as caught:
         call(spectra)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("load_spectra", "load_metrics", "load_tables", "load_pairs", "load_scale_pairs", "load_redundancy"),
+        *("diagnose", "compare", "report", "draw_figures"),
+    ],
+)
+def test_a_wrong_keyword_is_pythons_own_error(name: str) -> None:
+    paths = [LORA, LORA] if name == "compare" else [LORA]
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'worker'"):
+        getattr(ma, name)(*paths, worker=1)
 
 
 # display

@@ -9,6 +9,7 @@ from adapters import lora_config, lora_tensors, write_adapter
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError
+from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.files import TableWriter, write_table
 from msplora_analysis.tables.load import gather_spectra, load_tables
 
@@ -165,23 +166,26 @@ def test_tables_that_are_no_spectra(tmp_path, runs):
         assert read_error(tmp_path / name).startswith(f"{tmp_path / name}: {start}: ")
 
 
+def gathered(paths: list[Path]) -> pd.DataFrame:
+    return gather_spectra(paths, Options(), Execution())
+
+
 def test_tables_and_adapters_in_one(runs, tmp_path):
     spectra = load_tables(runs).spectra
     for folder, run in (("a", "NA"), ("b", "plain")):
         (tmp_path / folder).mkdir()
         write_table(spectra[spectra["run"] == run], tmp_path / folder / "spectra.parquet")
-    gathered = gather_spectra([tmp_path / "a", tmp_path / "b" / "spectra.parquet"])
-    pd.testing.assert_frame_equal(gathered, spectra)
-    pd.testing.assert_frame_equal(gather_spectra([tmp_path / "a", runs / "plain"]), spectra)
-    pd.testing.assert_frame_equal(gather_spectra([tmp_path / "a", tmp_path / "a", runs / "plain"]), spectra)
-    pd.testing.assert_frame_equal(gather_spectra([runs]), spectra)
+    pd.testing.assert_frame_equal(gathered([tmp_path / "a", tmp_path / "b" / "spectra.parquet"]), spectra)
+    pd.testing.assert_frame_equal(gathered([tmp_path / "a", runs / "plain"]), spectra)
+    pd.testing.assert_frame_equal(gathered([tmp_path / "a", tmp_path / "a", runs / "plain"]), spectra)
+    pd.testing.assert_frame_equal(gathered([runs]), spectra)
 
 
 def test_a_run_in_two_tables_is_an_error(runs, tmp_path):
     (tmp_path / "a").mkdir()
     write_table(load_tables(runs).spectra, tmp_path / "a" / "spectra.csv")
     with pytest.raises(AnalysisError) as caught:
-        gather_spectra([tmp_path / "a", runs / "plain"])
+        gathered([tmp_path / "a", runs / "plain"])
     assert str(caught.value) == (
         f"{runs}/plain: run plain is also in {tmp_path}/a/spectra.csv; give the run folders together instead, "
         "so that each gets its own name"

@@ -100,9 +100,7 @@ def test_means_are_those_of_the_tables(grow: Any) -> None:
 def test_findings_are_those_of_diagnose(grow: Any) -> None:
     run = Run(grow(0, 45, 270), cache=False)
     list(run.update())
-    from msplora_analysis.ask.findings import load_findings
-
-    expected = load_findings(run.folder, cache=False)
+    expected = ma.diagnose(run.folder, cache=False)
     found = run.findings()
     assert len(expected)
     assert found[["id", "step", "name", "value"]].equals(expected[["id", "step", "name", "value"]])

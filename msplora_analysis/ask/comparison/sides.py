@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.ask.comparison.compare import Side
 from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.files import FORMATS, read_spectra
-from msplora_analysis.tables.load import load_tables
+from msplora_analysis.tables.load import read_tables
 from msplora_analysis.tables.pairs import redundancy_of
 
 if TYPE_CHECKING:
@@ -26,27 +27,28 @@ _NEEDED = ("run", "step", "epoch", "scale", "group_i", "group_j", "overlap_in", 
 def load_sides(
     a: Sequence[StrPath],
     b: Sequence[StrPath],
-    method_a: str | None = None,
-    method_b: str | None = None,
+    method_a: str | None,
+    method_b: str | None,
+    options: Options,
+    execution: Execution,
     *,
     epoch: float | None = None,
-    **how: Any,
 ) -> tuple[Side, Side]:
-    """Both sides: each either adapters (``how``: options of ``load_tables``), or one spectra table.
+    """Both sides: each either adapters, or one spectra table.
 
     method_a, method_b: keep the runs of this method (as figures call it). Layers' subspaces are
     compared for adapters, with the same number of directions on both sides; for a table if a pairs
     table lies beside it.
     """
-    loaded = [_load(paths, method, how) for paths, method in ((a, method_a), (b, method_b))]
+    loaded = [_load(paths, method, options, execution) for paths, method in ((a, method_a), (b, method_b))]
     top_k = min(_rank(spectra) for spectra, _, _, _ in loaded)
     sides = []
     for spectra, adapters, stored, name in loaded:
         pairs = stored
         if adapters:
             chosen = _at(adapters, spectra, epoch)
-            options = Options(ignore_unknown=how.get("ignore_unknown", False), top_k=top_k)
-            pairs, _ = redundancy_of(chosen, options, details=True, workers=how.get("workers", 1), say=False)
+            reading, quietly = replace(options, top_k=top_k), replace(execution, progress=None)
+            pairs, _ = redundancy_of(chosen, reading, quietly, details=True, say=False)
         sides.append(Side(name, spectra, pairs, units(dict.fromkeys(spectra["run"]), adapters)))
     if (sides[0].pairs is None) != (sides[1].pairs is None):
         warnings.warn("subspaces are not compared: one of the two is a table without a pairs table", stacklevel=2)
@@ -58,7 +60,7 @@ def load_sides(
 
 
 def _load(
-    paths: Sequence[StrPath], method: str | None, how: dict[str, Any]
+    paths: Sequence[StrPath], method: str | None, options: Options, execution: Execution
 ) -> tuple[pd.DataFrame, list[Adapter], pd.DataFrame | None, str]:
     """The spectra of one method, its adapters or its stored pairs, and its name."""
     from msplora_analysis.tables.matrices import prepare
@@ -66,8 +68,8 @@ def _load(
     tables = [file for path in paths if (file := _table(Path(path), "spectra"))]
     if tables and len(paths) > 1:
         raise AnalysisError(f"{tables[0]}: a table cannot be joined with other paths; give it alone, or give the runs")
-    adapters = [] if tables else discover(paths)
-    spectra = read_spectra(tables[0]) if tables else load_tables(paths, **how).spectra
+    adapters = [] if tables else discover(paths, full=options.base is not None)
+    spectra = read_spectra(tables[0]) if tables else read_tables(paths, options, execution).spectra
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said again when they are compared
         matrices = prepare(spectra)

@@ -17,14 +17,13 @@ import numpy as np
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.ask.findings.base import Array, Evidence, Finding, Kind
 from msplora_analysis.compute.linalg.spectra import value
-from msplora_analysis.compute.tasks import Progress
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import open_tensors
 from msplora_analysis.files.sharded import open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import Kronecker, Matrix, Sum, Update, read_contents
 from msplora_analysis.formats.full import align
-from msplora_analysis.options import Options
+from msplora_analysis.options import Options, Progress
 from msplora_analysis.tables.columns import KEYS
 
 if TYPE_CHECKING:

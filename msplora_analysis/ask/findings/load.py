@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.ask.findings.base import Broken
 from msplora_analysis.compute.results import Result, Spectra
-from msplora_analysis.compute.tasks import Progress
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,18 +20,14 @@ if TYPE_CHECKING:
 
 def load_findings(
     paths: StrPath | Iterable[StrPath],
-    *,
+    options: Options,
+    execution: Execution,
     base: StrPath | None = None,
-    workers: int | None = None,
-    cache: bool = True,
-    progress: Progress | None = None,
-    **options: Any,
 ) -> pd.DataFrame:
     """The findings (see ``diagnose``) of the adapters at and under ``paths``.
 
     base: the model that was trained, to compare the updates with its weights. Layers, scales and
     weights are compared at the last readable checkpoint of each run.
-    workers, cache, progress: as in ``load_tables``. options: fields of ``options.Options``.
 
     Raises AnalysisError for input that cannot be used; a file with NaN or Inf is a finding.
     """
@@ -40,14 +36,13 @@ def load_findings(
     from msplora_analysis.tables.load import spectra_of, tables_of
     from msplora_analysis.tables.pairs import redundancy_of
 
-    reading = Options(**options)
-    good, broken = told_apart(spectra_of(discover(paths), reading, workers, cache=cache, progress=progress))
+    good, broken = told_apart(spectra_of(discover(paths), options, execution))
     spectra, metrics = tables_of([result.adapter for result in good], good, (1,))
     latest = newest([result.adapter for result in good])
     pairs, scales = None, None
     if latest:
-        pairs, scales = redundancy_of(latest, reading, details=True, workers=workers, say=False)
-    relative = measure(latest, Path(base), reading, progress) if base is not None and latest else None
+        pairs, scales = redundancy_of(latest, options, replace(execution, progress=None), details=True, say=False)
+    relative = measure(latest, Path(base), options, execution.progress) if base is not None and latest else None
     return diagnose(spectra, metrics, pairs, scales=scales, relative=relative, broken=broken)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from msplora_analysis.compute.tasks import Progress
+    from msplora_analysis.options import Progress
 
 _COLUMNS = {
     "sigma_1": "sigma_1",

@@ -25,6 +25,7 @@ from pkgutil import iter_modules
 import pandas as pd
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.options import Execution, Options, Progress
 from msplora_analysis.show.drawing.catalogue import KINDS, all_plots
 from msplora_analysis.show.drawing.figure import Figure, Figures
 from msplora_analysis.show.drawing.plot import FORMATS, Plot, check_formats
@@ -60,7 +61,14 @@ def draw_figures(
     epoch: float | None = None,
     pairs: pd.DataFrame | None = None,
     scales: pd.DataFrame | None = None,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: str | PathLike[str] | None = None,
+    top_k: int | None = None,
     workers: int | None = 1,
+    dask: str | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, Figure]:
     """Name → figure, to be shown, restyled and saved; the names are those of the files that `write_figures` writes.
 
@@ -83,10 +91,11 @@ def draw_figures(
         spectra = paths
     else:
         listed = [paths] if isinstance(paths, str | PathLike) else list(paths)
-        spectra = gather_spectra(listed, workers=workers)
+        options, execution = Options(ignore_unknown, semantics, base, top_k), Execution(workers, dask, cache, progress)
+        spectra = gather_spectra(listed, options, execution)
         of_pairs = [kind for kind in KINDS.values() if kind.needs in ("pairs", "scales")]
         if wanted is None or any(_is(name, kind.name) for kind in of_pairs for name in wanted):
-            pairs, scales = gather_redundancy(listed, workers=workers)
+            pairs, scales = gather_redundancy(listed, options, execution)
     plots = {plot.stem: plot for plot in _plots(spectra, epoch, pairs, scales) if plot.draw}
     for name in wanted or ():
         if not any(_is(stem, name) for stem in plots):

@@ -15,21 +15,41 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from msplora_analysis.files.addresses import StrPath
+from msplora_analysis.options import Execution, Options, Progress
 
 __all__ = ["report"]
 
 
-def report(paths: StrPath | Iterable[StrPath], out: StrPath = "report.html", **how: Any) -> Path:
+def report(
+    paths: StrPath | Iterable[StrPath],
+    out: StrPath = "report.html",
+    *,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    base: StrPath | None = None,
+    top_k: int | None = None,
+    workers: int | None = 1,
+    dask: str | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Path:
     """Write the report of the adapters, or tables of spectra, at and under ``paths``. Returns the path of the page.
 
-    paths: what ``load_tables`` takes, or tables that `msplora-analyze spectra` wrote.
-    out: the HTML file; its folder must exist. A file that is there is replaced, at the end.
-    how: workers, cache, progress as in ``load_tables``, and fields of ``options.Options``.
+    Args:
+        paths: What ``load_tables`` takes, or tables that `msplora-analyze spectra` wrote.
+        out: The HTML file; its folder must exist. A file that is there is replaced, at the end.
+        ignore_unknown, semantics, base, top_k, workers, dask, cache, progress: As of ``load_tables``.
 
-    Equal input gives equal bytes. Raises AnalysisError for input that cannot be used, or if ``out`` cannot be written.
+    Returns:
+        The path of the page. Equal input gives equal bytes.
+
+    Raises:
+        AnalysisError: the input cannot be used, or ``out`` cannot be written.
+
+    Example:
+        >>> ma.report("runs/cola", "report.html")
     """
     from msplora_analysis.ask.gather import gather
     from msplora_analysis.show.report.page import check_out, page, write
@@ -37,5 +57,6 @@ def report(paths: StrPath | Iterable[StrPath], out: StrPath = "report.html", **h
     file = Path(out)
     check_out(file)
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    write(page(gather(given, **how)), file)
+    options, execution = Options(ignore_unknown, semantics, base, top_k), Execution(workers, dask, cache, progress)
+    write(page(gather(given, options, execution)), file)
     return file

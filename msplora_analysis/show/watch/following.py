@@ -19,7 +19,7 @@ from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import compute
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Folder, Place, walk
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options
 from msplora_core.names import RECORD, STATE
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Run:
         spectra, measures = tables_of([result.adapter for result in good], good, (1,))
         pairs, scales = None, None
         if good and good[-1].adapter.file.is_file():
-            pairs, scales = redundancy_of([good[-1].adapter], _OPTIONS, details=True, say=False)
+            pairs, scales = redundancy_of([good[-1].adapter], _OPTIONS, Execution(), details=True, say=False)
         return diagnose(spectra, measures, pairs, scales=scales, broken=broken)
 
     @property
