@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from msplora_analysis.ask.comparison.compare import Side, compare, layer_kl
+from msplora_analysis.ask.comparison.compare import Side, compare
 from msplora_analysis.ask.comparison.pairing import Unit, drawn, pair, units
 from msplora_analysis.ask.comparison.statements import sentences
 from msplora_analysis.ask.comparison.uncertainty import adjacent_test, interval
 from msplora_analysis.cli import app
-from msplora_analysis.compute.measures.divergence import kl, pairwise_kl
+from msplora_analysis.compute.measures.divergence import kl
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.figures.comparison import comparison_with_intervals
 from msplora_analysis.show.figures.rank_needed import plots, rank_needed_map
@@ -63,14 +63,6 @@ def row(result: pd.DataFrame, **chosen: Any) -> dict[str, Any]:
         result = result[result[name] == value]
     assert len(result) == 1
     return result.iloc[0].to_dict()
-
-
-def test_layer_kl_is_pairwise_kl() -> None:
-    spectra = random_spectra(np.random.default_rng(0), 3, 5, 4)
-    spectra[1, 2] = 0
-    spectra[2, 1, 2:] = 0
-    for one, many in zip(spectra, layer_kl(spectra), strict=True):
-        np.testing.assert_allclose(many, pairwise_kl(one), atol=1e-12)
 
 
 def test_values_are_those_of_figure_4() -> None:

@@ -8,7 +8,15 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial import distance
 from scipy.stats import entropy, wasserstein_distance
 
-from msplora_analysis.compute.measures.divergence import FLOOR, jensen_shannon, kl, normalise, pairwise_kl, wasserstein
+from msplora_analysis.compute.measures.divergence import (
+    FLOOR,
+    jensen_shannon,
+    kl,
+    kl_matrices,
+    normalise,
+    pairwise_kl,
+    wasserstein,
+)
 from msplora_analysis.errors import AnalysisError
 
 sigmas = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
@@ -94,6 +102,14 @@ def test_pairwise_kl_takes_a_matrix():
     with pytest.raises(AnalysisError, match=r"\(n, r\)"):
         pairwise_kl([1, 2, 3])
     assert pairwise_kl(np.ones((0, 3))).shape == (0, 0)
+
+
+def test_kl_matrices_are_pairwise_kl():
+    sets = np.random.default_rng(0).random((3, 5, 4))
+    sets[1, 2] = 0
+    sets[2, 1, 2:] = 0
+    for one, many in zip(sets, kl_matrices(sets), strict=True):
+        np.testing.assert_allclose(many, pairwise_kl(one), atol=1e-12)
 
 
 @given(arrays(float, (2, 6), elements=st.floats(1e-3, 1e3)))

@@ -31,8 +31,7 @@ import numpy as np
 
 from msplora_analysis.ask.comparison.pairing import Unit, drawn, pair, units
 from msplora_analysis.ask.comparison.uncertainty import RESAMPLES, adjacent_test, interval, neighbours
-from msplora_analysis.compute.measures.divergence import FLOOR
-from msplora_analysis.compute.measures.metrics import Array, normalised
+from msplora_analysis.compute.measures.divergence import Array, kl_matrices
 from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class Layers(NamedTuple):
         spectra = self.spectra[..., :rank]
         if averaging == "spectra":
             return _mean_known(spectra), True
-        return _mean_known(layer_kl(spectra)), False
+        return _mean_known(kl_matrices(spectra)), False
 
 
 def compare(
@@ -167,7 +166,7 @@ class _Means(NamedTuple):
         share = weights / weights.sum(axis=-1, keepdims=True)
         flat = share @ self.values.reshape(len(self.values), -1)
         mean: Array = flat.reshape(*share.shape[:-1], *self.values.shape[1:])
-        return layer_kl(mean) if self.are_spectra else mean
+        return kl_matrices(mean) if self.are_spectra else mean
 
 
 @dataclass(frozen=True)
@@ -197,14 +196,6 @@ class _Difference:
 
 def _where(pairs: str, layers: int) -> Array:
     return neighbours(layers) if pairs == "adjacent" else 1 - np.eye(layers)
-
-
-def layer_kl(spectra: Array) -> Array:
-    """D_KL(i‖j) at [..., i, j] of spectra (..., L, r): ``measures.divergence.pairwise_kl`` for many at once."""
-    p = normalised(np.maximum(normalised(spectra)[1], FLOOR))[1]
-    logarithm = np.log(p)
-    entropy = (p * logarithm).sum(axis=-1)
-    return np.maximum(entropy[..., :, None] - p @ np.swapaxes(logarithm, -1, -2), 0.0)
 
 
 def _layers(a: Side, b: Side, epoch: float | None, stack: str | None) -> tuple[Layers, Layers, float]:
