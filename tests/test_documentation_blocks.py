@@ -264,7 +264,6 @@ def workspace(tmp_path: Path, provided: Path, monkeypatch: pytest.MonkeyPatch) -
     """The working directory, with what every page may take for granted."""
     import datasets
 
-    from msplora_analysis import formats
     from msplora_analysis.show.drawing.plot import Plot
     from msplora_core.data import loading
 
@@ -292,7 +291,6 @@ def workspace(tmp_path: Path, provided: Path, monkeypatch: pytest.MonkeyPatch) -
 
     numbers = Plot.write
     monkeypatch.setattr(Plot, "write", write)
-    monkeypatch.setattr(formats, "FORMATS", formats.FORMATS)  # a page adds its own
     yield tmp_path
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):

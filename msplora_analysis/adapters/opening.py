@@ -52,11 +52,7 @@ def _open(adapter: Adapter, options: Options) -> TensorFile:
     file = open_checkpoint(adapter.file)
     if options.base is None or adapter.config or looks_like_adapter(file.shapes):
         return file
-    try:
-        return PairedFile(file, open_checkpoint(parse(options.base)))
-    except BaseException:
-        file.__exit__(None, None, None)
-        raise
+    return PairedFile(file, parse(options.base))
 
 
 def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[str]:

@@ -27,7 +27,7 @@ from msplora_analysis.compute.measures.overlap import (
 from msplora_analysis.compute.tasks import Piece
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import Matrix, Product, Sum
-from msplora_analysis.formats.base import stack_and_layer
+from msplora_analysis.formats.updates import stack_and_layer
 from msplora_analysis.options import Options
 
 _HELD = 2**28  # bytes of directions held at once

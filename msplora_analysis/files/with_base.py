@@ -11,30 +11,28 @@ from msplora_analysis.files.tensors import FloatArray, Shape, TensorFile
 BASE = "base:"  # the base's tensors are named with it
 
 
-def open_with_base(path: Place, base: Place) -> PairedFile:
-    """Open a checkpoint and its base, each a file, an index of shards, or the folder of either."""
-    tuned = open_checkpoint(path)
-    try:
-        return PairedFile(tuned, open_checkpoint(base))
-    except BaseException:
-        tuned.__exit__(None, None, None)
-        raise
-
-
 class PairedFile:
     """Two open files: the first one's tensors under their names, the second's as ``base:<name>``.
 
     Errors of reading name the file that they are about; ``path`` is the first's.
+
+    Args:
+        tuned: The open checkpoint; it is closed with this file, and where the base cannot be opened.
+        base: A file, an index of shards, or the folder of either.
     """
 
-    def __init__(self, tuned: TensorFile, base: TensorFile) -> None:
+    def __init__(self, tuned: TensorFile, base: Place) -> None:
+        try:
+            self._tuned, self._base = tuned, open_checkpoint(base)
+        except BaseException:
+            tuned.__exit__(None, None, None)
+            raise
         self.path = tuned.path
         self.metadata = tuned.metadata
         self.shapes: dict[str, Shape] = {
             **tuned.shapes,
-            **{BASE + name: shape for name, shape in base.shapes.items()},
+            **{BASE + name: shape for name, shape in self._base.shapes.items()},
         }
-        self._tuned, self._base = tuned, base
 
     def __enter__(self) -> PairedFile:
         return self

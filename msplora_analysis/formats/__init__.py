@@ -1,35 +1,21 @@
 """Adapter formats: which tensors of a file make up which matrices.
 
-One module per format, with ``PEFT_TYPE``, ``matches(config, file)`` and ``read(config, file,
-options)``; the config is empty for a file that has none. ``read`` may look at the file's ``shapes`` and
-``metadata``, and at the values of small tensors; a module whose ``read`` looks at values says
-``READS_VALUES = True``. To add a format, write its module and name it in
-``FORMATS``.
+One module a format, with a ``FORMAT`` (see ``protocol``); it is found by being in this folder. Other packages add
+theirs by an entry point of the group ``msplora.formats``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import pkgutil
+from collections.abc import Collection, Iterator
+from functools import cache
+from importlib import import_module, metadata
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import (
-    adalora,
-    delora,
-    diffusion,
-    full,
-    gralora,
-    loha,
-    lokr,
-    lora,
-    loralib,
-    msplora,
-    msplora_released,
-    vblora,
-    vera,
-    without_matrix,
-)
-from msplora_analysis.formats.base import (
+from msplora_analysis.formats.helpers.no_update import REASONS
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import (
     Config,
     Contents,
     Factor,
@@ -41,76 +27,116 @@ from msplora_analysis.formats.base import (
     Update,
     Whole,
 )
-from msplora_analysis.formats.diffusion import looks_like_adapter
 from msplora_analysis.options import Options
 
 __all__ = [
     "Contents",
     "Factor",
+    "Format",
     "Kronecker",
     "Matrix",
     "Product",
     "Sum",
     "Update",
     "Whole",
+    "find_format",
     "looks_like_adapter",
     "read_contents",
 ]
 
-FORMATS = (
-    lora,
-    msplora_released,
-    msplora,
-    loha,
-    lokr,
-    diffusion,
-    adalora,
-    vera,
-    vblora,
-    delora,
-    gralora,
-    without_matrix,
-    loralib,
-    full,
-)  # the first that matches is taken
+ENTRY_POINTS = "msplora.formats"
 
-
-class _Last(NamedTuple):
-    shapes: Shapes
-    config: Config
-    options: Options
-    contents: Contents
-
-
-_last: _Last | None = None  # the checkpoints of a run have one header, one config and so the same contents
+# The checkpoints of a run have one header, one config and so the same contents.
+_last: tuple[tuple[Shapes, Config, Options], Contents] | None = None
 
 
 def read_contents(config: Config, file: TensorFile, options: Options) -> Contents:
     """The matrices of an adapter file, from its config, the names and shapes of its tensors.
 
-    Raises AnalysisError (without the file's name) for a format or a layout that is not supported,
-    and for a file without any matrix.
+    Args:
+        config: The parsed adapter_config.json; empty where there is none.
+        file: The open file.
+        options: How it is to be read.
+
+    Raises:
+        AnalysisError: The format or the layout is not supported, or the file has no matrix. The message does not
+            name the file.
     """
     global _last
-    if _last is not None and _last.shapes is file.shapes and (_last.config, _last.options) == (config, options):
-        return _last.contents
-    for adapter_format in FORMATS:
-        if adapter_format.matches(config, file):
-            found = adapter_format.read(config, file, options)
-            if not found.matrices and not found.unknown:
-                raise AnalysisError("no low-rank factors in the file; was the adapter saved before it was added?")
-            if not getattr(adapter_format, "READS_VALUES", False):
-                _last = _Last(file.shapes, config, options, found)
-            return found
+    key = (file.shapes, config, options)
+    if _last is not None and _last[0] == key:
+        return _last[1]
+    known = find_format(config, file)
+    found = known.read(config, file, options)
+    if not found.matrices and not found.unknown:
+        raise AnalysisError("no low-rank factors in the file; was the adapter saved before it was added?")
+    if not known.reads_values:
+        _last = key, found
+    return found
+
+
+def find_format(config: Config, file: TensorFile) -> Format:
+    """The format of an adapter file: the first that matches, those of other packages last.
+
+    Raises:
+        AnalysisError: None does; the message says what is supported, and of PEFT's other methods why they are not.
+    """
+    for known in _all():
+        if known.matches(config, file):
+            return known
+    kind = config.get("peft_type")
     if not config:
         first = next(iter(file.shapes), "none")
         raise AnalysisError(
             f"no adapter: its tensors ({first}, ...) have no names of low-rank factors that are known; of PEFT's "
             "adapters copy adapter_config.json beside it, and for a whole model give its base with --base (base=...)"
         )
-    supported = ", ".join(
-        sorted({known.PEFT_TYPE for known in FORMATS if known is not without_matrix and known.PEFT_TYPE.isupper()})
-    )
-    raise AnalysisError(
-        f"adapter_config.json: peft_type {config.get('peft_type')!r} is not supported; supported: {supported}"
-    )
+    if kind in REASONS:
+        raise AnalysisError(
+            f"adapter_config.json: peft_type {kind!r} has no spectra of low-rank factors: {REASONS[kind]}"
+        )
+    supported = ", ".join(sorted({kind for known in _all() for kind in known.peft_types}))
+    raise AnalysisError(f"adapter_config.json: peft_type {kind!r} is not supported; supported: {supported}")
+
+
+def looks_like_adapter(names: Collection[str]) -> bool:
+    """Whether tensors of these names are an adapter that needs no adapter_config.json."""
+    return any(known.lone(names) for known in _all() if known.lone)
+
+
+def _all() -> Iterator[Format]:
+    yield from built_in()
+    yield from added()  # only asked for where no format of ours matches: finding packages takes time
+
+
+@cache
+def built_in() -> tuple[Format, ...]:
+    """The formats of this folder, in the order in which they are asked."""
+    modules = (import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    formats = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
+    return tuple(sorted(formats, key=lambda known: (-known.priority, known.name)))
+
+
+@cache
+def added() -> tuple[Format, ...]:
+    """The formats of other installed packages, in the order in which they are asked.
+
+    Raises:
+        AnalysisError: One of them cannot be loaded; the message names its package.
+    """
+    formats = []
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        package = point.dist.name if point.dist else point.value
+        try:
+            found = point.load()
+        except Exception as error:  # the code of others may raise anything
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            reason = "" if isinstance(found, Format) else f"{point.value} is a {type(found).__name__}, not a Format"
+        if reason:
+            lines = reason.split("\n", 1)[0]
+            raise AnalysisError(
+                f"package {package}: its adapter format {point.name} cannot be loaded ({lines}); update or uninstall it"
+            )
+        formats.append(found)
+    return tuple(sorted(formats, key=lambda known: (-known.priority, known.name)))

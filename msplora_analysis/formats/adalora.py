@@ -11,22 +11,12 @@ import math
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import PREFIX, Config, Contents, Factor, Product, Sum, contents
-from msplora_analysis.formats.parts import (
-    expect_shape,
-    group_parts,
-    layer_matrix,
-    needed_count,
-    needed_number,
-    rows_scaled,
-)
+from msplora_analysis.formats.helpers.parts import PREFIX, expect_shape, group_parts, layer_matrix
+from msplora_analysis.formats.helpers.settings import needed_count, needed_number
+from msplora_analysis.formats.helpers.structures import rows_scaled
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "ADALORA"
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -78,3 +68,6 @@ def _kept(config: Config, init_rank: int) -> dict[str, int]:
         # Keys are those of lora_E, with the adapter's name behind it or not.
         kept[key.removeprefix(PREFIX).rpartition(".lora_E")[0]] = sum(mask)
     return kept
+
+
+FORMAT = Format(name="AdaLoRA", read=read, peft_types=("ADALORA",))

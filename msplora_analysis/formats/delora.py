@@ -13,18 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import Config, Contents, Factor, Product, Sum, contents
-from msplora_analysis.formats.parts import expect_shape, group_parts, layer_matrix
+from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "DELORA"
 
 _PARTS = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 _SMALLEST_NORM = 1e-4
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -57,3 +52,6 @@ def _normalised(values: NDArray[Any], axis: int) -> NDArray[np.float64]:
         np.linalg.norm(exact, axis=axis, keepdims=True), _SMALLEST_NORM
     )
     return normalised
+
+
+FORMAT = Format(name="DeLoRA", read=read, peft_types=("DELORA",))

@@ -27,25 +27,21 @@ import numpy as np
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import loha, lokr
-from msplora_analysis.formats.base import (
+from msplora_analysis.formats.helpers.flattened import dotted
+from msplora_analysis.formats.helpers.parts import (
     PREFIX,
-    Config,
-    Contents,
-    Shapes,
-    Sum,
-    Update,
-    contents,
-    number,
-    table,
+    Parts,
+    add_part,
+    layer_matrix,
+    leading,
+    required,
     trained_in_full,
 )
-from msplora_analysis.formats.flattened import dotted
-from msplora_analysis.formats.parts import Parts, by_pattern, layer_matrix
-from msplora_analysis.formats.structures import leading, low_rank, required, tucker, whole
+from msplora_analysis.formats.helpers.settings import by_pattern, number, table
+from msplora_analysis.formats.helpers.structures import low_rank, not_plain_pairs, tucker, whole
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Config, Contents, Shapes, Sum, Update, contents
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "none (files of kohya's scripts, LyCORIS and diffusers)"
-READS_VALUES = True
 
 _METADATA = "lora_adapter_metadata"  # diffusers: the PEFT configs of a pipeline's models, as one JSON object
 # In the order tried. A part is "down", "up" or "mid" of a LoRA, or what the key itself says.
@@ -73,13 +69,8 @@ _UNSUPPORTED = {
 _NAMES = {"A": "down", "B": "up"}
 
 
-def looks_like_adapter(shapes: Collection[str]) -> bool:
-    """Whether the names of a file's tensors are those of an adapter that needs no adapter_config.json."""
-    return any(_factor(key) or _unsupported(key, shapes) for key in shapes)
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return not config and looks_like_adapter(file.shapes)
+def _has_factors(names: Collection[str]) -> bool:
+    return any(_factor(name) or _unsupported(name, names) for name in names)
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -93,9 +84,9 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         if _VECTOR.fullmatch(key) or (key.endswith(".diff") and len(shape) < 2):
             vectors.append(key)
         elif factor := _factor(key):
-            _add(modules, *factor, key)
+            add_part(modules, *factor, key)
         elif match := _BESIDE.fullmatch(key):
-            _add(beside, _path(match["name"]), match["part"], key)
+            add_part(beside, _path(match["name"]), match["part"], key)
         elif not trained_in_full(key.removeprefix(PREFIX), config):
             unknown.append(key)
 
@@ -134,12 +125,6 @@ def _factor(key: str) -> tuple[str, str] | None:
 def _path(name: str) -> str:
     # diffusers once kept factors in the attention's processor.
     return dotted(name.removeprefix(PREFIX)).replace(".processor.", ".")
-
-
-def _add(modules: dict[str, Parts], name: str, part: str, key: str) -> None:
-    other = modules.setdefault(name, {}).setdefault(part, key)
-    if other != key:
-        raise AnalysisError(f"tensors {other} and {key} are the same part {part}; save one adapter per file")
 
 
 def _unsupported(key: str, keys: Collection[str]) -> str | None:
@@ -252,3 +237,13 @@ def _notes(
     if left_out := list(vectors):
         notes.append(f"{len(left_out)} tensors of biases and norms ({left_out[0]}, ...) are no matrices and left out")
     return notes
+
+
+FORMAT = Format(
+    name="files of kohya's scripts, LyCORIS and diffusers",
+    read=read,
+    lone=_has_factors,
+    why_no_lora=lambda config, shapes, matrices: not_plain_pairs(matrices),
+    tells=lambda name: name.endswith((".alpha", ".scalar")),
+    reads_values=True,
+)

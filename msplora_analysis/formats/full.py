@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import FloatArray, TensorFile
 from msplora_analysis.files.with_base import BASE
-from msplora_analysis.formats.base import (
+from msplora_analysis.formats.helpers.parts import trained_in_full
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import (
     Config,
     Contents,
     Factor,
@@ -30,18 +32,15 @@ from msplora_analysis.formats.base import (
     contents,
     module_of,
     stack_and_layer,
-    trained_in_full,
 )
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "a whole model with --base (no peft_type)"
 
 # Tables of words (and outputs over them) grow at their end when tokens are added.
 _RESIZED = re.compile(r"(.+\.)?(\w*embed\w*|wte|shared|lm_head|output|decoder)")
 _BUFFERS = ("position_ids", "token_type_ids", "masked_bias", "inv_freq", "relative_position_index", "attn_mask")
 
 
-def matches(config: Config, file: TensorFile) -> bool:
+def _recognises(config: Config, file: TensorFile) -> bool:
     return not config.get("peft_type") and any(name.startswith(BASE) for name in file.shapes)
 
 
@@ -145,3 +144,11 @@ def _subtract(weight: FloatArray, base: FloatArray, rows: int, cols: int) -> NDA
         weight.reshape(-1, cols)[:rows], base.reshape(-1, cols)[:rows], dtype=np.float64
     )
     return difference
+
+
+FORMAT = Format(
+    name="full fine-tuning",
+    read=read,
+    recognises=_recognises,
+    priority=-1,  # any file with a base
+)

@@ -15,25 +15,15 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import Config, Contents, Factor, Product, Sum, contents
-from msplora_analysis.formats.parts import (
-    block_diagonal,
-    expect_shape,
-    group_parts,
-    layer_matrix,
-    needed_count,
-    needed_number,
-)
+from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix
+from msplora_analysis.formats.helpers.settings import needed_count, needed_number
+from msplora_analysis.formats.helpers.structures import block_diagonal
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "GRALORA"
 
 _BLOCKS = ("gralora_A", "gralora_B")
 _GENERAL = ("gralora_A_general", "gralora_B_general")
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -78,3 +68,6 @@ def _make_b(b: NDArray[Any]) -> NDArray[np.float64]:
     for j, block in enumerate(b.reshape(k, k, rank // k, outputs)):
         full[j, :, :, j] = block.transpose(2, 0, 1)
     return full.reshape(k * outputs, k * rank)
+
+
+FORMAT = Format(name="GraLoRA", read=read, peft_types=("GRALORA",))

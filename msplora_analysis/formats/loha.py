@@ -7,19 +7,15 @@
 from __future__ import annotations
 
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import Config, Contents, Product, Shapes, Sum, Whole, contents
-from msplora_analysis.formats.parts import Parts, group_parts, layer_matrix
-from msplora_analysis.formats.structures import hadamard, leading, low_rank, peft_scaling, required, tucker
+from msplora_analysis.formats.helpers.parts import Parts, group_parts, layer_matrix, leading, required
+from msplora_analysis.formats.helpers.settings import peft_scaling
+from msplora_analysis.formats.helpers.structures import hadamard, low_rank, tucker
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Config, Contents, Product, Shapes, Sum, Whole, contents
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "LOHA"
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -49,3 +45,11 @@ def _half(parts: Parts, shapes: Shapes, number: int) -> Product:
         (core,) = required(parts, f"hada_t{number}")
         return tucker(core, down, up, shapes, up_transposed=True)
     return low_rank(down, up, shapes)
+
+
+FORMAT = Format(
+    name="LoHa",
+    read=read,
+    peft_types=("LOHA",),
+    why_no_lora="adapter_config.json: LOHA has no form as a plain LoRA that is exact for every layer",
+)

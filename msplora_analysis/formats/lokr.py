@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import Config, Contents, Kronecker, Product, Shapes, Whole, contents
-from msplora_analysis.formats.parts import Parts, group_parts, layer_matrix
-from msplora_analysis.formats.structures import kronecker, leading, low_rank, peft_scaling, required, tucker, whole
+from msplora_analysis.formats.helpers.parts import Parts, group_parts, layer_matrix, leading, required
+from msplora_analysis.formats.helpers.settings import peft_scaling
+from msplora_analysis.formats.helpers.structures import kronecker, low_rank, tucker, whole
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Config, Contents, Kronecker, Product, Shapes, Whole, contents
 from msplora_analysis.options import Options
 
-PEFT_TYPE = "LOKR"
-
 _PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -56,3 +52,11 @@ def _half(parts: Parts, shapes: Shapes, number: int) -> Product | Whole:
     if number == 2 and "lokr_t2" in parts:
         return tucker(parts["lokr_t2"], down, up, shapes, up_transposed=True)
     return low_rank(down, up, shapes)
+
+
+FORMAT = Format(
+    name="LoKr",
+    read=read,
+    peft_types=("LOKR",),
+    why_no_lora="adapter_config.json: LOKR has no form as a plain LoRA that is exact for every layer",
+)

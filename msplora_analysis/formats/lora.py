@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import (
-    PREFIX,
+from msplora_analysis.formats.helpers.parts import PREFIX, layer_matrix, make_product, pair_factors
+from msplora_analysis.formats.helpers.settings import by_pattern, count, needed_count, needed_number, table
+from msplora_analysis.formats.helpers.structures import block_diagonal, rows_scaled
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import (
     Config,
     Contents,
     Factor,
@@ -31,24 +34,10 @@ from msplora_analysis.formats.base import (
     Shapes,
     Sum,
     contents,
-    make_product,
     module_of,
-    pair_factors,
     stack_and_layer,
-    table,
-)
-from msplora_analysis.formats.parts import (
-    block_diagonal,
-    by_pattern,
-    count,
-    layer_matrix,
-    needed_count,
-    needed_number,
-    rows_scaled,
 )
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "LORA"
 
 _FACTOR = re.compile(
     r"(?P<name>.+)\.(?:lora_(?P<linear>[AB])(?:\.[^.]+)?\.weight"
@@ -73,12 +62,16 @@ _NOTES = {
     "values were set to zero before training",
     "alora_invocation_tokens": "activated LoRA (arXiv 2504.12397): the update acts only from the invocation tokens on",
 }
+# What no plain LoRA can do.
+_NOT_PLAIN = {
+    "use_dora": "DoRA rescales the whole weight after adding B A, which no plain LoRA can do; PEFT loads it as it is",
+    "kasa_config": "KaSA's update is to a base weight without its smallest singular values",
+    "alora_invocation_tokens": "an activated LoRA acts only from its invocation tokens on",
+    "lora_bias": "its update has a bias, which is no product",
+    "target_parameters": "it adapts single parameters, whose place a plain LoRA cannot name",
+}
 # Values of init_lora_weights that begin with these start from B A split off the base weight.
 _SPLIT_OFF = ("pissa", "corda", "olora", "lora_ga", "loftq")
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -283,3 +276,27 @@ def _blocks(module: str, config: Config) -> tuple[int, int]:
     blocks = needed_count(options, "nblocks")
     a, b = (any(part in module for part in options.get(f"target_modules_bd_{factor}") or ()) for factor in ("a", "b"))
     return (blocks if a else 1), (blocks if b else 1)
+
+
+def _why_no_lora(config: Config, shapes: Shapes, matrices: Iterable[Matrix]) -> str | None:
+    for key, reason in _NOT_PLAIN.items():
+        if config.get(key):
+            return f"adapter_config.json: {key}: {reason}; it cannot be written as a plain LoRA"
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_SPLIT_OFF):
+        return (
+            f"adapter_config.json: init_lora_weights is {init!r}: B A is relative to a changed base weight; load it in "
+            "PEFT and save it with path_initial_model_for_weight_conversion, then use that"
+        )
+    for matrix in matrices:
+        assert isinstance(matrix.update, Sum)
+        (product,) = matrix.update.products
+        a, b = product.a.tensors[0], product.b.tensors[0]
+        if not a.removeprefix(PREFIX).startswith(f"{matrix.name}.lora_"):
+            return f"tensor {a}: its module is inside another, where a plain LoRA cannot reach it"
+        if max(len(shapes[a]), len(shapes[b])) > 2 and (product.a.make or product.b.make):
+            return f"tensor {a}: the update of a convolution in groups is not written; leave it as it is"
+    return None
+
+
+FORMAT = Format(name="LoRA", read=read, peft_types=("LORA",), why_no_lora=_why_no_lora)

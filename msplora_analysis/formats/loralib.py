@@ -16,7 +16,7 @@ lora_alpha is not in the file: without an adapter_config.json beside it, the mat
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -24,7 +24,11 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import FloatArray, TensorFile
-from msplora_analysis.formats.base import (
+from msplora_analysis.formats.helpers.parts import pair_factors
+from msplora_analysis.formats.helpers.settings import number
+from msplora_analysis.formats.helpers.structures import not_plain_pairs
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import (
     Config,
     Contents,
     Factor,
@@ -34,13 +38,9 @@ from msplora_analysis.formats.base import (
     Sum,
     contents,
     module_of,
-    number,
-    pair_factors,
     stack_and_layer,
 )
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "loralib (no peft_type)"
 
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])")
 _NO_ALPHA = (
@@ -49,7 +49,7 @@ _NO_ALPHA = (
 )
 
 
-def matches(config: Config, file: TensorFile) -> bool:
+def _recognises(config: Config, file: TensorFile) -> bool:
     return not config.get("peft_type") and any(map(_FACTOR.fullmatch, file.shapes))
 
 
@@ -110,3 +110,15 @@ def _scaling(a: str, rank: int, rows: int, cols: int, config: Config) -> float:
 
 def _rows(tensor: FloatArray, start: int, count: int) -> NDArray[np.float64]:
     return tensor[start : start + count].astype(np.float64)
+
+
+def _why_no_lora(config: Config, shapes: Shapes, matrices: Iterable[Matrix]) -> str | None:
+    if "lora_alpha" not in config:
+        return (
+            "a loralib file does not hold lora_alpha, on which the update depends; put "
+            '{"lora_alpha": ..., "r": ...} into an adapter_config.json beside it'
+        )
+    return not_plain_pairs(matrices)
+
+
+FORMAT = Format(name="loralib", read=read, recognises=_recognises, why_no_lora=_why_no_lora)

@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import (
+from msplora_analysis.formats.helpers.parts import make_product, pair_factors
+from msplora_analysis.formats.helpers.settings import number, table
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import (
     SCALES,
     Config,
     Contents,
@@ -22,16 +25,10 @@ from msplora_analysis.formats.base import (
     Product,
     Sum,
     contents,
-    make_product,
     module_of,
-    number,
-    pair_factors,
     stack_and_layer,
-    table,
 )
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "MSPLORA"
 
 _FACTOR = re.compile(r"(?P<name>.+)\.msplora_(?P<scale>global|mid|layer)\.(?P<factor>[AB])")
 
@@ -45,10 +42,6 @@ class _Pyramid(NamedTuple):
     module: str
     shared: dict[str, dict[int, tuple[str, Product]]]  # scale -> first layer -> (module name, product)
     layers: dict[str, tuple[int | None, Product]]  # module name -> (layer, product)
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -152,3 +145,6 @@ def _totals(pyramid: _Pyramid) -> Iterator[Matrix]:
             if starts:
                 shared.append(units[max(starts)][1])
         yield Matrix("total", layer, pyramid.module, name, Sum((*shared, product)))
+
+
+FORMAT = Format(name="MSPLoRA", read=read, peft_types=("MSPLORA",))

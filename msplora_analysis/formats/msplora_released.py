@@ -28,22 +28,19 @@ import numpy as np
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import natural_key
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import (
+from msplora_analysis.formats.helpers.parts import make_product, pair_factors
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import (
     Config,
     Contents,
     Matrix,
     Product,
     Sum,
     contents,
-    make_product,
     module_of,
-    pair_factors,
     stack_and_layer,
 )
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "MSPLORA"
-READS_VALUES = True
 
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?_(?P<scale>[0-9]{1,3})\.weight")
 
@@ -62,8 +59,8 @@ class _Shared(NamedTuple):
     stored: dict[str, str]  # module name -> owner of the pair saved under it
 
 
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE and (
+def _recognises(config: Config, file: TensorFile) -> bool:
+    return config.get("peft_type") == "MSPLORA" and (
         isinstance(config.get("r"), list) or any(map(_FACTOR.fullmatch, file.shapes))
     )
 
@@ -220,3 +217,14 @@ def _notes(scales: list[tuple[int, float]], misplaced: int, options: Options) ->
     if len(scales) > 3:
         notes.append(f"{len(scales) - 2} scales share by the same groups of layers; mid is their sum")
     return notes
+
+
+FORMAT = Format(
+    name="released MSPLoRA",
+    read=read,
+    peft_types=("MSPLORA",),
+    recognises=_recognises,
+    tells=lambda name: ".lora_" in name,  # a shared pair is repeated under every layer
+    reads_values=True,
+    priority=1,  # before the MSPLoRA of msplora_core, of the same peft_type
+)

@@ -16,15 +16,11 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import Config, Contents, Factor, Product, Sum, contents
-from msplora_analysis.formats.parts import expect_shape, group_parts, layer_matrix, needed_count, shared
+from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix, shared
+from msplora_analysis.formats.helpers.settings import needed_count
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "VBLORA"
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -74,3 +70,6 @@ def _mixed(bank: NDArray[Any], logits: NDArray[Any], topk: int) -> NDArray[np.fl
     weights /= weights.sum(axis=-1, keepdims=True)
     mixed: NDArray[np.float64] = np.einsum("...k,...kl->...l", weights, bank[chosen].astype(np.float64))
     return mixed
+
+
+FORMAT = Format(name="VB-LoRA", read=read, peft_types=("VBLORA",))

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import Config, Contents, Factor, Product, Sum, contents, module_of
-from msplora_analysis.formats.parts import expect_shape, group_parts, layer_matrix, shared
+from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix, shared
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents, module_of
 from msplora_analysis.options import Options
-
-PEFT_TYPE = "VERA"
 
 _PREFIXES = {"VERA": "vera", "PVERA": "pvera"}
 # Last names of modules that read one input, so that they have the same number of columns.
@@ -32,10 +31,6 @@ _SAME_INPUT = (
     {"q", "k", "v"},
     {"wi_0", "wi_1"},
 )
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") in _PREFIXES
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -87,3 +82,6 @@ def _check_inputs(modules: Iterable[str], cols: int) -> None:
             f"which of {', '.join(sorted(kinds))} have {cols} inputs, and which fewer, is not in a VeRA file, and the "
             "update depends on it; convert the adapter to LoRA with peft.convert_to_lora, or adapt modules of one input"
         )
+
+
+FORMAT = Format(name="VeRA", read=read, peft_types=tuple(_PREFIXES))

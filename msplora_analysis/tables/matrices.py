@@ -7,7 +7,7 @@ import pandas as pd
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.base import SCALES, stack_and_layer
+from msplora_analysis.formats.updates import SCALES, stack_and_layer
 from msplora_analysis.tables import columns
 from msplora_analysis.tables.checkpoints import align, one_per_epoch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msplora_analysis.formats.base import SCALES
+from msplora_analysis.formats.updates import SCALES
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.base import stack_and_layer
+from msplora_analysis.formats.updates import stack_and_layer
 from msplora_analysis.tables.checkpoints import align, one_per_epoch
 
 MEASURES = ["kl_ij", "kl_ji", "js", "wasserstein", "overlap_in", "overlap_out", "overlap_expected", "cosine"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,23 +22,11 @@ from msplora_analysis.compute.linalg.spectra import Array, load_factors, not_fin
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath, parse
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import Contents, Factor, Matrix, Sum
-from msplora_analysis.formats.base import PREFIX, Shape, trained_in_full
-from msplora_analysis.formats.flattened import dotted
+from msplora_analysis.formats import Contents, Format, Matrix, Sum, find_format
+from msplora_analysis.formats.helpers.parts import PREFIX, trained_in_full
+from msplora_analysis.formats.updates import Shape, Shapes
 from msplora_analysis.options import Options
 
-# Methods whose modules are linear layers, and whose updates are sums of products of the file's tensors alone.
-_LINEAR = ("MSPLORA", "ADALORA", "VERA", "PVERA", "VBLORA", "DELORA", "GRALORA")
-_SUPPORTED = ("LORA", *_LINEAR)
-
-_REFUSED = {
-    "use_dora": "DoRA rescales the whole weight after adding B A, which no plain LoRA can do; PEFT loads it as it is",
-    "kasa_config": "KaSA's update is to a base weight without its smallest singular values",
-    "alora_invocation_tokens": "an activated LoRA acts only from its invocation tokens on",
-    "lora_bias": "its update has a bias, which is no product",
-    "target_parameters": "it adapts single parameters, whose place a plain LoRA cannot name",
-}
-_SPLIT_OFF = ("pissa", "corda", "olora", "lora_ga", "loftq")
 # What adapter_config.json says of the model and of what is trained in full; the rest is about the method.
 _KEPT = (
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "modules_to_save"),
@@ -122,14 +110,16 @@ def warn_of(source: Source) -> None:
 
 
 def _source(adapter: Adapter, file: TensorFile, contents: Contents) -> Source:
-    config = adapter.config
-    _check_config(config)
-    modules = [_module(matrix, file, config) for matrix in _whole_updates(contents)]
+    config, known = adapter.config, find_format(adapter.config, file)
+    matrices = _whole_updates(contents)
+    if reason := known.not_as_lora(config, file.shapes, matrices):
+        raise AnalysisError(reason)
+    modules = [_module(matrix, file.shapes) for matrix in matrices]
     notes = list(contents.notes)
     if not config:
         modules = _of_one_model(modules, notes)
     factors = {tensor for matrix in contents.matrices for tensor in _tensors(matrix)}
-    copied = _copied(file, config, factors.union(contents.unknown))
+    copied = _copied(file.shapes, config, known, factors.union(contents.unknown))
     if contents.unknown:
         notes.append(f"{unknown_text(contents.unknown)} are left out")
     if config.get("task_type") in _WITH_HEAD and not any(_is_head(key) for key in copied):
@@ -144,24 +134,6 @@ def _source(adapter: Adapter, file: TensorFile, contents: Contents) -> Source:
     return Source(adapter, file, modules, copied, kept, parameters, notes)
 
 
-def _check_config(config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind not in (None, *_SUPPORTED):
-        raise AnalysisError(
-            f"adapter_config.json: {kind} has no form as a plain LoRA that is exact for every layer; "
-            f"supported: {', '.join(_SUPPORTED)}"
-        )
-    for key, reason in _REFUSED.items():
-        if config.get(key):
-            raise AnalysisError(f"adapter_config.json: {key}: {reason}; it cannot be written as a plain LoRA")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_SPLIT_OFF):
-        raise AnalysisError(
-            f"adapter_config.json: init_lora_weights is {init!r}: B A is relative to a changed base weight; load it in "
-            "PEFT and save it with path_initial_model_for_weight_conversion, then use that"
-        )
-
-
 # Modules
 
 
@@ -173,38 +145,14 @@ def _whole_updates(contents: Contents) -> list[Matrix]:
     return list(whole.values())
 
 
-def _module(matrix: Matrix, file: TensorFile, config: dict[str, Any]) -> Module:
+def _module(matrix: Matrix, shapes: Shapes) -> Module:
     update, name = matrix.update, matrix.name
     if not isinstance(update, Sum):
         raise AnalysisError(f"{name}: its update is no sum of low-rank products, so that no plain LoRA equals it")
-    if config.get("peft_type") in _LINEAR:
-        return Module(name, matrix, update, (update.cols,))
-    (product,) = update.products
-    key = product.a.tensors[0]
-    unit = key.removeprefix(PREFIX)
-    if not config.get("peft_type"):
-        _check_without_config(name, key, product.a, product.b, config)
-    elif not unit.startswith(f"{name}.lora_"):
-        raise AnalysisError(f"tensor {key}: its module is inside another, where a plain LoRA cannot reach it")
-    shape_a, shape_b = (file.shapes[factor.tensors[0]] for factor in (product.a, product.b))
-    if max(len(shape_a), len(shape_b)) > 2 and (product.a.make or product.b.make):
-        raise AnalysisError(f"tensor {key}: the update of a convolution in groups is not written; leave it as it is")
-    inputs = shape_a[1:] if product.a.make is None else (update.cols,)
-    return Module(name, matrix, update, inputs, ".lora_embedding_A" in key)
-
-
-def _check_without_config(name: str, key: str, a: Factor, b: Factor, config: dict[str, Any]) -> None:
-    """Of files without adapter_config.json: is it a plain pair, of a module whose name is known?"""
-    first = key.partition(".")[0]
-    if dotted(first) != first:
-        raise AnalysisError(f"tensor {key}: the dots of the module's name are not in the file, and PEFT needs them")
-    if a.make or b.make:
-        raise AnalysisError(f"{name}: its update is not one plain pair of factors; only such are written")
-    if key.endswith((".lora_A", ".lora_B")) and "lora_alpha" not in config:  # loralib
-        raise AnalysisError(
-            "a loralib file does not hold lora_alpha, on which the update depends; put "
-            '{"lora_alpha": ..., "r": ...} into an adapter_config.json beside it'
-        )
+    a = update.products[0].a
+    alone = len(update.products) == 1 and a.make is None  # then A is a tensor, and has the axes of the module's weight
+    inputs = shapes[a.tensors[0]][1:] if alone else (update.cols,)
+    return Module(name, matrix, update, inputs, ".lora_embedding_A" in a.tensors[0])
 
 
 def _of_one_model(modules: list[Module], notes: list[str]) -> list[Module]:
@@ -231,28 +179,20 @@ def _tensors(matrix: Matrix) -> Iterator[str]:
 # What is beside the factors
 
 
-def _copied(file: TensorFile, config: dict[str, Any], done: Iterable[str]) -> dict[str, str]:
+def _copied(shapes: Shapes, config: dict[str, Any], known: Format, done: set[str]) -> dict[str, str]:
     """Tensors beside the factors, by the name that PEFT gives them now. Raises AnalysisError for what would be lost."""
     copied = {}
-    left = set(done)
-    for key, shape in file.shapes.items():
+    for key, shape in shapes.items():
         name = key.removeprefix(PREFIX)
-        if key in left or 0 in shape:  # AdaLoRA's pruned modules are empty
+        if key in done or 0 in shape:  # AdaLoRA's pruned modules are empty
             continue
         if trained_in_full(name, config):
             # PEFT once kept the untouched original beside the copy that is trained.
             if ".original_module." not in name:
                 copied[PREFIX + re.sub(r"\.modules_to_save(\.default)?\.", ".", name)] = key
-        elif not _is_accounted_for(name, config):
+        elif not known.tells(name):
             raise AnalysisError(f"tensor {key} is no factor of a sum of products, and would be lost in a plain LoRA")
     return copied
-
-
-def _is_accounted_for(name: str, config: dict[str, Any]) -> bool:
-    """Whether an update has what a tensor says, although it is none of the factors."""
-    if config.get("peft_type") == "MSPLORA":  # the released code repeats a shared pair under every layer
-        return ".lora_" in name
-    return config.get("peft_type") is None and name.endswith((".alpha", ".scalar"))
 
 
 def _is_head(key: str) -> bool:

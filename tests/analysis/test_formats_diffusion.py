@@ -13,8 +13,8 @@ from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import open_tensors
 from msplora_analysis.formats import Contents, Kronecker, Sum, Whole, looks_like_adapter, read_contents
-from msplora_analysis.formats.base import module_of, stack_and_layer
-from msplora_analysis.formats.flattened import dotted
+from msplora_analysis.formats.helpers.flattened import dotted
+from msplora_analysis.formats.updates import module_of, stack_and_layer
 from msplora_analysis.options import Options
 
 torch.set_num_threads(1)
@@ -342,7 +342,7 @@ def test_a_core_with_two_ranks(tmp_path):
         ({"m.lora_down.weight": None}, "no down beside it"),
         ({"m.lora_down.weight": torch.zeros(0, 6)}, "not empty"),
         ({"m.lora_down.weight": torch.tensor(1.0)}, "not empty"),
-        ({"m.lora_A.weight": random(2, 6)}, "are the same part down"),
+        ({"m.lora_A.weight": random(2, 6)}, "are the same down; save one adapter per file"),
         ({"m.diff": random(5, 6)}, "are of one module"),
     ],
 )

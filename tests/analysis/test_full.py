@@ -16,7 +16,7 @@ from msplora_analysis import AnalysisError
 from msplora_analysis.adapters.magnitude import magnitude_change
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.files.sharded import ShardedFile, open_checkpoint
-from msplora_analysis.files.with_base import open_with_base
+from msplora_analysis.files.with_base import PairedFile
 from msplora_analysis.formats import full
 from msplora_analysis.options import Options
 
@@ -51,8 +51,8 @@ def tuned(model):
 
 
 def load(path: Path, base: Path, unknown=()):
-    with open_with_base(path, base) as file:
-        assert full.matches({}, file)
+    with PairedFile(open_checkpoint(path), base) as file:
+        assert full.FORMAT.matches({}, file)
         matrices, names, notes = full.read({}, file, Options(base=str(base)))
         assert names == list(unknown)
         sigma = [found.sigma for found in adapter_spectra(file, matrices)]

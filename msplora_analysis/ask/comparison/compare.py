@@ -245,7 +245,7 @@ def _of_side(side: Side, matrices: pd.DataFrame, stack: str, when: float) -> Lay
 
 def _overlaps(side: Side, runs: list[str], layers: tuple[int, ...], stack: str, when: float) -> dict[str, Array]:
     """Overlap less chance of every pair of layers, mean over modules: (runs, L, L), NaN on the diagonal."""
-    from msplora_analysis.formats.base import stack_and_layer
+    from msplora_analysis.formats.updates import stack_and_layer
 
     assert side.pairs is not None
     pairs = side.pairs[(side.pairs["scale"] == "layer") & side.pairs["run"].isin(runs)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msplora_analysis.ask.findings.base import Evidence, Finding, Kind
-from msplora_analysis.formats.base import stack_and_layer
+from msplora_analysis.formats.updates import stack_and_layer
 from msplora_analysis.tables.columns import KEYS
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from msplora_analysis.compute.measures.metrics import Array
-from msplora_analysis.formats.base import SCALES
+from msplora_analysis.formats.updates import SCALES
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.style import DASHES, PALETTE

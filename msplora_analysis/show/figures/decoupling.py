@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from msplora_analysis.formats.base import SCALES
+from msplora_analysis.formats.updates import SCALES
 from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.lines import draw_lines, over_epochs

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.colors import Normalize
 
 from msplora_analysis.compute.measures.metrics import Array
-from msplora_analysis.formats.base import SCALES
+from msplora_analysis.formats.updates import SCALES
 from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import NARROW, draw_cells, edges, mark_absent

@@ -11,7 +11,7 @@ from msplora_analysis.ask.findings.base import Matrices
 from msplora_analysis.compute.measures import metrics
 from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import printable
-from msplora_analysis.formats.base import stack_and_layer
+from msplora_analysis.formats.updates import stack_and_layer
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,15 +1,10 @@
-"""PEFT methods whose files hold no low-rank weight update: recognised, and why they are not read.
+"""PEFT methods whose files hold no low-rank weight update, and why.
 
 A method is here if it changes no weight, changes it by something else than a sum of low-rank
 products, changes it as the input says, or if its update needs the base model.
 """
 
 from __future__ import annotations
-
-from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.base import Config, Contents
-from msplora_analysis.options import Options
 
 _PROMPT = "it learns virtual tokens, and changes no weight"
 _ORTHOGONAL = "it multiplies the base weight by an orthogonal matrix; the update needs the base model"
@@ -57,12 +52,3 @@ REASONS = {
     "WAVEFT": "its update is sparse in wavelets, not of low rank, and their positions are not in the file",
     "XLORA": "it mixes several adapters as the input says; there is no one update",
 }
-
-
-def matches(config: Config, file: TensorFile) -> bool:
-    return config.get("peft_type") in REASONS
-
-
-def read(config: Config, file: TensorFile, options: Options) -> Contents:
-    kind = config["peft_type"]
-    raise AnalysisError(f"adapter_config.json: peft_type {kind!r} has no spectra of low-rank factors: {REASONS[kind]}")

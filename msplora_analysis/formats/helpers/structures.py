@@ -6,7 +6,7 @@ None is multiplied out where its spectrum is that of smaller factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,19 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.base import (
-    Config,
-    Factor,
-    Kronecker,
-    Product,
-    Shape,
-    Shapes,
-    Sum,
-    Whole,
-    make_product,
-    table,
-)
-from msplora_analysis.formats.parts import by_pattern, needed_number
+from msplora_analysis.formats.helpers.flattened import dotted
+from msplora_analysis.formats.helpers.parts import leading, make_product
+from msplora_analysis.formats.updates import Factor, Kronecker, Matrix, Product, Shapes, Sum, Whole
 
 Array = NDArray[np.float64]
 
@@ -103,6 +93,34 @@ def kronecker(left: Product | Whole, right: Product | Whole, scaling: float) -> 
     return Kronecker(*(Sum((part,)) if isinstance(part, Product) else part for part in (left, right)))
 
 
+def rows_scaled(values: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float64]:
+    """diag(scales) @ values, in float64."""
+    return np.multiply(values, scales.reshape(-1, 1), dtype=np.float64)
+
+
+def block_diagonal(values: NDArray[Any], blocks: int) -> NDArray[np.float64]:
+    """The (rows, cols * blocks) matrix that has ``values`` (rows, cols), cut into blocks of rows, on its diagonal."""
+    rows, cols = values.shape
+    full = np.zeros((blocks, rows // blocks, blocks, cols))
+    for i, block in enumerate(values.reshape(blocks, -1, cols)):
+        full[i, :, i] = block
+    return full.reshape(rows, blocks * cols)
+
+
+def not_plain_pairs(matrices: Iterable[Matrix]) -> str | None:
+    """Why not all updates are one pair of factors each, of a module whose name is known; None if they are."""
+    for matrix in matrices:
+        if isinstance(matrix.update, Sum):
+            (product,) = matrix.update.products
+            key = product.a.tensors[0]
+            first = key.partition(".")[0]
+            if dotted(first) != first:
+                return f"tensor {key}: the dots of the module's name are not in the file, and PEFT needs them"
+            if product.a.make or product.b.make:
+                return f"{matrix.name}: its update is not one plain pair of factors; only such are written"
+    return None
+
+
 def _joined(factors: tuple[Factor, ...], rows: int, cols: int, combine: Callable[..., Array]) -> Factor:
     """The matrix that ``combine`` makes of the matrices of ``factors``."""
 
@@ -142,31 +160,3 @@ def _hadamard(left_a: Array, left_b: Array, right_a: Array, right_b: Array) -> A
     product: Array = left_b @ left_a
     product *= right_b @ right_a
     return product
-
-
-# PEFT's alpha / r
-
-
-def leading(shape: Shape) -> int | None:
-    """The size of the first axis; None where it has none."""
-    return shape[0] or None if shape else None
-
-
-def required(parts: Mapping[str, str], *names: str) -> tuple[str, ...]:
-    """The tensors of these parts of a module; raises AnalysisError naming one that is missing."""
-    for name in names:
-        if name not in parts:
-            given = next(iter(parts.values()))
-            raise AnalysisError(f"tensor {given} has no {name} beside it; save the adapter again")
-    return tuple(parts[name] for name in names)
-
-
-def peft_scaling(config: Config, name: str, rank: int | None, tensor: str) -> float:
-    """alpha / r of a module by adapter_config.json; ``rank`` is that of ``tensor``, where it tells it."""
-    r = by_pattern(table(config, "rank_pattern"), name, needed_number(config, "r"))
-    alpha = by_pattern(table(config, "alpha_pattern"), name, needed_number(config, "alpha"))
-    if r <= 0 or rank not in (None, r):
-        raise AnalysisError(
-            f"tensor {tensor} has rank {rank}, adapter_config.json says {r:g}; is it the config of another adapter?"
-        )
-    return alpha / r

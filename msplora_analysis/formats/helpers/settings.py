@@ -1,0 +1,76 @@
+"""Numbers of adapter_config.json, checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.updates import Config
+
+
+def number(config: Config, key: str, default: float | None = None) -> float:
+    """A number of adapter_config.json; ``default`` where the key is missing or null."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise AnalysisError(f"adapter_config.json: {key} must be a number, got {value!r}")
+    return value
+
+
+def table(config: Config, key: str) -> dict[str, int | float]:
+    """A ``{name: number}`` of adapter_config.json; empty where the key is missing or null."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise AnalysisError(f"adapter_config.json: {key} must be an object, got {value!r}")
+    return {name: number(value, name) for name in value}
+
+
+def needed_number(config: Config, key: str) -> float:
+    """A number of adapter_config.json without which the update cannot be computed."""
+    return number(_having(config, key), key)
+
+
+def needed_count(config: Config, key: str) -> int:
+    """A positive whole number of adapter_config.json without which the update cannot be computed."""
+    return count(_having(config, key)[key], key)
+
+
+def count(value: Any, key: str) -> int:
+    """``value``, if it is a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AnalysisError(f"adapter_config.json: {key} must be a positive whole number, got {value!r}")
+    return value
+
+
+def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """The first entry whose key matches the end of a module's name, as PEFT's get_pattern_key."""
+    for key, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        except re.error:
+            raise AnalysisError(f"adapter_config.json: the pattern {key!r} is not a regular expression") from None
+    return patterns.get(name, default)
+
+
+def peft_scaling(config: Config, name: str, rank: int | None, tensor: str) -> float:
+    """alpha / r of a module by adapter_config.json; ``rank`` is that of ``tensor``, where it tells it."""
+    r = by_pattern(table(config, "rank_pattern"), name, needed_number(config, "r"))
+    alpha = by_pattern(table(config, "alpha_pattern"), name, needed_number(config, "alpha"))
+    if r <= 0 or rank not in (None, r):
+        raise AnalysisError(
+            f"tensor {tensor} has rank {rank}, adapter_config.json says {r:g}; is it the config of another adapter?"
+        )
+    return alpha / r
+
+
+def _having(config: Config, key: str) -> Config:
+    if config.get(key) is None:
+        raise AnalysisError(
+            f"adapter_config.json: {key} is missing; without it the update cannot be computed: "
+            "use the file that was saved with the weights"
+        )
+    return config
