@@ -264,6 +264,7 @@ def workspace(tmp_path: Path, provided: Path, monkeypatch: pytest.MonkeyPatch) -
     """The working directory, with what every page may take for granted."""
     import datasets
 
+    from msplora_analysis import formats as adapter_formats
     from msplora_analysis.show.drawing.plot import Plot
     from msplora_core.data import loading
 
@@ -272,6 +273,7 @@ def workspace(tmp_path: Path, provided: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    adapter_formats.added.cache_clear()  # a page adds its own
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".datasets"))
 
@@ -292,6 +294,7 @@ def workspace(tmp_path: Path, provided: Path, monkeypatch: pytest.MonkeyPatch) -
     numbers = Plot.write
     monkeypatch.setattr(Plot, "write", write)
     yield tmp_path
+    adapter_formats.added.cache_clear()
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
@@ -326,6 +329,7 @@ def test_every_block_runs(page: Path, workspace: Path) -> None:
         with warnings.catch_warnings(), contextlib.redirect_stdout(output):
             warnings.simplefilter("ignore")
             if block.title:
+                (workspace / block.title).parent.mkdir(exist_ok=True)
                 (workspace / block.title).write_text(block.text, encoding="utf-8")
             elif block.language == "python":
                 exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)

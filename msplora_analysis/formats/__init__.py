@@ -7,7 +7,7 @@ theirs by an entry point of the group ``msplora.formats``.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from importlib import import_module, metadata
 
@@ -113,8 +113,7 @@ def _all() -> Iterator[Format]:
 def built_in() -> tuple[Format, ...]:
     """The formats of this folder, in the order in which they are asked."""
     modules = (import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
-    formats = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
-    return tuple(sorted(formats, key=lambda known: (-known.priority, known.name)))
+    return _in_order(module.FORMAT for module in modules if hasattr(module, "FORMAT"))
 
 
 @cache
@@ -126,17 +125,19 @@ def added() -> tuple[Format, ...]:
     """
     formats = []
     for point in metadata.entry_points(group=ENTRY_POINTS):
-        package = point.dist.name if point.dist else point.value
         try:
             found = point.load()
+            if not isinstance(found, Format):
+                raise TypeError(f"{point.value} is of type {type(found).__name__}, not Format")
         except Exception as error:  # the code of others may raise anything
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            reason = "" if isinstance(found, Format) else f"{point.value} is a {type(found).__name__}, not a Format"
-        if reason:
-            lines = reason.split("\n", 1)[0]
+            package = point.dist.name if point.dist else point.value
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise AnalysisError(
-                f"package {package}: its adapter format {point.name} cannot be loaded ({lines}); update or uninstall it"
-            )
+                f"package {package}: its format {point.name} cannot be loaded ({reason}); update or uninstall it"
+            ) from None
         formats.append(found)
+    return _in_order(formats)
+
+
+def _in_order(formats: Iterable[Format]) -> tuple[Format, ...]:
     return tuple(sorted(formats, key=lambda known: (-known.priority, known.name)))
