@@ -5,24 +5,26 @@
     spectra/overlap/<scale>-<scale>_in, ..._out        part of the directions that two scales of a layer share
 
 Scales are global, mid and layer, and total: the whole update of a layer; a method without scales has layer alone. The
-measures are those of the tables (``measures.metrics``, and overlap_in and overlap_out of ``redundancy``).
+measures are those of the registry that are shown live, and overlap_in and overlap_out of the pairs table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from msplora_analysis.compute.linalg.directions import TOLERANCE, singular_directions
 from msplora_analysis.compute.linalg.spectra import Array, Spectrum, adapter_spectra, singular_values
-from msplora_analysis.compute.measures import metrics
 from msplora_analysis.compute.measures.overlap import subspace_overlap
+from msplora_analysis.compute.measures.registry import columns, measures
 from msplora_analysis.formats import Matrix, Product, Sum, read_contents
 from msplora_analysis.live.model import ModelTensors
 from msplora_analysis.live.reduction import alike, can_be_reduced, slices, small_factors
 from msplora_analysis.options import Options
+from msplora_core.names import TOTAL
 
 PREFIX = "spectra"
 _OPTIONS = Options(ignore_unknown=True)
@@ -35,115 +37,98 @@ class Values(NamedTuple):
     unknown: list[str]
 
 
+class Directions(NamedTuple):
+    """Of n updates: sigma (n, r) and singular directions, rows of left and right (n, r, R)."""
+
+    sigma: Array
+    left: Array
+    right: Array
+
+
 def adapter_values(
     tensors: ModelTensors, config: dict[str, Any], *, ks: Sequence[int] = (1, 4), by_module: bool = False
 ) -> Values:
     """The values of the module's docstring, of one adapter.
 
-    by_module: also for every module type, as ``spectra/<scale>/<module>/...``. Raises AnalysisError for a format that
-    is not supported, and for NaN or Inf in a tensor.
+    Args:
+        tensors: Those of the adapter.
+        config: Its configuration, as adapter_config.json holds it.
+        ks: The k of M_eff-k.
+        by_module: Also for every module type, as ``spectra/<scale>/<module>/...``.
+
+    Raises:
+        AnalysisError: For a format that is not supported, and for NaN or Inf in a tensor.
     """
     contents = read_contents(config, tensors, _OPTIONS)
-    overlaps: dict[str, list[float]] = {}
-    spectra = _spectra(tensors, contents.matrices, overlaps)
-    columns = _columns(spectra, ks)
+    spectra, overlaps = _spectra_and_overlaps(tensors, contents.matrices)
+    table = columns(measures("live", ks), [one.sigma for one in spectra], [one.frobenius for one in spectra])
     groups: dict[str, list[int]] = {}
     for i, matrix in enumerate(contents.matrices):
         groups.setdefault(matrix.scale, []).append(i)
         if by_module:
             groups.setdefault(f"{matrix.scale}/{matrix.module}", []).append(i)
-    values: dict[str, float] = {}
-    for group, rows in groups.items():
-        for name, column in columns.items():
-            _put(values, f"{PREFIX}/{group}/{name}", column[rows])
-    for name, shared in overlaps.items():
-        _put(values, f"{PREFIX}/overlap/{name}", shared)
-    return Values(values, contents.unknown)
+    found = {f"{group}/{name}": column[rows] for group, rows in groups.items() for name, column in table.items()}
+    found |= {f"overlap/{name}": np.array(shared) for name, shared in overlaps.items()}
+    known = {name: column[~np.isnan(column)] for name, column in found.items()}  # an update of zero has no ratios
+    return Values(
+        {f"{PREFIX}/{name}": float(column.mean()) for name, column in known.items() if len(column)}, contents.unknown
+    )
 
 
-def _columns(spectra: Sequence[Spectrum], ks: Iterable[int]) -> dict[str, Array]:
-    padded = np.zeros((len(spectra), max((len(found.sigma) for found in spectra), default=1)))
-    for row, found in zip(padded, spectra, strict=True):
-        row[: len(found.sigma)] = found.sigma
-    columns: dict[str, Array] = {"effective_rank": metrics.effective_rank(padded)}
-    columns |= {f"m_eff_{k}": metrics.m_eff(padded, k) for k in ks}
-    columns["frobenius"] = metrics.frobenius(padded)
-    for i, found in enumerate(spectra):
-        if found.frobenius is not None:  # the other measures need all singular values
-            for name, column in columns.items():
-                column[i] = found.frobenius if name == "frobenius" else np.nan
-    return columns
+def _spectra_and_overlaps(
+    tensors: ModelTensors, matrices: Sequence[Matrix]
+) -> tuple[list[Spectrum], dict[str, list[float]]]:
+    """The spectrum of each matrix, and what every two scales of each layer share, by name.
 
-
-def _spectra(tensors: ModelTensors, matrices: Sequence[Matrix], overlaps: dict[str, list[float]]) -> list[Spectrum]:
-    """The spectrum of each matrix; overlaps of the scales of each layer are added to ``overlaps``.
-
-    Those of the parts of a total, and what these share, come from the inner products that the total needs anyway.
+    A total needs the inner products of its scales' factors: the spectra of these and what they share come from them.
     """
-    found: dict[int, Spectrum] = {}
+    sums = {i: m.update for i, m in enumerate(matrices) if isinstance(m.update, Sum) and can_be_reduced(m.update)}
     owners: dict[Product, int] = {}
     for i, matrix in enumerate(matrices):
-        if matrix.scale != "total" and isinstance(matrix.update, Sum):
-            owners.update(dict.fromkeys(matrix.update.products, i))
-    sums = {i: m.update for i, m in enumerate(matrices) if isinstance(m.update, Sum) and can_be_reduced(m.update)}
-    parts = {owners.get(p) for i, update in sums.items() if matrices[i].scale == "total" for p in update.products}
-    for block in alike(tensors, {i: update for i, update in sums.items() if i not in parts}):
+        if matrix.scale != TOTAL and isinstance(matrix.update, Sum):
+            owners |= dict.fromkeys(matrix.update.products, i)
+    # Total -> the matrices of its scales
+    scales = {i: [owners[p] for p in update.products] for i, update in sums.items() if matrices[i].scale == TOTAL}
+    within = {i for of_total in scales.values() for i in of_total}
+    sigma: dict[int, Array] = {}
+    overlaps: dict[str, list[float]] = {}
+    for block in alike(tensors, {i: update for i, update in sums.items() if i not in within}):
         a, b = small_factors(tensors, [matrices[i] for i in block])
-        for i, sigma in zip(block, singular_values(a, b), strict=True):
-            found[i] = Spectrum(sigma)
-        units = [[owners[product] for product in sums[i].products] for i in block if matrices[i].scale == "total"]
-        if units and len(units[0]) > 1:
-            _add_overlaps(a, b, sums[block[0]], units, matrices, found, overlaps)
-        elif units:
-            found |= {unit: found[i] for i, (unit,) in zip(block, units, strict=True)}
-    rest = [i for i in range(len(matrices)) if i not in found]
-    found |= dict(zip(rest, adapter_spectra(tensors, [matrices[i] for i in rest]), strict=True))
-    return [found[i] for i in range(len(matrices))]
+        sigma |= zip(block, singular_values(a, b), strict=True)
+        totals = [scales[i] for i in block if i in scales]
+        if totals and len(totals[0]) == 1:
+            sigma |= {scales[i][0]: sigma[i] for i in block if i in scales}
+        elif totals:
+            members = list(zip(*totals, strict=True))  # of each scale, its matrix in every layer
+            parts = slices(sums[block[0]])
+            known = [_directions(a[:, p], b[:, :, p], of) for p, of in zip(parts, members, strict=True)]
+            for of_scale, of in zip(known, members, strict=True):
+                sigma |= zip(of, of_scale.sigma, strict=True)
+            names = [matrices[i].scale for i in totals[0]]
+            for name, shared in _overlaps(dict(zip(names, known, strict=True))):
+                overlaps.setdefault(name, []).extend(shared.tolist())
+    rest = [i for i in range(len(matrices)) if i not in sigma]
+    others = dict(zip(rest, adapter_spectra(tensors, [matrices[i] for i in rest]), strict=True))
+    return [Spectrum(sigma[i]) if i in sigma else others[i] for i in range(len(matrices))], overlaps
 
 
-def _add_overlaps(
-    a: Array,
-    b: Array,
-    first: Sum,
-    units: Sequence[Sequence[int]],
-    matrices: Sequence[Matrix],
-    found: dict[int, Spectrum],
-    overlaps: dict[str, list[float]],
-) -> None:
-    """Spectra of the parts ``units`` of n totals that are like ``first``, and what every two of them share.
-
-    a, b: (n, R, R), small factors of the totals, scaled.
-    """
-    known = [_directions(a[:, part], b[:, :, part]) for part in slices(first)]
-    for (sigma, _, _), of_part in zip(known, zip(*units, strict=True), strict=True):
-        found |= {unit: Spectrum(values) for unit, values in zip(of_part, sigma, strict=True)}
-    ranks = [(sigma > TOLERANCE * sigma[:, :1]).sum(axis=1) for sigma, _, _ in known]
-    for i in range(len(known)):
-        for j in range(i + 1, len(known)):
-            scales = "-".join(matrices[units[0][x]].scale for x in (i, j))
-            for side, name in ((2, "in"), (1, "out")):
-                inner = known[i][side] @ known[j][side].transpose(0, 2, 1)
-                overlap = subspace_overlap(inner, np.minimum(ranks[i], ranks[j]))
-                overlaps.setdefault(f"{scales}_{name}", []).extend(overlap.tolist())
-
-
-def _directions(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """``singular_directions``, of every different product once.
+def _directions(a: Array, b: Array, owners: Sequence[int]) -> Directions:
+    """``singular_directions`` of n products b[i] @ a[i], once where layers share one, as ``owners`` (n) tell.
 
     What layers share comes first in their totals, and so has the same coordinates in all of them (Cholesky's factor of
     the leading rows does not depend on those that follow).
     """
-    keys = [x.tobytes() + y.tobytes() for x, y in zip(a, b, strict=True)]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    first = [keys.index(key) for key in numbers]
-    of_layer = [numbers[key] for key in keys]
-    sigma, left, right = singular_directions(a[first], b[first])
-    return sigma[of_layer], left[of_layer], right[of_layer]
+    same = list(map(owners.index, owners))
+    for i, j in enumerate(same):
+        if not (np.array_equal(a[i], a[j]) and np.array_equal(b[i], b[j])):  # no Cholesky factor
+            same[i] = i
+    first, of_layer = np.unique(same, return_inverse=True)
+    return Directions(*(each[of_layer] for each in singular_directions(a[first], b[first])))
 
 
-def _put(values: dict[str, float], name: str, column: Iterable[float] | Array) -> None:
-    """The mean of those that exist, if any does: an update of zero has no ratios."""
-    known = np.asarray(column, dtype=np.float64)
-    known = known[~np.isnan(known)]
-    if len(known):
-        values[name] = float(known.mean())
+def _overlaps(scales: Mapping[str, Directions]) -> Iterable[tuple[str, Array]]:
+    """Name -> (n,): the overlap of every two scales of n layers, on either side; NaN for an update of zero."""
+    for (one, x), (other, y) in combinations(scales.items(), 2):
+        rank = np.minimum(*((z.sigma > TOLERANCE * z.sigma[:, :1]).sum(axis=1) for z in (x, y)))
+        for side, u, v in (("in", x.right, y.right), ("out", x.left, y.left)):
+            yield f"{one}-{other}_{side}", subspace_overlap(u @ v.transpose(0, 2, 1), rank)
