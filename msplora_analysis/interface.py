@@ -44,12 +44,15 @@ def diagnose(
 ) -> Findings:
     """What deserves a look: faults, redundancy, unused rank; one row each, the most severe first.
 
+    Keywords that are not listed are those of ``load_tables``, for paths alone.
+
     Args:
         source: A path or a list of paths, as for ``load_spectra``; or the spectra table.
-        metrics, pairs, scales: Beside a spectra table, those of ``load_metrics``, ``load_pairs(details=True)`` and
-            ``load_scale_pairs(details=True)``, each for findings that need it. Paths need none of them.
+        metrics: Beside a spectra table, that of ``load_metrics``. Findings that need it are left out without it; paths
+            need none of the three.
+        pairs: Likewise that of ``load_pairs(details=True)``.
+        scales: Likewise that of ``load_scale_pairs(details=True)``.
         base: The model that was trained (a folder or file), to compare the updates with its weights. Only with paths.
-        ignore_unknown, semantics, top_k, workers, dask, cache, progress: As of ``load_tables``. Only with paths.
 
     Returns:
         Columns id, severity (error, warning, info), the key columns of the spectra table (empty where they do not
@@ -62,7 +65,7 @@ def diagnose(
     Example:
         >>> ma.diagnose("runs/cola").query("severity == 'error'")
     """
-    from msplora_analysis.ask import findings
+    from msplora_analysis.ask import evidence, findings
     from msplora_analysis.show.notebook import Findings
 
     options = Options(ignore_unknown, semantics, top_k=top_k)  # base: no adapter is read as a difference to it
@@ -70,9 +73,9 @@ def diagnose(
     if not _is_table(source):
         if any(table is not None for table in (metrics, pairs, scales)):
             raise AnalysisError("metrics, pairs and scales belong to a spectra table: give that first, or paths alone")
-        return Findings(findings.load_findings(source, options, execution, base))
+        return Findings(findings.diagnose(evidence.gather(as_paths(source), options, execution, model=base)))
     _refuse(Options(base=base), options, execution)
-    return Findings(findings.diagnose(source, metrics, pairs, scales=scales))
+    return Findings(findings.diagnose(evidence.of_tables(source, metrics, pairs, scales)))
 
 
 def compare(
@@ -99,11 +102,14 @@ def compare(
 ) -> Comparison:
     """Two methods: do the layers of one differ more, by how much, and is it beyond chance?
 
+    Keywords that are not listed are those of ``load_tables``, for paths alone.
+
     Args:
         a: The runs of one method: paths (of adapters, or of one table that ``msplora-analyze spectra`` wrote), or a
             spectra table. Runs are paired by task and seed, as run.json or, for tables, the names of runs say.
         b: Those of the other, as ``a`` is given: both as paths, or both as tables.
-        method_a, method_b: Keep the runs of this method, as figures call it: "LoRA r=8", "MSPLoRA 8/4/2".
+        method_a: Of ``a``, keep the runs of this method, as figures call it: "LoRA r=8", "MSPLoRA 8/4/2".
+        method_b: Of ``b``, likewise.
         pairs: Beside spectra tables, that of ``load_pairs(details=True)`` for the runs of both, to compare the
             directions of layers too; with ``top_k`` the smaller rank where ranks differ. Paths need none.
         averaging: "spectra" (over runs and modules, then the divergence of layers, as in the paper) or "divergences".
@@ -112,7 +118,6 @@ def compare(
         stack: The stack of numbered layers to compare, if there are several.
         confidence: Of the intervals, between 0 and 1.
         seed: Of the resampling.
-        ignore_unknown, semantics, base, top_k, workers, dask, cache, progress: As of ``load_tables``. Only with paths.
 
     Returns:
         One row per question (columns: see ``ask.comparison.compare``); ``.sentences`` says the same in words.

@@ -49,6 +49,11 @@ class Adapter:
     file: Place
     config: dict[str, Any] = field(repr=False)
 
+    @property
+    def dated(self) -> bool:
+        """Whether a step or an epoch is known; the final adapter, saved once more at the end, has none."""
+        return self.step is not None or self.epoch is not None
+
 
 def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[Adapter]:
     """All adapters at and under ``paths``, sorted by run (natural order), then step, then epoch.
@@ -142,7 +147,7 @@ def _config(file: Place) -> dict[str, Any]:
 
 def _order(adapter: Adapter) -> tuple[Any, ...]:
     step, epoch = adapter.step, adapter.epoch
-    return natural_key(adapter.run), step is None and epoch is None, step is None, step or 0, epoch or 0
+    return natural_key(adapter.run), not adapter.dated, step is None, step or 0, epoch or 0
 
 
 def _told_apart(items: list[tuple[Saved, Place]]) -> list[tuple[Saved, Place]]:

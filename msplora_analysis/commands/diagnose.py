@@ -47,11 +47,12 @@ def diagnose(
     Findings are evidence, not verdicts: a spectrum does not prove what rank a task needs. The exit
     status is 0 whatever is found.
     """
-    from msplora_analysis.ask.findings import load_findings
+    from msplora_analysis.ask.evidence import gather
+    from msplora_analysis.ask.findings import diagnose as findings_of
 
     with progress_bar("Reading") as progress:
         execution = Execution(workers, cache=cache, progress=progress)
-        found = load_findings(paths, Options(ignore_unknown), execution, base)
+        found = findings_of(gather(paths, Options(ignore_unknown), execution, model=base))
     with closed_pipe_ignored():
         if as_json:
             print(json.dumps(as_objects(found), indent=2, ensure_ascii=False))
@@ -100,7 +101,7 @@ def print_findings(findings: pd.DataFrame) -> None:
 
 def _places(run: str, rows: pd.DataFrame) -> list[str]:
     """The first place with its evidence, then where else, in a line or two."""
-    from msplora_analysis.ask.findings.wording import when, where
+    from msplora_analysis.tables.labels import when, where
 
     first, *others = rows.to_dict("records")
     lines = [f"{run}: {', '.join(filter(None, (when(first), where(first))))}: {first['evidence']}"]

@@ -52,7 +52,7 @@ def figures(
     or the folder that holds it: nothing is then computed again.
     """
     formats = tuple(f.value for f in format or (FigureFormat.pdf, FigureFormat.png))
-    from msplora_analysis.tables.load import gather_spectra
+    from msplora_analysis.tables.gather import gather_redundancy, gather_spectra
 
     if style is not None:
         from msplora_analysis.show.drawing.venues import style_of
@@ -62,8 +62,6 @@ def figures(
     options = Options(ignore_unknown)
     with progress_bar("Reading") as progress:
         table = gather_spectra(paths, options, Execution(workers, cache=cache, progress=progress))
-    from msplora_analysis.tables.gather import gather_redundancy
-
     with progress_bar("Comparing") as progress:
         pairs, scales = gather_redundancy(paths, options, Execution(workers, progress=progress))
     from msplora_analysis.show.figures import write_figures

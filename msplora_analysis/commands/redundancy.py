@@ -112,16 +112,14 @@ def redundancy(
 def _print(means: pd.DataFrame) -> None:
     from rich.markup import escape
 
+    from msplora_analysis.tables.labels import when
+
     with printed_whole() as console:
         for run, rows in means.groupby("run", sort=False):
-            console.print(f"[bold]{escape(str(run))}[/bold]: means over pairs and modules{_when(rows)}")
+            at = when(rows.iloc[0].to_dict())
+            console.print(f"[bold]{escape(str(run))}[/bold]: means over pairs and modules{at and f', {at}'}")
             cells = [
                 [row["between"], str(row["pairs"]), *("-" if math.isnan(row[n]) else f"{row[n]:.3g}" for n in _SHOWN)]
                 for row in rows.to_dict("records")
             ]
             console.print(plain_table(["between", "pairs", *_SHOWN.values()], cells), end="\n\n")
-
-
-def _when(rows: pd.DataFrame) -> str:
-    known = rows[["epoch", "step"]].iloc[0].dropna()
-    return f", {known.index[0]} {known.iloc[0]:g}" if len(known) else ""

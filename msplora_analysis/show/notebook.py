@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from msplora_analysis.ask.findings.wording import when, where
 from msplora_analysis.errors import printable
+from msplora_analysis.tables.labels import when, where
 
 _PLACES = 3  # of each kind of finding, that are shown
 _SYMBOLS = {"error": "✖", "warning": "⚠", "info": "ℹ"}

@@ -1,11 +1,64 @@
-"""Which checkpoints of which runs a figure may set side by side."""
+"""The last checkpoint of a run, and which checkpoints of which runs may be set side by side."""
 
 import math
 import warnings
+from collections.abc import Iterable
 
 import pandas as pd
 
+from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.errors import AnalysisError
+
+
+def times(table: pd.DataFrame) -> pd.Series:
+    """0, 1, ... over the checkpoints of each run: by step, or by epoch in a run without steps.
+
+    Args:
+        table: Any with the columns run, step and epoch.
+
+    Returns:
+        A float for each row. In a run without steps and epochs it is 0; in others it is NaN where a row has no place
+        among them, as that of the adapter saved once more at the end.
+    """
+    run = table["run"]
+    step, epoch = (table[name].astype("Float64").astype("float64") for name in ("step", "epoch"))
+    place = step.where(step.groupby(run).transform("count") > 0, epoch)
+    numbered = place.groupby(run).rank(method="dense") - 1
+    return numbered.where(place.groupby(run).transform("count") > 0, 0.0)
+
+
+def last_checkpoints(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last checkpoint of each run (see ``times``)."""
+    when = times(table)
+    return table[when == when.groupby(table["run"]).transform("max")]
+
+
+def newest(adapters: Iterable[Adapter]) -> list[Adapter]:
+    """The last checkpoint of each run; one without step and epoch only where there is no other.
+
+    Args:
+        adapters: In order within each run, as ``discover`` gives them.
+    """
+    latest: dict[str, Adapter] = {}
+    for adapter in adapters:
+        if adapter.run not in latest or adapter.dated:
+            latest[adapter.run] = adapter
+    return list(latest.values())
+
+
+def adapters_at(adapters: Iterable[Adapter], epoch: float | None = None) -> list[Adapter]:
+    """One adapter of each run: that of the epoch, or else of the last that all runs have; without epochs the last.
+
+    Args:
+        adapters: In order within each run, as ``discover`` gives them: the last of an epoch counts.
+        epoch: None for the last that all have.
+    """
+    of_run: dict[str, dict[float | None, Adapter]] = {}
+    for adapter in adapters:
+        of_run.setdefault(adapter.run, {})[adapter.epoch] = adapter
+    shared = set.intersection(*(set(found) for found in of_run.values()))
+    wanted = epoch if epoch is not None else max((e for e in shared if e is not None), default=None)
+    return [found.get(wanted) or list(found.values())[-1] for found in of_run.values()]
 
 
 def one_per_epoch(matrices: pd.DataFrame) -> pd.DataFrame:
@@ -78,12 +131,6 @@ def at_epoch(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame
     elif any(chosen[variant] < max(timed[variant]) for variant in timed):
         warnings.warn(f"{_listed(list(timed))}: compared at epoch {max(common):g}, the last they share", stacklevel=3)
     return matrices[matrices["epoch"].isna() | (matrices["epoch"] == matrices["variant"].map(chosen))]
-
-
-def epoch_note(epochs: pd.Series) -> str:
-    """'epoch 20', or 'last checkpoint' where there is no one epoch to name."""
-    known = epochs.dropna().unique()
-    return f"epoch {known[0]:g}" if len(known) == 1 and epochs.notna().all() else "last checkpoint"
 
 
 def _listed(names: list[str]) -> str:

@@ -1,63 +1,94 @@
-"""The tables of redundancy from any mix of adapters and of folders that hold them."""
+"""The tables of any mix of adapters and of tables that were written before."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from msplora_analysis.adapters.discovery import discover
+import pandas as pd
+
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import StrPath
+from msplora_analysis.files.addresses import StrPath, parse
 from msplora_analysis.options import Execution, Options
-from msplora_analysis.tables.files import FORMATS, read_csv, read_parquet, with_whole_epochs
-from msplora_analysis.tables.pairs import DETAILS, PAIRS, SCALES, Tables, redundancy_of, table_of
+from msplora_analysis.tables.files import FORMATS, read_csv, read_parquet, read_spectra, typed, with_whole_epochs
+from msplora_analysis.tables.load import read_tables
+from msplora_analysis.tables.pairs import DETAILS, PAIRS, SCALES, Tables, read_redundancy, table_of
 
-if TYPE_CHECKING:
-    import pandas as pd
+
+def gather_spectra(paths: Sequence[StrPath], options: Options, execution: Execution) -> pd.DataFrame:
+    """One spectra table from any mix of adapters and of tables written before.
+
+    A path that is a .parquet or .csv file, or a folder with spectra.parquet or spectra.csv at its
+    top, is read as a table; all others as ``load_spectra`` does.
+
+    Raises:
+        AnalysisError: the input cannot be used, or two of these hold a run of the same name.
+    """
+    files = {path: table_at(path) for path in paths}
+    adapters = [path for path, file in files.items() if file is None]
+    sources = {str(file): read_spectra(file) for file in files.values() if file is not None}
+    if adapters:
+        sources[", ".join(map(str, adapters))] = read_tables(adapters, options, execution).spectra
+    owners: dict[str, str] = {}
+    for source, table in sources.items():
+        for run in table["run"].unique():
+            if owners.setdefault(run, source) != source:
+                raise AnalysisError(
+                    f"{source}: run {run} is also in {owners[run]}; give the run folders together "
+                    "instead, so that each gets its own name"
+                )
+    return typed(pd.concat(sources.values(), ignore_index=True))
 
 
 def gather_redundancy(paths: Sequence[StrPath], options: Options, execution: Execution) -> Tables:
-    """Both tables for the paths that ``tables.load.gather_spectra`` takes.
+    """Both tables of redundancy, for the paths that ``gather_spectra`` takes, with the columns of ``DETAILS``.
 
     For a table of spectra, or its folder, those that ``msplora-analyze redundancy`` wrote beside it are read, if they
-    are there; adapters are compared as by ``load_redundancy``, with the columns of ``DETAILS``, but nothing is said
-    that reading their spectra says.
+    are there. Adapters are compared, but nothing is said that reading their spectra says.
     """
-    import pandas as pd
-
-    from msplora_analysis.tables.load import table_at
-
-    found: list[Tables] = []
-    adapters = []
-    for path in paths:
-        table = table_at(path)
-        if table is None:
-            adapters.append(path)
-        else:
-            found.append(Tables(*(_beside(table, *each) for each in (("pairs", PAIRS), ("scales", SCALES)))))
-    if adapters:
-        discovered = discover(adapters, full=options.base is not None)
-        found.append(redundancy_of(discovered, options, execution, details=True, say=False))
-    both = (pd.concat([each for each in of_kind if len(each)] or [of_kind[0]]) for of_kind in zip(*found, strict=True))
-    return Tables(*(with_whole_epochs(table.reset_index(drop=True)) for table in both))
+    files = {path: table_at(path) for path in paths}
+    stored = [(stored_pairs(file, "pairs"), stored_pairs(file, "scales")) for file in files.values() if file]
+    found = [
+        Tables(table_of([], PAIRS) if pairs is None else pairs, table_of([], SCALES) if scales is None else scales)
+        for pairs, scales in stored
+    ]
+    if adapters := [path for path, file in files.items() if file is None]:
+        found.append(read_redundancy(adapters, options, execution, details=True, say=False))
+    return Tables(*(joined(of_kind) for of_kind in zip(*found, strict=True)))
 
 
-def _beside(spectra: Path, name: str, types: dict[str, str]) -> pd.DataFrame:
-    """The table ``name`` in the folder of a table of spectra; one without rows if there is none."""
-    for suffix in FORMATS:
-        file = spectra.parent / f"{name}.{suffix}"
-        if file.is_file():
-            return read_pairs(file, types)
-    return table_of([], types)
+def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of pairs, or of scales, as one."""
+    known = [table for table in tables if len(table)] or tables[:1]
+    return with_whole_epochs(pd.concat(known, ignore_index=True))
 
 
-def read_pairs(file: Path, types: dict[str, str] = PAIRS) -> pd.DataFrame:
-    """Read a table that ``msplora-analyze redundancy`` wrote (.parquet or .csv), with columns of these types.
+def table_at(given: StrPath) -> Path | None:
+    """The spectra table that a local path is or has at its top."""
+    path = parse(given)
+    if not isinstance(path, Path):
+        return None
+    if path.suffix in (".parquet", ".csv") and not path.is_dir():
+        return path
+    candidates = [path / f"spectra.{suffix}" for suffix in FORMATS]
+    return next((file for file in candidates if file.is_file()), None)
 
-    Raises AnalysisError if the file is something else.
+
+def stored_pairs(spectra: Path, name: str) -> pd.DataFrame | None:
+    """The table that ``msplora-analyze redundancy`` wrote beside a table of spectra; None if there is none.
+
+    Args:
+        spectra: The file of the spectra.
+        name: "pairs" or "scales".
+
+    Raises:
+        AnalysisError: the file is something else.
     """
+    types = PAIRS if name == "pairs" else SCALES
     known = {**types, **DETAILS}  # the latter are there with --details alone
+    candidates = [spectra.parent / f"{name}.{suffix}" for suffix in FORMATS]
+    if (file := next((file for file in candidates if file.is_file()), None)) is None:
+        return None
     try:
         table = read_parquet(file) if file.suffix == ".parquet" else read_csv(file, known)
         if missing := [column for column in types if column not in table]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from msplora_analysis.adapters.discovery import Adapter, discover
@@ -15,7 +14,7 @@ from msplora_analysis.compute.measures.metrics import KS
 from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import compute
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import Place, StrPath, parse
+from msplora_analysis.files.addresses import Place, StrPath
 from msplora_analysis.options import Execution, Options, Progress
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def load_spectra(
 ) -> pd.DataFrame:
     """Singular values of every adapter at and under ``paths``, one row each.
 
-    Args: as of :func:`load_tables`.
+    The arguments are those of :func:`load_tables`.
 
     Returns:
         Columns run, step, epoch, scale, group, module, name, k (from 1), sigma (float64, descending in k, with the
@@ -75,7 +74,7 @@ def load_metrics(
 ) -> pd.DataFrame:
     """Measures of every matrix of every adapter at and under ``paths``, one row each.
 
-    Args: as of :func:`load_tables`.
+    The arguments are those of :func:`load_tables`.
 
     Returns:
         Columns run, step, epoch, scale, group, module, name, rows, cols, rank (of the factors), sigma_1, frobenius,
@@ -208,43 +207,3 @@ class Warnings:
         for note, (first, *others) in self._files.items():
             also = f" (and {len(others)} more files)" if others else ""
             warnings.warn(f"{first}{also}: {note}", stacklevel=3)
-
-
-def gather_spectra(paths: Sequence[StrPath], options: Options, execution: Execution) -> pd.DataFrame:
-    """One spectra table from any mix of adapters and of tables written before.
-
-    A path that is a .parquet or .csv file, or a folder with spectra.parquet or spectra.csv at its
-    top, is read as a table; all others as ``load_spectra`` does. Raises
-    AnalysisError also if two of these hold a run of the same name.
-    """
-    import pandas as pd
-
-    from msplora_analysis.tables.files import read_spectra, typed
-
-    files = {path: table_at(path) for path in paths}
-    adapters = [path for path, file in files.items() if file is None]
-    sources = {str(file): read_spectra(file) for file in files.values() if file is not None}
-    if adapters:
-        sources[", ".join(map(str, adapters))] = read_tables(adapters, options, execution).spectra
-    owners: dict[str, str] = {}
-    for source, table in sources.items():
-        for run in table["run"].unique():
-            if owners.setdefault(run, source) != source:
-                raise AnalysisError(
-                    f"{source}: run {run} is also in {owners[run]}; give the run folders together "
-                    "instead, so that each gets its own name"
-                )
-    return typed(pd.concat(sources.values(), ignore_index=True))
-
-
-def table_at(given: StrPath) -> Path | None:
-    """The spectra table that a local path is or has at its top."""
-    path = parse(given)
-    if not isinstance(path, Path):
-        return None
-    if path.suffix in (".parquet", ".csv") and not path.is_dir():
-        return path
-    from msplora_analysis.tables.files import FORMATS
-
-    candidates = [path / f"spectra.{suffix}" for suffix in FORMATS]
-    return next((file for file in candidates if file.is_file()), None)

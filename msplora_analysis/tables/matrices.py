@@ -1,17 +1,87 @@
 """The tidy spectra table as every figure starts from it: one row per matrix, variants named, epochs aligned."""
 
 import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.updates import SCALES, stack_and_layer
-from msplora_analysis.tables import columns
+from msplora_analysis.formats.updates import stack_and_layer
 from msplora_analysis.tables.checkpoints import align, one_per_epoch
+from msplora_analysis.tables.columns import KEYS
+from msplora_core.names import method_label
 
-KEYS = list(columns.KEYS)
+_AS_NUMBERS = {name: kind if kind == "str" else "Float64" for name, kind in KEYS.items()}
+
+
+class Matrices(NamedTuple):
+    """The spectra table, one row per matrix.
+
+    Args:
+        keys: The key columns, and ``rank``: the number of singular values.
+        sigma: Singular values (matrices, R), float64, in the same order; zeros beyond the rank.
+    """
+
+    keys: pd.DataFrame
+    sigma: Array
+
+    def where(self, chosen: ArrayLike) -> "Matrices":
+        """Those that a mask or indices choose."""
+        chosen = np.asarray(chosen)
+        rows = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        return Matrices(self.keys.iloc[rows].reset_index(drop=True), self.sigma[rows])
+
+    def parts(self) -> "Matrices":
+        """Without the totals of layers that have several scales: what is wrong is in one of these."""
+        return self.where(self.keys["scale"] != "total")
+
+    def groups(self, *by: str) -> Iterator["Matrices"]:
+        for index in self.keys.groupby(list(by), sort=False, dropna=False).indices.values():
+            yield self.where(np.sort(index))
+
+    def place(self, row: int) -> dict[str, Any]:
+        """The key columns of one matrix."""
+        return self.keys.iloc[row][list(KEYS)].to_dict()
+
+
+def pivot(spectra: pd.DataFrame) -> Matrices:
+    """The tidy spectra table as one row per matrix. step and epoch are float64, group is Int64.
+
+    Raises:
+        AnalysisError: the table lacks a column or has no rows, or holds a matrix twice.
+    """
+    if missing := [column for column in (*KEYS, "k", "sigma") if column not in spectra.columns]:
+        raise AnalysisError(f"the spectra table lacks the column {', '.join(missing)}: pass what load_spectra returns")
+    if spectra.empty:
+        raise AnalysisError("the spectra table is empty: pass the spectra of at least one adapter")
+    keys = as_keys(spectra).reset_index(drop=True)
+    matrix = keys.groupby(list(KEYS), dropna=False, sort=False).ngroup().to_numpy()
+    k = spectra["k"].to_numpy(dtype=np.int64)
+    n, r = matrix.max() + 1, k.max()
+    if np.bincount(matrix * r + k - 1).max() > 1:
+        twice = keys.iloc[np.flatnonzero(pd.Series(matrix * r + k).duplicated())[0]]
+        raise AnalysisError(
+            f"run {twice['run']} holds {twice['name']} ({twice['scale']}) twice: pass each adapter once"
+        )
+    values = np.zeros((n, r))
+    values[matrix, k - 1] = spectra["sigma"].to_numpy(dtype=np.float64)
+    first = np.unique(matrix, return_index=True)[1]
+    return Matrices(keys.iloc[first].reset_index(drop=True).assign(rank=np.bincount(matrix)), values)
+
+
+def as_keys(table: pd.DataFrame) -> pd.DataFrame:
+    """The key columns, at types that compare and merge: step and epoch float64 (NaN where empty), group Int64."""
+    keys = table[list(KEYS)].astype(_AS_NUMBERS)  # Float64 takes NA in a column of objects too
+    return keys.astype({"step": "float64", "epoch": "float64", "group": "Int64"})
+
+
+def stacks_of(names: pd.Series) -> pd.Series:
+    """The numbered stack of each module: its dotted path before the first all-digit part, or the whole without one."""
+    return names.map({name: stack_and_layer(name)[0] for name in names.unique()})
 
 
 def prepare(spectra: pd.DataFrame) -> pd.DataFrame:
@@ -23,9 +93,9 @@ def prepare(spectra: pd.DataFrame) -> pd.DataFrame:
     `stack` is the dotted path of `name` before its first all-digit part (`roberta.encoder.layer`), None for a module
     outside the numbered layers. All runs of a variant keep the same epochs (see `checkpoints.align`).
     """
-    matrices = _pivot(spectra)
-    stacks = {name: stack_and_layer(name)[0] for name in matrices["name"].unique()}
-    matrices["stack"] = matrices["name"].map(stacks).where(matrices["group"].notna(), None)
+    keys, values = pivot(spectra)
+    matrices = pd.concat([keys, pd.DataFrame(values, columns=range(1, values.shape[1] + 1))], axis=1)
+    matrices["stack"] = stacks_of(matrices["name"]).where(matrices["group"].notna(), None)
     matrices["variant"] = matrices["run"].map(_variants(matrices))
     return align(one_per_epoch(matrices))
 
@@ -72,30 +142,6 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text).strip("-")
 
 
-def _pivot(spectra: pd.DataFrame) -> pd.DataFrame:
-    missing = [column for column in (*KEYS, "k", "sigma") if column not in spectra.columns]
-    if missing:
-        raise AnalysisError(f"the spectra table lacks the column {', '.join(missing)}: pass what load_spectra returns")
-    if spectra.empty:
-        raise AnalysisError("the spectra table is empty: pass the spectra of at least one adapter")
-    # By way of Float64, which takes NA in a column of objects too.
-    keys = spectra[KEYS].astype({"step": "Float64", "epoch": "Float64", "group": "Int64"})
-    keys = keys.astype({"step": "float64", "epoch": "float64"}).reset_index(drop=True)
-    matrix = keys.groupby(KEYS, dropna=False, sort=False).ngroup().to_numpy()
-    k = spectra["k"].to_numpy(dtype=np.int64)
-    n, r = matrix.max() + 1, k.max()
-    if np.bincount(matrix * r + k - 1).max() > 1:
-        twice = keys.iloc[np.flatnonzero(pd.Series(matrix * r + k).duplicated())[0]]
-        raise AnalysisError(
-            f"run {twice['run']} holds {twice['name']} ({twice['scale']}) twice: pass each adapter once"
-        )
-    values = np.zeros((n, r))
-    values[matrix, k - 1] = spectra["sigma"].to_numpy(dtype=np.float64)
-    first = np.unique(matrix, return_index=True)[1]
-    table = keys.iloc[first].reset_index(drop=True).assign(rank=np.bincount(matrix))
-    return pd.concat([table, pd.DataFrame(values, columns=list(range(1, r + 1)))], axis=1)
-
-
 def _variants(matrices: pd.DataFrame) -> dict[str, str]:
     """Run → label from its scales and ranks: 'LoRA r=8', 'MSPLoRA 8/4/2'.
 
@@ -119,14 +165,8 @@ def _variants(matrices: pd.DataFrame) -> dict[str, str]:
 
 def _label(parts: pd.DataFrame) -> str:
     ranks = parts.groupby("scale")["rank"].agg(["min", "max"])
-    texts = {
-        scale: f"{low}" if low == high else f"{low}–{high}"
-        for scale, low, high in ranks.loc[[s for s in SCALES if s in ranks.index]].itertuples()
-    }
-    if list(texts) == ["layer"]:
-        return f"LoRA r={texts['layer']}"
-    missing = "" if len(texts) == 3 else f" {'+'.join(texts)}"
-    return f"MSPLoRA {'/'.join(texts.values())}{missing}"
+    texts = {scale: f"{low}" if low == high else f"{low}–{high}" for scale, low, high in ranks.itertuples()}
+    return method_label("lora", texts["layer"]) if list(texts) == ["layer"] else method_label("msplora", texts)
 
 
 def _traits(parts: pd.DataFrame) -> tuple[str, str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msplora_analysis.formats.updates import SCALES
+from msplora_analysis.tables.checkpoints import last_checkpoints
+from msplora_core.names import SCALES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,15 +24,6 @@ def adjacent(pairs: pd.DataFrame) -> pd.Series:
     low, high = pairs[["group_i", "group_j"]].min(axis=1), pairs[["group_i", "group_j"]].max(axis=1)
     merged = pairs[key].assign(group=low).merge(groups, on=[*key, "group"], how="left")
     return pd.Series((merged["after"].to_numpy() == high.to_numpy()).astype(bool), index=pairs.index)
-
-
-def last_checkpoints(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the last checkpoint of each run: that of the highest step, or else epoch."""
-    for name in ("step", "epoch"):
-        when = table[name].astype("Float64")
-        last = when.groupby(table["run"]).transform("max")
-        table = table[(last.isna() | (when == last)).fillna(False)]
-    return table
 
 
 def summary(pairs: pd.DataFrame, scales: pd.DataFrame) -> pd.DataFrame:

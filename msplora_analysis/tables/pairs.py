@@ -71,7 +71,7 @@ def load_pairs(
 ) -> pd.DataFrame:
     """What two layers share: one row per unordered pair of layers (or mid groups) within run, step, scale and module.
 
-    Args: as of :func:`load_redundancy`.
+    The arguments are those of :func:`load_redundancy`.
 
     Returns:
         Columns run, step, epoch, scale, module, group_i, group_j (group_i first in the file's order of layers), kl_ij,
@@ -102,7 +102,7 @@ def load_scale_pairs(
 ) -> pd.DataFrame:
     """What two scales of MSPLoRA share: one row per layer and two scales that act in it; none for other methods.
 
-    Args: as of :func:`load_redundancy`.
+    The arguments are those of :func:`load_redundancy`.
 
     Returns:
         Columns run, step, epoch, module, group (the layer), name, scale_i, scale_j, group_i, group_j (the unit of
@@ -131,13 +131,12 @@ def load_redundancy(
     dask: str | None = None,
     progress: Progress | None = None,
 ) -> Tables:
-    """Both tables, reading every adapter once.
+    """Both tables, reading every adapter once. Keywords that are not listed are those of :func:`load_tables`.
 
     Args:
         paths: What :func:`load_tables` takes.
         details: Add the columns of ``DETAILS``.
         top_k: Most directions to compare (and to compute of a large matrix without factors).
-        ignore_unknown, semantics, base, workers, dask, progress: As of :func:`load_tables`.
 
     Returns:
         The tables of :func:`load_pairs` and :func:`load_scale_pairs`.
@@ -153,10 +152,11 @@ def load_redundancy(
 
 
 def read_redundancy(
-    paths: StrPath | Iterable[StrPath], options: Options, execution: Execution, *, details: bool
+    paths: StrPath | Iterable[StrPath], options: Options, execution: Execution, *, details: bool, say: bool = True
 ) -> Tables:
     """:func:`load_redundancy`, for options in hand."""
-    return redundancy_of(discover(paths, full=options.base is not None), options, execution, details=details)
+    adapters = discover(paths, full=options.base is not None)
+    return redundancy_of(adapters, options, execution, details=details, say=say)
 
 
 def redundancy_of(

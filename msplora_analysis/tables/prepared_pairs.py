@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import pandas as pd
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.updates import stack_and_layer
 from msplora_analysis.tables.checkpoints import align, one_per_epoch
+from msplora_analysis.tables.matrices import stacks_of
+from msplora_core.names import method_label
 
 MEASURES = ["kl_ij", "kl_ji", "js", "wasserstein", "overlap_in", "overlap_out", "overlap_expected", "cosine"]
 
@@ -25,7 +26,6 @@ def prepare_pairs(table: pd.DataFrame, variants: Mapping[str, str] | None = None
             f"the table lacks the column {', '.join(missing)}: pass what load_pairs or load_scale_pairs returns"
         )
     names = table.get("name_i", pd.Series("", index=table.index))
-    stacks = {name: stack_and_layer(name)[0] for name in names.unique()}
     # By way of Float64, which takes NA in a column of objects too.
     when = {name: table[name].astype("Float64").astype("float64") for name in ("step", "epoch")}
     labels = dict(variants) if variants is not None else _labels(table)
@@ -33,7 +33,7 @@ def prepare_pairs(table: pd.DataFrame, variants: Mapping[str, str] | None = None
         raise AnalysisError(f"run {unknown[0]} has pairs, but no spectra: pass tables of the same runs")
     chance = {side: table.get(f"expected_{side}", table["overlap_expected"]) for side in ("in", "out")}
     when |= {f"chance_{side}": values for side, values in chance.items()}
-    prepared = table.assign(**when, stack=names.map(stacks), variant=table["run"].map(labels).astype(object))
+    prepared = table.assign(**when, stack=stacks_of(names), variant=table["run"].map(labels).astype(object))
     return align(one_per_epoch(prepared)) if len(prepared) else prepared
 
 
@@ -44,7 +44,7 @@ def _labels(table: pd.DataFrame) -> dict[str, str]:
         between_scales = "scale_j" in rows
         layers = rows[rows["scale_j" if between_scales else "scale"] == "layer"]
         is_msplora = between_scales or len(layers) < len(rows)
-        rank = f"r={layers['k'].max()}" if "k" in rows and len(layers) else ""
-        labels[str(run)] = " ".join(filter(None, ("MSPLoRA layer" if is_msplora and rank else
-                                                  "MSPLoRA" if is_msplora else "LoRA", rank)))  # fmt: skip
+        rank = f"{layers['k'].max()}" if "k" in rows and len(layers) else None
+        of_layers = f" layer r={rank}" if rank else ""
+        labels[str(run)] = method_label("msplora") + of_layers if is_msplora else method_label("lora", rank)
     return labels

@@ -249,7 +249,7 @@ def test_interrupt_is_status_130(runs, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("msplora_analysis.tables.load.read_tables", interrupt)
+    monkeypatch.setattr("msplora_analysis.tables.gather.read_tables", interrupt)
     assert run(capsys, monkeypatch, "figures", runs, "--out", tmp_path / "out") == (130, "", "")
 
 

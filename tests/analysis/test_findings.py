@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import msplora_analysis as ma
 from msplora_analysis.adapters.discovery import discover
-from msplora_analysis.ask.findings import KINDS, diagnose, rank_patterns
-from msplora_analysis.ask.findings.against_base import measure
+from msplora_analysis.ask.findings import KINDS, rank_patterns
 from msplora_analysis.cli import app
 from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.tables.against_base import measure
 
 FIRST_LOOK = Path(__file__).parents[1] / "data" / "first_look"
 STUDY = sorted((Path(__file__).parents[2] / "figures" / "study").glob("**/spectra.parquet"))
@@ -77,7 +77,7 @@ def test_healthy_runs_have_no_errors_or_warnings(run: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", STUDY, ids=lambda file: file.parent.name)
 def test_the_study_has_no_errors_or_warnings(file: Path) -> None:
-    findings = diagnose(ma.read_spectra(file))
+    findings = ma.diagnose(ma.read_spectra(file))
     assert set(findings["id"]) <= {"dominant-direction", "rank-saturated", "rank-unused"}
     assert set(findings["severity"]) == {"info"}
 
@@ -190,40 +190,40 @@ def test_coupled_scales_are_named(tmp_path: Path) -> None:
 def test_a_direction_that_takes_over_is_named() -> None:
     """Rank-1 spikes: sigma_1 of one layer grows on and on, as in ostris/ai-toolkit#964."""
     sigma = np.full((12, 6, 8), 1.0) * np.linspace(0.5, 1, 12)[:, None, None] * np.linspace(1, 0.5, 8)
-    assert diagnose(table(sigma)).query("id == 'dominance-growing'").empty
+    assert ma.diagnose(table(sigma)).query("id == 'dominance-growing'").empty
     sigma[:, 2, 0] = 1.5 ** np.arange(12)
-    findings = diagnose(table(sigma))
+    findings = ma.diagnose(table(sigma))
     assert places(findings, "dominance-growing") == {(2, "query")}
     assert places(findings, "dominant-direction") == {(2, "query")}
     # Concentrated from the start is not growing.
     sigma[:, 2, 0] = 40
-    findings = diagnose(table(sigma))
+    findings = ma.diagnose(table(sigma))
     assert places(findings, "dominance-growing") == set()
 
 
 def test_spectra_that_stop_changing() -> None:
     growth = np.minimum(np.arange(1, 13), 6) / 6
     sigma = growth[:, None, None] * np.linspace(1, 0.3, 8) * np.ones((12, 3, 1))
-    rows = diagnose(table(sigma)).query("id == 'spectra-converged'")
+    rows = ma.diagnose(table(sigma)).query("id == 'spectra-converged'")
     assert rows["epoch"].tolist() == [6]
     sigma = (np.arange(1, 13) / 12)[:, None, None] * np.linspace(1, 0.3, 8) * np.ones((12, 3, 1))
-    assert diagnose(table(sigma)).query("id == 'spectra-converged'").empty
+    assert ma.diagnose(table(sigma)).query("id == 'spectra-converged'").empty
 
 
 def test_rank_unused_saturated_and_oversized() -> None:
     steep, flat, middle = [1, 0.5, 0.01, 0, 0, 0, 0, 0], np.ones(8), np.linspace(1, 0.2, 8)
-    findings = diagnose(table(np.array([[steep, flat, middle]])))
+    findings = ma.diagnose(table(np.array([[steep, flat, middle]])))
     assert places(findings, "rank-unused") == {(0, "query")}
     assert places(findings, "rank-saturated") == {(1, "query")}
     assert rank_patterns(findings) == {"r": {"layer.0.query": 2}}
-    findings = diagnose(table(np.array([[[1] + 15 * [1e-3]] * 3])))
+    findings = ma.diagnose(table(np.array([[[1] + 15 * [1e-3]] * 3])))
     assert findings["id"].tolist()[0] == "rank-oversized"
 
 
 def test_shared_parts_get_no_rank_pattern() -> None:
     steep = np.array([[[1, 0.5, 0.01, 0]]])
     both = pd.concat([table(steep), table(steep, scale="mid", group=0)])
-    findings = diagnose(both)
+    findings = ma.diagnose(both)
     assert len(findings.query("id == 'rank-unused'")) == 2
     assert rank_patterns(findings) == {}
 

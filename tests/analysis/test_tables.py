@@ -11,7 +11,8 @@ import msplora_analysis as ma
 from msplora_analysis import AnalysisError
 from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.files import TableWriter, write_table
-from msplora_analysis.tables.load import gather_spectra, load_tables
+from msplora_analysis.tables.gather import gather_spectra
+from msplora_analysis.tables.load import load_tables
 
 KEYS = ["run", "step", "epoch", "scale", "group", "module", "name"]
 METRICS = [

@@ -1,9 +1,10 @@
 """Findings: what in the tables deserves a look, with the numbers that say so.
 
-    from msplora_analysis.ask.findings import diagnose, load_findings
+    from msplora_analysis.ask.evidence import gather, of_tables
+    from msplora_analysis.ask.findings import diagnose
 
-    load_findings("runs/cola")                        # reads the adapters, compares layers and scales too
-    diagnose(spectra, metrics, pairs, scales=scales)  # from tables; all but the first may be left out
+    diagnose(gather(["runs/cola"], Options(), Execution()))     # reads the adapters, compares layers and scales too
+    diagnose(of_tables(spectra, metrics, pairs, scales))        # from tables; all but the first may be left out
 
 A finding is evidence, no verdict: it names a place, a number, and what the number was held against. Thresholds without
 a source were set on 45 healthy runs (MiniLM; LoRA and MSPLoRA; CoLA, MRPC and STS-B), so that none of these has a
@@ -14,51 +15,31 @@ saving; warnings are what healthy runs do not show; the rest is information.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import against_base, base, pairs, spectrum, update
-from msplora_analysis.ask.findings.base import SEVERITIES, Broken, Evidence, Finding, Kind
-from msplora_analysis.ask.findings.load import load_findings
+from msplora_analysis.ask.findings.base import SEVERITIES, Finding, Kind
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "KINDS",
-    "SEVERITIES",
-    "Broken",
-    "Evidence",
-    "Finding",
-    "Kind",
-    "diagnose",
-    "load_findings",
-    "rank_patterns",
-]
+__all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "diagnose", "rank_patterns"]
 
 FAMILIES = (update, pairs, spectrum, against_base)
 KINDS = {kind.id: kind for family in FAMILIES for kind in family.KINDS}
 
 
-def diagnose(
-    spectra: pd.DataFrame,
-    metrics: pd.DataFrame | None = None,
-    pairs: pd.DataFrame | None = None,
-    *,
-    scales: pd.DataFrame | None = None,
-    relative: pd.DataFrame | None = None,
-    broken: Iterable[Broken] = (),
-) -> pd.DataFrame:
+def diagnose(evidence: Evidence) -> pd.DataFrame:
     """All findings, one row each, the most severe first.
 
-    spectra, metrics: the tidy tables. pairs, scales: those of ``redundancy``. relative: that of
-    ``against_base.measure``. broken: checkpoints that hold NaN or Inf, and so are not in the tables.
+    Returns:
+        Columns id, severity (error, warning, info), the key columns (empty where they do not apply), value, threshold,
+        evidence, source (of the threshold), advice, details (JSON, or empty).
 
-    Columns: id, severity (error, warning, info), the key columns (empty where they do not apply),
-    value, threshold, evidence, source (of the threshold), advice, details (JSON, or empty).
+    Raises:
+        AnalysisError: a table is not what it should be.
     """
-    matrices = base.gather(spectra, metrics) if len(spectra) else None
-    evidence = Evidence(matrices, tuple(broken), pairs, scales, relative)
     return base.to_table(finding for family in FAMILIES for check in family.CHECKS for finding in check(evidence))
 
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msplora_analysis.ask.findings.base import Evidence, Finding, Kind
-from msplora_analysis.formats.updates import stack_and_layer
+from msplora_analysis.ask.evidence import Evidence
+from msplora_analysis.ask.findings.base import Finding, Kind
+from msplora_analysis.tables.checkpoints import last_checkpoints
 from msplora_analysis.tables.columns import KEYS
+from msplora_analysis.tables.matrices import stacks_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,9 +47,9 @@ SAME, OVERLAP, CHANCE, COSINE = 0.95, 0.3, 3.0, 0.6
 
 def between_layers(evidence: Evidence) -> Iterator[Finding]:
     """At the last checkpoint: any two layers with one update, and neighbours that overlap."""
-    if evidence.pairs is None:
+    if evidence.pairs.empty:
         return
-    pairs = _last(evidence.pairs)
+    pairs = last_checkpoints(evidence.pairs)
     pairs = pairs[pairs["scale"] != "total"]  # these share their common parts by design
     for of_run in _places(pairs):
         groups = sorted({*of_run["group_i"], *of_run["group_j"]})
@@ -64,9 +66,9 @@ def between_layers(evidence: Evidence) -> Iterator[Finding]:
 
 
 def between_scales(evidence: Evidence) -> Iterator[Finding]:
-    if evidence.scales is None:
+    if evidence.scales.empty:
         return
-    for row in _last(evidence.scales).to_dict("records"):
+    for row in last_checkpoints(evidence.scales).to_dict("records"):
         scales = [row["scale_i"], row["scale_j"]]
         is_alike = abs(row["cosine"]) >= COSINE
         if is_alike or _overlaps(row):
@@ -80,8 +82,7 @@ def _places(pairs: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """The pairs of each run, scale and module; of each stack too, where the table has the names."""
     by = ["run", "scale", "module"]
     if "name_i" in pairs:
-        stacks = {name: stack_and_layer(name)[0] for name in pairs["name_i"].unique()}
-        pairs, by = pairs.assign(stack=pairs["name_i"].map(stacks)), [*by, "stack"]
+        pairs, by = pairs.assign(stack=stacks_of(pairs["name_i"])), [*by, "stack"]
     for _, rows in pairs.groupby(by, sort=False):
         yield rows
 
@@ -112,13 +113,6 @@ def _called(scale: str) -> str:
 
 def _place(row: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {name: row.get(name) for name in KEYS} | more
-
-
-def _last(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each run's last checkpoint."""
-    when = table["step"].astype("Float64").fillna(table["epoch"].astype("Float64")).astype("float64")
-    latest = when.groupby(table["run"]).transform("max")
-    return table[(when == latest) | latest.isna()]
 
 
 CHECKS = (between_layers, between_scales)

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from msplora_analysis.ask.findings.base import Array, Evidence, Finding, Kind, Matrices, when
-from msplora_analysis.compute.measures.metrics import effective_rank, frobenius, m_eff
+from msplora_analysis.ask.evidence import Evidence
+from msplora_analysis.ask.findings.base import Finding, Kind, when
+from msplora_analysis.compute.measures.metrics import Array, effective_rank, frobenius, m_eff
 from msplora_analysis.compute.measures.rank_needed import SHARE, energy_rank
+from msplora_analysis.tables.matrices import Matrices
 
 DOMINANT = Kind(
     "dominant-direction",
@@ -76,8 +78,6 @@ def dominant_direction(evidence: Evidence) -> Iterator[Finding]:
 
 def dominance_growing(evidence: Evidence) -> Iterator[Finding]:
     """From the middle of the checkpoints with an update to the last, if there are enough to tell it from the start."""
-    if evidence.matrices is None:
-        return
     parts = evidence.matrices.parts()
     is_long = parts.keys.groupby("run")["time"].transform("max") >= CHECKPOINTS - 1
     for series in parts.where(is_long & (parts.sigma[:, 0] > 0)).groups("run", "scale", "module", "name"):
@@ -133,8 +133,6 @@ def rank_saturated(evidence: Evidence) -> Iterator[Finding]:
 
 def spectra_converged(evidence: Evidence) -> Iterator[Finding]:
     """The first checkpoint from which on every spectrum of the run stays near its last."""
-    if evidence.matrices is None:
-        return
     for run in evidence.matrices.parts().groups("run"):
         distance = _distance_to_last(run)
         progress = run.keys["step"].fillna(run.keys["epoch"]).groupby(run.keys["time"]).max().to_numpy(np.float64)
@@ -168,9 +166,8 @@ def _distance_to_last(run: Matrices) -> Array:
 
 def _last(evidence: Evidence) -> Iterator[Matrices]:
     """The parts of each run's last checkpoint."""
-    if evidence.matrices is not None:
-        parts = evidence.matrices.parts()
-        yield from parts.where(parts.keys["last"]).groups("run")
+    parts = evidence.matrices.parts()
+    yield from parts.where(parts.keys["last"]).groups("run")
 
 
 CHECKS = (dominance_growing, dominant_direction, rank_oversized, rank_unused, rank_saturated, spectra_converged)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from msplora_analysis.ask.findings.base import Array, Evidence, Finding, Kind, Matrices, when
-from msplora_analysis.compute.measures.metrics import frobenius
+from msplora_analysis.ask.evidence import Evidence
+from msplora_analysis.ask.findings.base import Finding, Kind, when
+from msplora_analysis.compute.measures.metrics import Array, frobenius
+from msplora_analysis.tables.matrices import Matrices
 
 NO_UPDATE = Kind(
     "no-update",
@@ -62,8 +64,6 @@ MOVED = 1e-6  # relative; files in float32 hold differences down to about 1e-7
 
 def no_update(evidence: Evidence) -> Iterator[Finding]:
     """Zero at the run's last checkpoint (after step 0), or the same since its first."""
-    if evidence.matrices is None:
-        return
     for run in evidence.matrices.parts().groups("run"):
         first, last = (run.where(run.keys["time"] == time) for time in (0, run.keys["time"].max()))
         if ((last.keys["step"] == 0) | (last.keys["step"].isna() & (last.keys["epoch"] == 0))).all():
@@ -91,8 +91,6 @@ def non_finite(evidence: Evidence) -> Iterator[Finding]:
 
 def norm_outlier(evidence: Evidence) -> Iterator[Finding]:
     """Frobenius norms at the last checkpoint, against the median of the layers of the same module and scale."""
-    if evidence.matrices is None:
-        return
     parts = evidence.matrices.parts()
     for peers in parts.where(parts.keys["last"]).groups("run", "scale", "module"):
         norms = frobenius(peers.sigma)
@@ -124,8 +122,6 @@ def robust(norms: Array) -> tuple[Array, Array]:
 
 def norm_jump(evidence: Evidence) -> Iterator[Finding]:
     """Growth of the Frobenius norm from one checkpoint to the next, over the growth of the step."""
-    if evidence.matrices is None:
-        return
     parts = evidence.matrices.parts()
     of_series = ["run", "scale", "module", "name"]
     series = parts.keys.groupby(of_series, sort=False, dropna=False).ngroup().to_numpy()
@@ -147,8 +143,6 @@ def norm_jump(evidence: Evidence) -> Iterator[Finding]:
 
 def large_update(evidence: Evidence) -> Iterator[Finding]:
     """Root mean square entry ‖ΔW‖_F / sqrt(rows cols) of the whole update of a layer, at the last checkpoint."""
-    if evidence.matrices is None:
-        return
     keys = evidence.matrices.keys
     is_total = keys["scale"] == "total"
     last = evidence.matrices.where(keys["last"] & (is_total | ~is_total.groupby(keys["run"]).transform("any")))

@@ -30,8 +30,7 @@ from msplora_analysis.show.drawing.catalogue import KINDS, all_plots
 from msplora_analysis.show.drawing.figure import Figure, Figures
 from msplora_analysis.show.drawing.plot import FORMATS, Plot, check_formats
 from msplora_analysis.show.drawing.venues import style_of
-from msplora_analysis.tables.gather import gather_redundancy
-from msplora_analysis.tables.load import gather_spectra
+from msplora_analysis.tables.gather import gather_redundancy, gather_spectra
 from msplora_analysis.tables.matrices import prepare
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
 
@@ -72,6 +71,8 @@ def draw_figures(
 ) -> dict[str, Figure]:
     """Name → figure, to be shown, restyled and saved; the names are those of the files that `write_figures` writes.
 
+    Keywords that are not listed are those of `load_tables`, for adapters alone.
+
     Args:
         paths: Adapters, or the folder or file of a spectra table, as `msplora-analyze figures` takes them; or the table
             itself, then with `pairs` and `scales` as for `write_figures`.
@@ -80,7 +81,6 @@ def draw_figures(
         epoch: See `write_figures`.
         pairs: See `write_figures`.
         scales: See `write_figures`.
-        workers: As in `load_tables`.
 
     Raises:
         AnalysisError: For input that cannot be used, and if there is no figure of a name in `which`.

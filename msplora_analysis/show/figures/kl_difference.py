@@ -17,7 +17,7 @@ from msplora_analysis.show.drawing.style import DIVERGING, runs_note, styled
 from msplora_analysis.show.drawing.text import title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
-from msplora_analysis.tables.checkpoints import epoch_note
+from msplora_analysis.tables.labels import epoch_note
 from msplora_analysis.tables.matrices import choose, is_msplora, prepare, slug, stacks
 
 

@@ -16,7 +16,8 @@ from msplora_analysis.show.drawing.style import OVERLAPS, SEQUENTIAL, runs_note,
 from msplora_analysis.show.drawing.text import title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
-from msplora_analysis.tables.checkpoints import at_epoch, epoch_note
+from msplora_analysis.tables.checkpoints import at_epoch
+from msplora_analysis.tables.labels import epoch_note
 from msplora_analysis.tables.matrices import choose, slug, variants
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
 

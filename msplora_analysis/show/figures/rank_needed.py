@@ -16,7 +16,8 @@ from msplora_analysis.show.drawing.plot import Plot
 from msplora_analysis.show.drawing.style import SEQUENTIAL, runs_note, styled
 from msplora_analysis.show.drawing.text import broken, title
 from msplora_analysis.show.drawing.venues import Style
-from msplora_analysis.tables.checkpoints import at_epoch, epoch_note
+from msplora_analysis.tables.checkpoints import at_epoch
+from msplora_analysis.tables.labels import epoch_note
 from msplora_analysis.tables.matrices import choose, prepare, sigma, slug, stacks, variants
 
 SHARES = (0.9, 0.99)

@@ -5,17 +5,18 @@
     report("runs/cola", "report.html")
 
 The page needs no network: the drawing library (Vega-Lite) is inside it, and a content security policy forbids every
-request and every script but the page's own two. Data flow: ``gather`` reads and computes each thing once, ``about``
-says what a run is, ``numbers`` has what charts and tables show, ``charts`` how they are drawn; ``sections`` puts them
-together, ``page`` writes.
+request and every script but the page's own two. Data flow: ``ask.evidence`` reads and computes each thing once,
+``about`` says what a run is, ``numbers`` has what charts and tables show, ``charts`` how they are drawn; ``sections``
+puts them together, ``page`` writes.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from msplora_analysis.adapters.discovery import as_paths
+from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Execution, Options, Progress
 
@@ -37,10 +38,11 @@ def report(
 ) -> Path:
     """Write the report of the adapters, or tables of spectra, at and under ``paths``. Returns the path of the page.
 
+    Keywords that are not listed are those of ``load_tables``.
+
     Args:
         paths: What ``load_tables`` takes, or tables that `msplora-analyze spectra` wrote.
         out: The HTML file; its folder must exist. A file that is there is replaced, at the end.
-        ignore_unknown, semantics, base, top_k, workers, dask, cache, progress: As of ``load_tables``.
 
     Returns:
         The path of the page. Equal input gives equal bytes.
@@ -51,12 +53,16 @@ def report(
     Example:
         >>> ma.report("runs/cola", "report.html")
     """
-    from msplora_analysis.ask.gather import gather
+    from msplora_analysis.ask.evidence import gather
     from msplora_analysis.show.report.page import check_out, page, write
 
     file = Path(out)
     check_out(file)
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    given = as_paths(paths)
     options, execution = Options(ignore_unknown, semantics, base, top_k), Execution(workers, dask, cache, progress)
-    write(page(gather(given, options, execution)), file)
+    evidence = gather(given, options, execution)
+    if evidence.spectra.empty:
+        first = f"{evidence.adapters[0].file}: no low-rank factors in this or any other file; give other paths"
+        raise AnalysisError(evidence.broken[0].message if evidence.broken else first)
+    write(page(evidence, given), file)
     return file

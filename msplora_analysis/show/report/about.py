@@ -11,6 +11,7 @@ from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.layouts import nearest_json
 from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import printable
+from msplora_analysis.tables.checkpoints import newest
 from msplora_core.names import RECORD, STATE
 
 POINTS = 400
@@ -42,8 +43,7 @@ def about(run: str, adapters: Sequence[Adapter]) -> About:
     unit = units([run], adapters)[0]
     if not adapters:
         return About(run, "", _facts(unit.task, unit.seed, {}, {}, 0), {}, {})
-    dated = [adapter for adapter in adapters if adapter.step is not None or adapter.epoch is not None]
-    last = (dated or list(adapters))[-1]
+    (last,) = newest(adapters)
     record = nearest_json(last.file, RECORD)
     curve = _of_log(nearest_json(last.file, STATE)) or _of_results(record)
     longest = max(map(len, curve.values()), default=0)

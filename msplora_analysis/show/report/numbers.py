@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msplora_analysis.ask.findings.base import Matrices
 from msplora_analysis.compute.measures import metrics
 from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import printable
@@ -15,6 +14,8 @@ from msplora_analysis.formats.updates import stack_and_layer
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from msplora_analysis.tables.matrices import Matrices
 
 DIGITS = 4
 VALUES = 200_000

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from msplora_analysis.adapters.discovery import Adapter
-from msplora_analysis.ask.gather import Gathered
+from msplora_analysis.ask.evidence import Evidence
+from msplora_analysis.ask.findings import diagnose
 from msplora_analysis.errors import AnalysisError, printable
+from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.show.report import charts, sections
 from msplora_analysis.show.report.about import POINTS, About, about
 from msplora_core.atomic import replacing
@@ -20,27 +23,32 @@ from msplora_core.version import __version__
 _HERE = Path(__file__).parent
 
 
-def page(gathered: Gathered) -> str:
-    """The HTML of a report. Raises AnalysisError for a broken JSON file beside an adapter."""
+def page(evidence: Evidence, paths: Sequence[StrPath]) -> str:
+    """The HTML of a report on what was read at ``paths``.
+
+    Raises:
+        AnalysisError: a JSON file beside an adapter is broken.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     of_run: dict[str, list[Adapter]] = {}
-    for adapter in gathered.adapters:
+    for adapter in evidence.adapters:
         of_run.setdefault(adapter.run, []).append(adapter)
-    abouts = [about(run, of_run.get(run, [])) for run in gathered.runs]
-    matrices, why_not = sections.prepared(gathered)
-    data = sections.payload(gathered, abouts, sections.labels_of(matrices, gathered.runs))
-    data["glance"] = sections.glance(gathered, abouts, data)
-    compared, not_compared = ([], why_not) if matrices is None else sections.comparisons(gathered, matrices)
+    abouts = [about(run, of_run.get(run, [])) for run in evidence.runs]
+    matrices, why_not = sections.prepared(evidence)
+    data = sections.payload(evidence, abouts, sections.labels_of(matrices, evidence.runs))
+    data["glance"] = sections.glance(evidence, abouts, data)
+    compared, not_compared = ([], why_not) if matrices is None else sections.comparisons(evidence, matrices)
+    findings = diagnose(evidence)
     library, script = _library(), (_HERE / "script.js").read_text(encoding="utf-8")
-    last = gathered.matrices.keys[gathered.matrices.keys["last"]]
+    last = evidence.matrices.keys[evidence.matrices.keys["last"]]
     return environment.get_template("template.html").render(
-        title=_title(gathered.runs),
+        title=_title(evidence.runs),
         version=__version__,
-        paths=[printable(path) for path in gathered.paths],
+        paths=[printable(path) for path in map(str, paths)],
         policy=_policy(library, script),
         library=library,
         script=script,
@@ -48,14 +56,14 @@ def page(gathered: Gathered) -> str:
         data=json_in_html(data),
         payload=data,
         abouts=abouts,
-        cards=_cards(gathered, abouts, data),
+        cards=_cards(evidence, abouts, data),
         legend=_legend(data),
-        severities=sections.severities(gathered),
-        findings=sections.findings(gathered),
-        patterns=sections.patterns(gathered),
+        severities=sections.severities(findings),
+        findings=sections.findings(findings),
+        patterns=sections.patterns(findings),
         compared=compared,
         not_compared=not_compared,
-        notes=[printable(note) for note in (*gathered.notes, *(one.message for one in gathered.broken))],
+        notes=[printable(note) for note in (*evidence.notes, *(one.message for one in evidence.broken))],
         scales=set(last["scale"]),
         thinned=any(one.is_thinned for one in abouts),
         points=POINTS,
@@ -132,9 +140,9 @@ def _legend(data: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _cards(gathered: Gathered, abouts: list[About], data: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _cards(evidence: Evidence, abouts: list[About], data: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Key numbers: (what, value, how to read it). Of several runs only what they have together."""
-    keys = gathered.matrices.keys
+    keys = evidence.matrices.keys
     checkpoints = int(keys.groupby("run")["time"].nunique().sum())
     cards = [("checkpoints read", f"{checkpoints}", f"of {len(abouts)} runs" if len(abouts) > 1 else "of one run")]
     matrices = data["matrices"]

@@ -13,12 +13,12 @@ import numpy as np
 from msplora_analysis.ask.comparison.compare import Side, compare
 from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.ask.comparison.statements import sentences
+from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
-from msplora_analysis.ask.findings.wording import when, where
-from msplora_analysis.ask.gather import Gathered
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.show.report import charts, numbers
 from msplora_analysis.show.report.about import About
+from msplora_analysis.tables.labels import when, where
 from msplora_analysis.tables.matrices import prepare, variants
 from msplora_analysis.tables.pair_means import summary
 
@@ -35,12 +35,12 @@ LINES = 8
 """Most runs with a line style each; of more, the runs of one method share theirs."""
 
 
-def prepared(gathered: Gathered) -> tuple[pd.DataFrame | None, str]:
+def prepared(evidence: Evidence) -> tuple[pd.DataFrame | None, str]:
     """The matrices with the variant ('LoRA r=8') of each run, as figures tell it; or None, and why they cannot."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first reading of the table said it
         try:
-            return prepare(gathered.spectra), ""
+            return prepare(evidence.spectra), ""
         except AnalysisError as error:
             return None, str(error)
 
@@ -51,10 +51,10 @@ def labels_of(matrices: pd.DataFrame | None, runs: Sequence[str]) -> list[str]:
     return [printable(found.get(run, run)) for run in runs]
 
 
-def findings(gathered: Gathered) -> list[dict[str, Any]]:
+def findings(found: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry per kind, the most severe first: what, evidence by place, what to try."""
     entries = []
-    for (severity, kind), rows in gathered.findings.groupby(["severity", "id"], sort=False):
+    for (severity, kind), rows in found.groupby(["severity", "id"], sort=False):
         about = KINDS[str(kind)]
         places = [
             {"run": row["run"], "where": where(row), "when": when(row), "evidence": printable(row["evidence"])}
@@ -67,17 +67,17 @@ def findings(gathered: Gathered) -> list[dict[str, Any]]:
     return entries
 
 
-def patterns(gathered: Gathered) -> dict[str, str]:
+def patterns(found: pd.DataFrame) -> dict[str, str]:
     """Run -> JSON of its ``rank_pattern``, ready for PEFT."""
-    return {run: json.dumps(pattern, indent=1) for run, pattern in rank_patterns(gathered.findings).items()}
+    return {run: json.dumps(pattern, indent=1) for run, pattern in rank_patterns(found).items()}
 
 
-def severities(gathered: Gathered) -> list[tuple[str, int]]:
-    counts = gathered.findings["severity"].value_counts()
+def severities(found: pd.DataFrame) -> list[tuple[str, int]]:
+    counts = found["severity"].value_counts()
     return [(severity, int(counts.get(severity, 0))) for severity in SEVERITIES]
 
 
-def comparisons(gathered: Gathered, matrices: pd.DataFrame) -> tuple[list[dict[str, Any]], str]:
+def comparisons(evidence: Evidence, matrices: pd.DataFrame) -> tuple[list[dict[str, Any]], str]:
     """Methods two by two, in sentences (see ``comparison``); second, why there are none, or ''.
 
     matrices: see ``prepared``. Subspaces are compared where nothing has to be computed anew: where the layers' ranks
@@ -91,10 +91,10 @@ def comparisons(gathered: Gathered, matrices: pd.DataFrame) -> tuple[list[dict[s
         )
     of_run = matrices.drop_duplicates("run").set_index("run")["variant"]
     ranks = matrices[matrices["scale"] == "layer"].groupby("variant")["rank"].agg(["min", "max"])
-    sides = {name: _side(gathered, name, set(of_run.index[of_run == name])) for name in names}
+    sides = {name: _side(evidence, name, set(of_run.index[of_run == name])) for name in names}
     found = []
     for a, b in combinations(names, 2):
-        together = _equal(ranks, a, b) and _same_epoch(gathered, of_run, (a, b))
+        together = _equal(ranks, a, b) and _same_epoch(evidence, of_run, (a, b))
         ours, theirs = (sides[name] if together else _without_pairs(sides[name]) for name in (a, b))
         said: list[str] = []
         note = "" if together else "Subspaces are not compared: ranks or last epochs differ."
@@ -113,16 +113,16 @@ def _equal(ranks: pd.DataFrame, a: str, b: str) -> bool:
     return {a, b} <= set(ranks.index) and bool(np.ptp(ranks.loc[[a, b]].to_numpy()) == 0)
 
 
-def _same_epoch(gathered: Gathered, of_run: pd.Series, names: Sequence[str]) -> bool:
-    last = gathered.matrices.keys[gathered.matrices.keys["last"]]
+def _same_epoch(evidence: Evidence, of_run: pd.Series, names: Sequence[str]) -> bool:
+    last = evidence.matrices.keys[evidence.matrices.keys["last"]]
     epochs = last.loc[last["run"].isin(of_run.index[of_run.isin(names)]), "epoch"]
     return bool(epochs.nunique(dropna=False) == 1)
 
 
-def _side(gathered: Gathered, label: str, runs: set[str]) -> Side:
-    spectra = gathered.spectra[gathered.spectra["run"].isin(runs)]
-    adapters = [adapter for adapter in gathered.adapters if adapter.run in runs]
-    pairs = gathered.pairs[gathered.pairs["run"].isin(runs)]
+def _side(evidence: Evidence, label: str, runs: set[str]) -> Side:
+    spectra = evidence.spectra[evidence.spectra["run"].isin(runs)]
+    adapters = [adapter for adapter in evidence.adapters if adapter.run in runs]
+    pairs = evidence.pairs[evidence.pairs["run"].isin(runs)]
     known = units(dict.fromkeys(spectra["run"]), adapters)
     return Side(label, spectra, pairs if set(pairs["run"]) == runs else None, known)
 
@@ -131,30 +131,30 @@ def _without_pairs(side: Side) -> Side:
     return Side(side.label, side.spectra, None, side.units)
 
 
-def payload(gathered: Gathered, abouts: Sequence[About], labels: Sequence[str]) -> dict[str, Any]:
+def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) -> dict[str, Any]:
     """What the script draws. Names in it are data: the script shows them as text only."""
-    runs = gathered.runs
-    keys = gathered.matrices.keys
-    places = numbers.Places([*keys["name"], *gathered.pairs.get("name_i", ())])
+    runs = evidence.runs
+    keys = evidence.matrices.keys
+    places = numbers.Places([*keys["name"], *evidence.pairs.get("name_i", ())])
     axis = numbers.axis_of(keys)
     title = {"time": "checkpoint"}.get(axis, axis)
-    spectra, left = numbers.spectra(gathered.matrices, runs, axis, places)
-    pairs, pairs_left = numbers.pairs(gathered.pairs, runs, places)
+    spectra, left = numbers.spectra(evidence.matrices, runs, axis, places)
+    pairs, pairs_left = numbers.pairs(evidence.pairs, runs, places)
     styled = line_labels(runs, labels)
     legend = list(dict.fromkeys(styled))
     several = bool(keys.groupby("run")["time"].nunique().gt(1).any())
     return {
         "runs": [{"name": run, "label": label} for run, label in zip(runs, styled, strict=True)],
         "axis": title,
-        "means": numbers.means(gathered.matrices, runs, axis) if several else None,
+        "means": numbers.means(evidence.matrices, runs, axis) if several else None,
         "measures": numbers.MEASURES,
         "spectra": spectra,
         "spectra_note": left,
         "pairs": pairs,
         "pairs_note": pairs_left,
-        "matrices": numbers.matrix_table(gathered.matrices, runs, places),
+        "matrices": numbers.matrix_table(evidence.matrices, runs, places),
         "curves": numbers.curves([about.curve for about in abouts]),
-        "shared": _shared(gathered),
+        "shared": _shared(evidence),
         "specs": _specs(title, legend),
         "config": charts.CONFIG,
     }
@@ -183,18 +183,18 @@ def _specs(axis: str, legend: list[str]) -> dict[str, charts.Spec]:
     }
 
 
-def _shared(gathered: Gathered) -> numbers.Columns | None:
+def _shared(evidence: Evidence) -> numbers.Columns | None:
     """The table of means of ``redundancy``: what layers and scales share at the last checkpoint."""
-    if not (len(gathered.pairs) or len(gathered.scales)):
+    if not (len(evidence.pairs) or len(evidence.scales)):
         return None
-    table = summary(gathered.pairs, gathered.scales)
-    runs = gathered.runs
+    table = summary(evidence.pairs, evidence.scales)
+    runs = evidence.runs
     columns: numbers.Columns = {"run": [runs.index(run) for run in table["run"]], "between": table["between"].tolist()}
     names = ("pairs", "overlap_in", "overlap_out", "overlap_expected", "cosine", "js")
     return columns | {name: numbers.rounded(table[name].astype("float64")) for name in names}
 
 
-def glance(gathered: Gathered, abouts: Sequence[About], data: dict[str, Any]) -> numbers.Columns:
+def glance(evidence: Evidence, abouts: Sequence[About], data: dict[str, Any]) -> numbers.Columns:
     """One row per run: what it is, how it ended, and its layers' spectra."""
     table = data["matrices"]
     columns: numbers.Columns = {"run": list(range(len(abouts)))}

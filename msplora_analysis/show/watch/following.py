@@ -104,22 +104,10 @@ class Run:
 
     def findings(self) -> pd.DataFrame:
         """What ``diagnose`` says of the checkpoints known; layers and scales are compared at the newest."""
+        from msplora_analysis.ask.evidence import of_results
         from msplora_analysis.ask.findings import diagnose
-        from msplora_analysis.ask.findings.base import Broken
-        from msplora_analysis.tables.load import tables_of
-        from msplora_analysis.tables.pairs import redundancy_of
 
-        good = [point.result for point in self.points if isinstance(point.result, Spectra)]
-        broken = [
-            Broken(self.name, point.adapter.step, point.adapter.epoch, point.result.message)
-            for point in self.points
-            if isinstance(point.result, Failure)
-        ]
-        spectra, measures = tables_of([result.adapter for result in good], good, (1,))
-        pairs, scales = None, None
-        if good and good[-1].adapter.file.is_file():
-            pairs, scales = redundancy_of([good[-1].adapter], _OPTIONS, Execution(), details=True, say=False)
-        return diagnose(spectra, measures, pairs, scales=scales, broken=broken)
+        return diagnose(of_results([point.result for point in self.points], _OPTIONS, Execution()))
 
     @property
     def name(self) -> str:
@@ -229,7 +217,7 @@ def _age(signature: Signature) -> float:
 
 def _order(adapter: Adapter) -> tuple[bool, float, float]:
     step, epoch = adapter.step, adapter.epoch
-    return step is None and epoch is None, step or 0, epoch or 0
+    return not adapter.dated, step or 0, epoch or 0
 
 
 def _means(result: Spectra) -> dict[tuple[str, str], Means]:

@@ -72,8 +72,7 @@ def when(point: Point) -> str:
 
 def dated(points: Sequence[Point]) -> list[Point]:
     """Without the adapter saved once more at the end, where there are checkpoints."""
-    with_time = [p for p in points if p.adapter.step is not None or p.adapter.epoch is not None]
-    return with_time or list(points)
+    return [point for point in points if point.adapter.dated] or list(points)
 
 
 def rows(points: Sequence[Point], most: int) -> list[Row]:
