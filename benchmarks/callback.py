@@ -93,7 +93,7 @@ def small(calls: int, steps: int) -> list[tuple[str, float, float]]:
     from msplora_core.data.encoding import tokenize
     from msplora_core.data.loading import load_splits
     from msplora_core.data.tasks import get_task
-    from msplora_core.train.models import find_model, load_model
+    from msplora_core.models import find_model, load_model
 
     task = get_task("acceptability")
     found = []

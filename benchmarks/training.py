@@ -28,9 +28,8 @@ from transformers import DataCollatorWithPadding, set_seed
 from msplora_core.data.encoding import tokenize
 from msplora_core.data.loading import load_splits
 from msplora_core.data.tasks import get_task
-from msplora_core.methods.adaptation import adapt
+from msplora_core.models import find_model, load_model
 from msplora_core.run.settings import make_settings
-from msplora_core.train.models import find_model, load_model
 from msplora_core.train.trainer import AdapterTrainer
 from msplora_core.train.training import train
 
@@ -43,7 +42,7 @@ def batching(options: argparse.Namespace) -> dict[str, Any]:
     )
     set_seed(0)
     base, tokenizer = load_model(find_model(options.model), task)
-    model = adapt(base, settings).eval()  # no dropout, so that losses can be compared
+    model = settings.method.adapt(base, task.peft_task_type).eval()  # no dropout, so that losses can be compared
     examples = tokenize(load_splits(task, options.data_dir)["train"], task, tokenizer, settings.max_length)
     order = torch.randperm(len(examples))
     size = settings.batch_size

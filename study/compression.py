@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from msplora_core.data.tasks import get_task
-    from msplora_core.train.models import find_model, load_model
+    from msplora_core.models import find_model, load_model
 
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from markdown_it import MarkdownIt
 
 import msplora_analysis.cli
 import msplora_core.cli
-from msplora_core.train.models import EMBEDDED_MODELS
+from msplora_core.models import EMBEDDED_MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]

@@ -6,12 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from msplora_core.data.tasks import Row
 from msplora_core.errors import TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from msplora_core.data.loading import Row
 
 IGNORED = -100
 """Label of a token that is not learnt, as torch's cross-entropy has it."""

@@ -9,15 +9,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from msplora_core.data.instructions import hold_out
-from msplora_core.data.tasks import EMBEDDED_TASK, ClassificationTask, InstructionTask, Task
+from msplora_core.data.tasks import EMBEDDED_TASK, ClassificationTask, InstructionTask, Row, Task
 from msplora_core.errors import TrainingError
 
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ def _download(task: Task) -> dict[str, Split]:
         needed = files[0] if isinstance(task, InstructionTask) else " and ".join(files)
         raise TrainingError(
             f"the task '{task.name}' cannot be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}); give --data-dir with {needed}, "
-            f"or use --task {EMBEDDED_TASK}, which needs no data"
+            f"({type(error).__name__}); give 'data_dir' with {needed}, "
+            f"or use task={EMBEDDED_TASK}, which needs no data"
         ) from error
     if isinstance(task, InstructionTask) and "validation" not in dataset:
         return _hold_out(task, _checked(task, list(dataset["train"]), f"{where}, train"))

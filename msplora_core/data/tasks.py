@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from msplora_core.errors import TrainingError
+
+Row = dict[str, Any]
+"""An example of a task, as JSON has it: its columns by name."""
 
 
 @dataclass(frozen=True)

@@ -1,69 +1,90 @@
-"""What PEFT leaves to the training loop of AdaLoRA: its schedule, its steps, and its state between two runs."""
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512), and what PEFT leaves to its training loop: schedule, steps, state."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftModel
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from msplora_core.methods.base import LoraMethod, Training
 
-INITIAL_RANK = 1.5
-"""Rank at the start as a multiple of the average rank at the end (Zhang et al. 2023, arXiv 2303.10512, section 3.3)."""
+if TYPE_CHECKING:
+    from peft import AdaLoraModel, PeftConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_INITIAL_RANK = 1.5
+"""Rank at the start as a multiple of the average rank at the end (arXiv 2303.10512, section 3.3)."""
 
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class RankPruning(TrainerCallback):
-    """Prunes singular values after every optimiser step of the Trainer's schedule.
+@dataclass(frozen=True)
+class AdaLora(LoraMethod):
+    """Singular values instead of a rank; ``rank`` is their average number at the end."""
+
+    name = "adalora"
+    description = "singular values, pruned to --rank of them on average"
+
+    def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
+        from peft import AdaLoraConfig
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+        options = self.lora(task_type)
+        del options["r"]
+        # PEFT's default for AdaLoRA has other modules, the classifier's among them
+        options["target_modules"] = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
+            base_model.config.model_type
+        )
+        # the schedule needs the number of steps: RankPruning gives the true one
+        return AdaLoraConfig(target_r=self.rank, init_r=math.ceil(_INITIAL_RANK * self.rank), total_step=1, **options)
+
+    def training(self, model: PeftModel, seed: int) -> Training:
+        return RankPruning(model)
+
+
+class RankPruning(Training):
+    """Prunes singular values after every optimiser step of the schedule.
 
     Nothing is pruned in the first tenth of the steps, and the ranks stay in the last half, about as for the
     GLUE tasks of the paper (table 10 there); between, ranks are chosen about 500 times a training.
+    Adapter files are pruned, and pruned components may come back: training continues from its own state.
 
     Args:
         model: A model with an AdaLoRA adapter.
     """
 
     def __init__(self, model: PeftModel) -> None:
-        self.tuner: Any = model.base_model
-        configs: Any = model.peft_config
-        self.config: Any = configs[self.tuner.trainable_adapter_name]
+        self.tuner: AdaLoraModel = model.base_model
+        self.config = model.peft_config[self.tuner.trainable_adapter_name]
         # PEFT adds the orthogonality term to every loss; it belongs to training, not to what is evaluated.
         self.weight: float = self.config.orth_reg_weight
         self.tuner.register_forward_pre_hook(self._weigh)
         self.tuner.register_forward_hook(self._restore_weight, always_call=True)
 
-    def _weigh(self, module: nn.Module, inputs: Any) -> None:
+    def _weigh(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.config.orth_reg_weight = self.weight if module.training else 0.0
 
-    def _restore_weight(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def _restore_weight(self, module: nn.Module, inputs: tuple[Any, ...], outputs: object) -> None:
         self.config.orth_reg_weight = self.weight
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        steps = state.max_steps
+    def begin(self, steps: int) -> None:
         self.config.total_step = steps
         self.config.tinit = steps // 10
         self.config.tfinal = steps // 2
         self.config.deltaT = max(1, steps // 500)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.tuner.update_and_allocate(state.global_step + 1)  # the step that ends now; PEFT counts from 1
+    def after_update(self, step: int) -> None:
+        self.tuner.update_and_allocate(step + 1)  # PEFT counts from 1
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """The averages that pruning goes by, and what it keeps now."""
         averages = {name: getattr(self.tuner.rankallocator, name) for name in _AVERAGES}
         return {"rank_pattern": self.config.rank_pattern, **averages}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``."""
+    def load(self, state: dict[str, Any]) -> None:
         self.config.rank_pattern = state["rank_pattern"]
         parameters = dict(self.tuner.model.named_parameters())
         for name in _AVERAGES:
-            values: dict[str, torch.Tensor] = state[name]
-            on_device = {key: value.to(parameters[key].device) for key, value in values.items()}
+            on_device = {key: value.to(parameters[key].device) for key, value in state[name].items()}
             setattr(self.tuner.rankallocator, name, on_device)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from msplora_core.methods.base import Training, draw
+from msplora_core.methods.lora import Lora
 
-
-def draw(seed: int, step: int, low: int, high: int) -> int:
-    """A whole number from low to high, the same in every process and in every repetition of a step."""
-    return random.Random(f"{seed}, {step}").randint(low, high)
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from torch import nn
 
 
-class RankSampler(TrainerCallback):
+@dataclass(frozen=True)
+class DyLora(Lora):
+    """LoRA, of use at every rank up to its own."""
+
+    name = "dylora"
+    description = "LoRA of use at every rank up to --rank"
+
+    def training(self, model: PeftModel, seed: int) -> Training:
+        return RankSampler(model, seed)
+
+
+class RankSampler(Training):
     """Trains a PEFT LoRA adapter as DyLoRA (Valipour et al. 2023, arXiv 2210.07558, algorithm 1).
 
     Every step draws one b from 1 to r, for all modules; the update is then alpha / b times the product of
@@ -32,22 +39,23 @@ class RankSampler(TrainerCallback):
     """
 
     def __init__(self, model: PeftModel, seed: int, adapter_name: str = "default") -> None:
-        config: Any = model.peft_config[adapter_name]
+        from peft.tuners.lora import LoraLayer
+
         self.seed = seed
-        self.rank: int = config.r
-        self.sampled: int = config.r
+        self.rank: int = model.peft_config[adapter_name].r
+        self.sampled = self.rank
         for module in model.modules():
             if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
                 module.lora_A[adapter_name].register_forward_hook(self._cut)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.sampled = draw(self.seed, state.global_step, 1, self.rank)
+    def before_step(self, step: int) -> None:
+        self.sampled = draw(self.seed, step, 1, self.rank)
 
-    def _cut(self, module: nn.Module, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def _cut(self, module: nn.Module, inputs: tuple[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """Of A x, shape (..., r), the first b values, scaled by r / b: B then adds nothing of its last columns."""
+        from torch.nn.functional import pad
+
         if not module.training or self.sampled == self.rank:
             return hidden
         first = hidden[..., : self.sampled] * (self.rank / self.sampled)
-        return F.pad(first, (0, self.rank - self.sampled))
+        return pad(first, (0, self.rank - self.sampled))

@@ -1,17 +1,34 @@
-"""PiSSA adapters saved as what training changed, a LoRA adapter for the unchanged base model."""
+"""PiSSA (Meng et al. 2024, arXiv 2404.02948), saved as what training changed: LoRA for the unchanged base model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from peft import PeftModel
+from msplora_core.methods.base import Training
+from msplora_core.methods.lora import Lora
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
 
 
-class InitialFactors:
-    """The factors that PiSSA (Meng et al. 2024, arXiv 2404.02948) starts from, and the way back to a LoRA adapter.
+@dataclass(frozen=True)
+class Pissa(Lora):
+    """LoRA that starts from the largest singular values of the weight instead of zero."""
+
+    name = "pissa"
+    description = "LoRA from the weight's largest singular values on"
+    switches: ClassVar[dict[str, Any]] = {"init_lora_weights": "pissa"}
+
+    def training(self, model: PeftModel, seed: int) -> Training:
+        return InitialFactors(model)
+
+
+class InitialFactors(Training):
+    """The factors that PiSSA starts from, and the way back to a LoRA adapter.
 
     PiSSA splits B0 A0, the largest singular values, off the weight and trains them, so an adapter
     file of its own needs a base model changed in the same way, and hides what was learned beside what
@@ -27,6 +44,7 @@ class InitialFactors:
     """
 
     def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
+        self.model = model
         self.adapter_name = adapter_name
         self.tensors = {
             name: tensor.detach().clone()
@@ -37,21 +55,27 @@ class InitialFactors:
     def _is_factor(self, name: str, factor: str) -> bool:
         return name.endswith(f".lora_{factor}.{self.adapter_name}.weight")
 
+    def state(self) -> dict[str, Any]:
+        """Nothing but the trained parameters, which the adapter's file does not hold as they are."""
+        return {}
+
     @contextmanager
-    def saving_changes(self, model: PeftModel, state_dict: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """Give the state dict to save, while the model's configuration is the one to save with it."""
-        changed = dict(model.state_dict() if state_dict is None else state_dict)
-        for name, initial in self.tensors.items():
-            now = changed[name]
-            change = now - initial.to(now.device)
-            if self._is_factor(name, "A"):
-                changed[name] = torch.cat([now, change])
-            else:
-                changed[name] = torch.cat([change, initial.to(now.device)], dim=1)
-        config: Any = model.peft_config[self.adapter_name]
+    def saving(self) -> Iterator[None]:
+        """Have the model give the change of its factors, and a configuration that fits it."""
+        config = self.model.peft_config[self.adapter_name]
         own = config.r, config.lora_alpha, config.init_lora_weights
         config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
+        hook = self.model.register_state_dict_post_hook(lambda model, tensors, *where: self._to_changes(tensors))
         try:
-            yield changed
+            yield
         finally:
+            hook.remove()
             config.r, config.lora_alpha, config.init_lora_weights = own
+
+    def _to_changes(self, tensors: dict[str, torch.Tensor]) -> None:
+        import torch
+
+        for name, initial in self.tensors.items():
+            now, before = tensors[name], initial.to(tensors[name].device)
+            parts = [now, now - before] if self._is_factor(name, "A") else [now - before, before]
+            tensors[name] = torch.cat(parts, dim=0 if self._is_factor(name, "A") else 1)

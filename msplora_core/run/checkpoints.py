@@ -13,8 +13,10 @@ from msplora_core import names
 from msplora_core.atomic import flush, replacing
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+METHOD_STATE = "method_state.pt"
+"""What a method whose adapter file is not what training continues from keeps beside it."""
 # What Trainer needs to continue from a checkpoint; kept in the newest one only, as it is far larger than the adapter.
-_RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "running_loss*.json", "method_state.pt")
+_RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "running_loss*.json", METHOD_STATE)
 _ADAPTER = (names.CONFIG, names.WEIGHTS)
 _NEEDED = (names.STATE, "optimizer.pt", "scheduler.pt")
 
@@ -95,7 +97,7 @@ def fault(folder: Path) -> str | None:
     needed = [folder / name for name in (("config.json",) if whole_model else _ADAPTER) + _NEEDED]
     if whole_model:
         needed += sorted(folder.glob("model*.safetensors*")) or [folder / "model.safetensors"]
-    needed += [folder / "method_state.pt"] if (folder / "method_state.pt").exists() else []
+    needed += [folder / METHOD_STATE] if (folder / METHOD_STATE).exists() else []
     needed += sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
     needed += [folder / "scaler.pt"] if (folder / "scaler.pt").exists() else []
     for path in needed:
@@ -121,7 +123,7 @@ def write_failure(error: Exception, folder: Path) -> str | None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_mtime_ns) if files else folder
     return (
-        f"{file}: cannot be written ({reason}); make room there and continue with --resume: "
+        f"{file}: cannot be written ({reason}); make room there and continue with resume=True: "
         "the checkpoints of earlier epochs are whole"
     )
 

@@ -108,22 +108,22 @@ def shard_frozen(model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if process_count() == 1:
-        raise TrainingError("--shard-base spreads the base model over processes; start several with torchrun")
+        raise TrainingError("shard_base=True spreads the base model over processes; start several with torchrun")
     adapted: Any = model
     base = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
     layer_classes = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in layer_classes]
     if not all(p.requires_grad or p.is_floating_point() for p in model.parameters()):
-        raise TrainingError("--shard-base: a quantised base model cannot be spread over processes")
+        raise TrainingError("shard_base=True: a quantised base model cannot be spread over processes")
     if not layers:
         raise TrainingError(
-            f"--shard-base: {type(base).__name__} does not say which modules are its layers (_no_split_modules); "
-            "train it without --shard-base"
+            f"shard_base=True: {type(base).__name__} does not say which modules are its layers (_no_split_modules); "
+            "train it without 'shard_base'"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if all(p.requires_grad for p in model.parameters()):
         raise TrainingError(
-            "--shard-base spreads what is not trained; with full fine-tuning, nothing is left to spread"
+            "shard_base=True spreads what is not trained; with full fine-tuning, nothing is left to spread"
         )
     mesh = init_device_mesh(device, (process_count(),))
     trained = {p for p in model.parameters() if p.requires_grad}

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 import platform
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ import msplora_core
 from msplora_core.data.loading import Split
 from msplora_core.data.tasks import get_task
 from msplora_core.errors import TrainingError
-from msplora_core.methods import is_head
+from msplora_core.models import ModelSource, is_head
 from msplora_core.names import RECORD, method_label
+from msplora_core.options import options_of
 from msplora_core.run import checkpoints, distributed
 from msplora_core.run.settings import Settings
-from msplora_core.train.models import ModelSource
 
 _CIRCUMSTANCES = ("processes", "device")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -39,13 +38,13 @@ def check_output_dir(settings: Settings) -> Path | None:
     """
     folder = settings.output_dir
     if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder}: is a file; give --output-dir a folder")
+        raise TrainingError(f"{folder}: is a file; give 'output_dir' a folder")
     if not folder.exists() or settings.overwrite or not any(folder.iterdir()):
         return None
     if not settings.resume:
         raise TrainingError(
-            f"{folder}: the output folder is not empty; continue its run with --resume, delete the run in it "
-            "with --overwrite, or give another --output-dir"
+            f"{folder}: the output folder is not empty; continue its run with resume=True, delete the run in it "
+            "with overwrite=True, or give another 'output_dir'"
         )
     return _newest_checkpoint(settings)
 
@@ -83,18 +82,20 @@ def _newest_checkpoint(settings: Settings) -> Path | None:
     if (folder / RECORD).is_file():
         recorded = read(folder)["settings"]
         asked = json.loads(json.dumps(settings.what_matters()))
-        default = {field.name: field.default for field in fields(Settings)}  # of settings that came after the record
-        before = {name: recorded.get(name, default[name]) for name in asked}
+        default = {
+            name: field.default for name, field in options_of(Settings).items()
+        }  # of settings that came after the record
+        before = {name: recorded.get(name, default.get(name)) for name in asked}
         changed = [f"{name} {before[name]!r} -> {asked[name]!r}" for name in asked if asked[name] != before[name]]
         if changed:
             raise TrainingError(
                 f"{folder}: the run to resume has other settings ({'; '.join(changed)}); repeat its settings, "
-                "or start anew with --overwrite"
+                "or start anew with overwrite=True"
             )
     elif newest is not None:
         raise TrainingError(
             f"{folder / RECORD}: is missing, so that nobody can tell whether {newest.name} had these settings; "
-            "put it back, or start anew with --overwrite"
+            "put it back, or start anew with overwrite=True"
         )
     return newest
 
@@ -122,7 +123,7 @@ def notes_on_resuming(settings: Settings, run: dict[str, Any]) -> list[str]:
     if changed:
         raise TrainingError(
             f"{folder}: {' and '.join(changed)} changed since the run began; bring back what it began with, "
-            "or start anew with --overwrite"
+            "or start anew with overwrite=True"
         )
     notes = [f"{note}: passed over" for note in checkpoints.newest_whole(folder)[1]]
     now, then = ({**record["versions"], **{k: record.get(k) for k in _CIRCUMSTANCES}} for record in (run, before))
@@ -196,7 +197,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error}); start anew with --overwrite") from error
+        raise TrainingError(f"{path}: cannot be read ({error}); start anew with overwrite=True") from error
 
 
 def write(folder: Path, run: dict[str, Any]) -> None:

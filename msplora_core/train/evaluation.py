@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -20,13 +21,14 @@ def metric_function(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     CoLA: Matthews correlation (0 if the model predicts one class only); STS-B: Pearson correlation (NaN
     if its predictions are constant); instruction tuning, where the paper reports benchmarks alone: the
     perplexity of the responses, exp of the mean loss over all their tokens, from predictions of
-    :func:`sum_token_losses`; the others: accuracy.
+    :func:`sum_token_losses`, and that loss, in the place of Trainer's mean over batches; the others: accuracy.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         if task.metric == "perplexity":
             losses, tokens = np.asarray(prediction.predictions, np.float64).sum(0)
-            return {"perplexity": float(np.exp(losses / tokens))}
+            perplexity = float(np.exp(losses / tokens))
+            return {"perplexity": perplexity, "loss": math.log(perplexity)}
         logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         if task.metric == "pearson":
             return {"pearson": float(np.corrcoef(logits.squeeze(-1), labels)[0, 1])}

@@ -4,22 +4,25 @@ and the same result however many processes share a batch."""
 from __future__ import annotations
 
 import json
-import math
-from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
 
 from msplora_core import names
-from msplora_core.data.order import OrderOfEpoch
 from msplora_core.errors import TrainingError
-from msplora_core.methods import is_head
+from msplora_core.methods.base import Training
+from msplora_core.models import is_head
 from msplora_core.run import checkpoints, distributed
+
+_WEIGHT = "loss_weight"
+"""Key of a batch: what its loss counts among those of its step."""
 
 
 class AdapterTrainer(Trainer):
@@ -30,25 +33,41 @@ class AdapterTrainer(Trainer):
     order of summation: every example counts once, in the last batch of an epoch too.
 
     Args:
+        method: What the training method does, as :meth:`msplora_core.methods.Method.training` gives it.
+        head_learning_rate: That of the head.
+        loss_is_of_rows: The model's loss is a mean over rows, as a classifier's is, and not over tokens.
         base_is_sharded: The model went through :func:`msplora_core.run.distributed.shard_frozen`.
+        others: Trainer's own arguments.
     """
 
-    def __init__(self, *args: Any, head_learning_rate: float, base_is_sharded: bool = False, **kwargs: Any) -> None:
-        self.base_is_sharded = base_is_sharded  # asked during what follows
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *,
+        method: Training,
+        head_learning_rate: float,
+        loss_is_of_rows: bool,
+        base_is_sharded: bool = False,
+        **others: Any,
+    ) -> None:
+        super().__init__(**others)
+        self.method = method
         self.head_learning_rate = head_learning_rate
+        self.base_is_sharded = base_is_sharded
         self._writing_to: Path | None = None
-        # Losses that are means over rows, as classifiers' are, need weights where a batch is shared unevenly; Trainer
-        # does the same for language models, over tokens, and wrongly takes classifiers for such.
+        # Losses that are means over rows need weights where a batch is shared unevenly; Trainer does the same for
+        # language models, over tokens, and wrongly takes classifiers for such.
         shared = self.args.world_size * self.args.gradient_accumulation_steps > 1
-        self._weighs_rows = shared and not self._loss_shifts_labels
-        self._weights: deque[float] = deque()
-        if self._weighs_rows:
+        self.weighs_rows = shared and loss_is_of_rows
+        if self.weighs_rows:
             self.model_accepts_loss_kwargs = False
+        self.add_callback(_DuringTraining(method))
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.base_is_sharded:  # Trainer leaves a model alone that is wrapped before it gets to it, just after this
+            prepared = self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+            self.model_wrapped = distributed.replicate_trained(prepared)
         optimizer = super().create_optimizer(model)
-        adapted: Any = self.model if model is None else model
+        adapted: nn.Module = self.model if model is None else model
         head = {id(p) for name, p in adapted.named_parameters() if is_head(name)}
         for group in list(optimizer.param_groups):
             in_head = [p for p in group["params"] if id(p) in head]
@@ -57,34 +76,22 @@ class AdapterTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": in_head, "lr": self.head_learning_rate})
         return optimizer
 
-    # --- Language models ---
+    # --- Checkpoints. Trainer has no hook before one is written or loaded: these three are functions of its own. ---
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
-        sampler.batch_size *= self.args.world_size  # grouped by the whole batch: the same order for any number
-        return OrderOfEpoch(sampler, self.args.seed)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, **kwargs)
-        metrics: Any = output.metrics
-        if "eval_perplexity" in metrics:  # over all tokens; Trainer's own loss is a mean over batches
-            metrics["eval_loss"] = math.log(metrics["eval_perplexity"])
-        return output
-
-    # --- Checkpoints ---
-
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: None) -> str:
         return str(self._writing_to) if self._writing_to else super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
         output_dir = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         self._writing_to = output_dir / names.PARTIAL
         failure = None
         try:
             super()._save_checkpoint(model, trial)
+            state = self.method.state()
+            if state is not None and self.args.should_save:
+                trained = {name: p.detach() for name, p in self._trained().items()}
+                torch.save({"trained": trained, "method": state}, self._writing_to / name / checkpoints.METHOD_STATE)
             # In the middle of an epoch: the losses since its beginning, which its log entry will average.
             running = {"sum": float(self._tr_loss), "since_step": self._globalstep_last_logged}
             (self._writing_to / name / _running_loss_name()).write_text(json.dumps(running))
@@ -96,6 +103,29 @@ class AdapterTrainer(Trainer):
             self._writing_to = None
         distributed.raise_first(failure)
         distributed.by_writer(lambda: _publish(output_dir, name))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.method.state() is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        path = Path(resume_from_checkpoint) / checkpoints.METHOD_STATE
+        if not path.is_file():
+            raise TrainingError(f"{path}: missing, and training continues from it; start anew with overwrite=True")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        trained = self._trained()
+        if unlike := sorted(trained.keys() ^ state["trained"].keys()):
+            raise TrainingError(f"{path}: made for another model ({unlike[0]} is in one alone); give that 'model'")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state["trained"][name])
+        self.method.load(state["method"])
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with self.method.saving():
+            super().save_model(output_dir, _internal_call)
 
     def save_first(self) -> None:
         """Write checkpoint-0, the adapter before training."""
@@ -119,59 +149,83 @@ class AdapterTrainer(Trainer):
             self._tr_loss += running["sum"]
             self._globalstep_last_logged = running["since_step"]
 
-    # --- Several processes ---
+    # --- Several processes, several parts of a batch ---
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        if batch_samples and (self._weighs_rows or self.args.world_size > 1):
-            rows = [self.args.per_device_train_batch_size] * len(batch_samples)
-            size = sum(rows) * self.args.world_size
-            dataset: Any = self.train_dataset
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        if not self.weighs_rows and self.args.world_size == 1:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, items = super().get_batch_samples(map(self._own_rows, epoch_iterator), num_batches, device)
+        if self.weighs_rows:
+            at_once = self.args.per_device_train_batch_size * self.args.world_size
+            size = at_once * len(batches)
             if self.accelerator.gradient_state.end_of_dataloader:
-                missing = -len(dataset) % (rows[-1] * self.args.world_size)
-                batch_samples[-1], rows[-1] = self._without_repeats(batch_samples[-1], dataset)
-                size -= missing
-            if self._weighs_rows:
-                # DistributedDataParallel and Trainer divide by these two counts.
-                divided = self.args.world_size * len(batch_samples)
-                self._weights = deque(count * divided / size for count in rows)
-            elif rows[-1] == 0:
-                batch_samples[-1]["labels"] = torch.full_like(batch_samples[-1]["labels"], -100)
-        return super()._get_num_items_in_batch(batch_samples, device)
+                size -= -len(self.train_dataset) % at_once
+            # DistributedDataParallel and Trainer divide by these two counts.
+            divided = self.args.world_size * len(batches)
+            for batch in batches:
+                batch[_WEIGHT] = batch[_WEIGHT] * divided / size
+        return batches, items
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        if not self._weighs_rows or not model.training:
+    def _own_rows(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """A batch without repeats of other rows, and how many its own are, for the weight of its loss."""
+        rows = len(batch["labels"])
+        if self.accelerator.gradient_state.end_of_dataloader:
+            batch, rows = self._without_repeats(batch, len(self.train_dataset))
+        if self.weighs_rows:
+            batch[_WEIGHT] = rows
+        elif rows == 0:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        weight = inputs.pop(_WEIGHT, None)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if weight is None:
             return result
-        weight = self._weights.popleft()
-        return (result[0] * weight, *result[1:]) if isinstance(result, tuple) else result * weight
+        return (result[0] * weight, *result[1:]) if return_outputs else result * weight
 
     def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader:
             # Trainer drops the repeats' outputs, but has averaged their losses.
-            own, _ = self._without_repeats(inputs, self.eval_dataset)
+            own, _ = self._without_repeats(inputs, len(self.eval_dataset))
             loss, *_ = super().prediction_step(model, own, True, ignore_keys)
-            return loss, *result[1:]
-        return result
+        return loss, logits, labels
 
-    def _without_repeats(self, batch: dict[str, Any], dataset: Any) -> tuple[dict[str, Any], int]:
+    def _without_repeats(self, batch: dict[str, Any], examples: int) -> tuple[dict[str, Any], int]:
         """The rows of an epoch's last batch that are not repeats to make it full, and how many: if none, one stays."""
         rows = len(batch["labels"])
-        left = len(dataset) % (rows * self.args.world_size)
+        left = examples % (rows * self.args.world_size)
         own = min(max(left - rows * self.args.process_index, 0), rows) if left else rows
         return {name: values[: max(own, 1)] for name, values in batch.items()}, own
 
-    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if not self.base_is_sharded:
-            super()._move_model_to_device(model, device)
 
-    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        if not self.base_is_sharded or not training or model is not self.model:
-            return super()._wrap_model(model, training, dataloader)
-        model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast only
-        return distributed.replicate_trained(model)
+class _DuringTraining(TrainerCallback):
+    """What the method does, where Trainer tells of it."""
+
+    def __init__(self, method: Training) -> None:
+        self.method = method
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.method.begin(state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.method.before_step(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.method.after_update(state.global_step)
 
 
 class KeepEveryEpoch(TrainerCallback):
@@ -200,11 +254,12 @@ class KeepEveryEpoch(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The order of an epoch follows from its number, which several processes that resume within it are not told.
-        sampler = kwargs["train_dataloader"].batch_sampler
-        while hasattr(sampler, "batch_sampler"):
-            sampler = sampler.batch_sampler
-        sampler.sampler.set_epoch(int(state.epoch or 0))
+        batches = kwargs["train_dataloader"].batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        # grouped by the whole batch: the same order for any number of processes
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        set_order(batches.sampler, seed=args.seed, epoch=int(state.epoch or 0), batch_size=batch_size)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # An epoch's end is saved once it has been evaluated.
@@ -220,6 +275,18 @@ class KeepEveryEpoch(TrainerCallback):
                     checkpoints.drop_resume_files(folder)
                 else:
                     checkpoints.discard(folder)
+
+
+def set_order(sampler: LengthGroupedSampler | SeedableRandomSampler, *, seed: int, epoch: int, batch_size: int) -> None:
+    """Have the order of an epoch follow from seed and epoch alone: after a resume within it, and in any process.
+
+    Drawn from the global generator, as Trainer does, an order by length would differ there.
+    """
+    if isinstance(sampler, LengthGroupedSampler):
+        sampler.batch_size = batch_size
+        sampler.generator = torch.Generator().manual_seed(seed + epoch)
+    else:
+        sampler.set_epoch(epoch)
 
 
 def _publish(output_dir: Path, name: str) -> None:

@@ -15,14 +15,13 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from msplora_core.data.encoding import encode
 from msplora_core.data.instructions import IGNORED
 from msplora_core.data.loading import load_splits
-from msplora_core.data.tasks import InstructionTask, Task, get_task
+from msplora_core.data.tasks import ClassificationTask, InstructionTask, Task, get_task
 from msplora_core.errors import TrainingError
-from msplora_core.methods.adaptation import adapt, callbacks, quantization_config, trainer_class
+from msplora_core.models import find_model, load_model
 from msplora_core.run import checkpoints, distributed, record
 from msplora_core.train.evaluation import metric_function, sum_token_losses
-from msplora_core.train.models import find_model, load_model
 from msplora_core.train.progress import show_progress
-from msplora_core.train.trainer import KeepEveryEpoch
+from msplora_core.train.trainer import AdapterTrainer, KeepEveryEpoch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,16 +72,17 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
     splits = load_splits(task, settings.data_dir)
 
     set_seed(settings.seed)
-    base_model, tokenizer = load_model(source, task, settings.model_dtype, quantization_config(settings))
+    method = settings.method
+    base_model, tokenizer = load_model(source, task, settings.model_dtype, method.quantization(settings.precision))
     encoded = {name: encode(split, task, tokenizer, settings.max_length) for name, split in splits.items()}
-    model = adapt(base_model, settings)
+    model = method.adapt(base_model, task.peft_task_type)
     run = distributed.by_writer(lambda: record.describe_run(settings, source, splits, model))
     notes = distributed.by_writer(lambda: record.notes_on_resuming(settings, run))
     # all that can be wrong with the input has been told by now
     notes += distributed.by_writer(lambda: record.make_output_dir(settings))
     if settings.shard_base:
         distributed.shard_frozen(model)
-    trainer = trainer_class(settings)(
+    trainer = AdapterTrainer(
         model=model,
         args=_training_arguments(settings, eval_on_start=last_checkpoint is None),
         train_dataset=encoded["train"].examples,
@@ -90,11 +90,11 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
         data_collator=_collator(task, tokenizer),
         compute_metrics=metric_function(task),
         preprocess_logits_for_metrics=sum_token_losses if isinstance(task, InstructionTask) else None,
+        method=method.training(model, settings.seed),
         head_learning_rate=settings.head_learning_rate,
+        loss_is_of_rows=isinstance(task, ClassificationTask),
         base_is_sharded=settings.shard_base,
     )
-    for callback in callbacks(model, settings):
-        trainer.add_callback(callback)
     if settings.log_spectra:
         from msplora_analysis import SpectraCallback
 
@@ -145,7 +145,7 @@ def _check_batches(settings: Settings) -> None:
     if settings.batch_size % at_once:
         raise TrainingError(
             f"batch_size={settings.batch_size}: it is that of all {processes} processes together, so expected a "
-            f"multiple of {at_once} (processes x micro_batch_size); change --batch-size or --micro-batch-size"
+            f"multiple of {at_once} (processes x 'micro_batch_size'); change 'batch_size' or 'micro_batch_size'"
         )
 
 
@@ -189,7 +189,7 @@ def _training_arguments(settings: Settings, eval_on_start: bool) -> TrainingArgu
         report_to=settings.report_to or "none",
         # gloo among processes; and Trainer has bf16 on a processor only if that was asked for
         use_cpu=(processes > 1 or settings.precision == "bf16") and not torch.cuda.is_available(),
-        ddp_find_unused_parameters=settings.method in ("adapterdrop", "fft"),  # there, some have no gradient
+        ddp_find_unused_parameters=settings.method.skips_parameters,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else Trainer trains one process on all GPUs, each with a whole batch

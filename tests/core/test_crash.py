@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from msplora_core.errors import TrainingError
+from msplora_core.methods.msplora import MSPLora
 from msplora_core.names import PARTIAL
 from msplora_core.run import checkpoints, record
 from msplora_core.run.settings import Settings
@@ -139,7 +140,7 @@ def test_starting_again_where_no_checkpoint_is_whole(finished: Settings, unbroke
     ("change", "message"),
     [
         ({"epochs": 4}, r"other settings \(epochs 3 -> 4\)"),
-        ({"seed": 1, "rank": 4}, r"other settings \(seed 0 -> 1; rank 8 -> 4\)"),
+        ({"seed": 1, "method": MSPLora(rank=4)}, r"other settings \(seed 0 -> 1; rank 8 -> 4\)"),
     ],
 )
 def test_changed_arguments_are_refused_by_name(finished: Settings, change: dict[str, Any], message: str) -> None:
@@ -170,7 +171,7 @@ def test_other_versions_are_told(finished: Settings) -> None:
 
 def test_checkpoints_without_a_record_are_refused(finished: Settings) -> None:
     (finished.output_dir / "run.json").unlink()
-    with pytest.raises(TrainingError, match=r"run.json: is missing, .*checkpoint-9.*--overwrite"):
+    with pytest.raises(TrainingError, match=r"run.json: is missing, .*checkpoint-9.*overwrite=True"):
         resume(finished)
 
 
@@ -207,7 +208,7 @@ def test_a_full_disk_ends_in_one_line(
         if line.startswith("epoch 2"):  # evaluated, not yet saved
             monkeypatch.setattr(target, failure)
 
-    with pytest.raises(TrainingError, match=r"cannot be written \(.*continue with --resume") as caught:
+    with pytest.raises(TrainingError, match=r"cannot be written \(.*resume=True") as caught:
         train(settings, report=fill)
     monkeypatch.undo()
     assert str(settings.output_dir) in str(caught.value)
@@ -234,7 +235,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_really_full_disk(unbroken: Settings, small_disk: Path) -> None:
     settings = replace(unbroken, output_dir=small_disk / "run")
     filler = small_disk / "filler"
-    with pytest.raises(TrainingError, match=r"cannot be written \(.*[Nn]o space left on.*--resume"):
+    with pytest.raises(TrainingError, match=r"cannot be written \(.*[Nn]o space left on.*resume=True"):
         train(settings, report=lambda line: fill_up(filler) if line.startswith("epoch 2") else None)
     assert not (settings.output_dir / PARTIAL).exists()
     filler.unlink()

@@ -197,8 +197,8 @@ def test_an_error_of_all_processes_is_one_line(tmp_path: Path, monkeypatch: pyte
     assert on_two_processes(work, tmp_path) == [1, 3]
     lines = [line for line in (told(tmp_path, 0) + told(tmp_path, 1)).splitlines() if "error" in line]
     assert lines == [
-        "error: batch_size=7: it is that of all 2 processes together, so expected a multiple of 2 (processes x "
-        "micro_batch_size); change --batch-size or --micro-batch-size"
+        "error: --batch-size=7: it is that of all 2 processes together, so expected a multiple of 2 (processes x "
+        "--micro-batch-size); change --batch-size or --micro-batch-size"
     ]
     assert not (tmp_path / "run").exists()
 

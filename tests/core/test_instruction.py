@@ -22,16 +22,16 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerFast
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from msplora_core import models as base_models
 from msplora_core.cli import _print_results
 from msplora_core.data.encoding import encode
 from msplora_core.data.instructions import IGNORED, encode_instructions, hold_out, prompt
 from msplora_core.data.loading import load_splits
-from msplora_core.data.order import OrderOfEpoch
 from msplora_core.data.tasks import TASKS, InstructionTask
 from msplora_core.errors import TrainingError
 from msplora_core.run.settings import Settings, make_settings
-from msplora_core.train import models as base_models
 from msplora_core.train.evaluation import metric_function, sum_token_losses
+from msplora_core.train.trainer import set_order
 from msplora_core.train.training import EpochResult, train
 
 from .conftest import make_bert, make_llama
@@ -290,7 +290,7 @@ def test_the_recipe_is_the_released_one(tmp_path: Path) -> None:
     # 51,760 rows less 2,000 in batches of 128, three epochs: 1,167 steps
     assert recipe.warmup_ratio * 3 * math.ceil((51_760 - 2000) / 128) == pytest.approx(100, abs=1)
     chosen = make_settings(model="m", task="alpaca", method="lora", output_dir=tmp_path, batch_size=6)
-    assert (chosen.rank, chosen.micro_batch_size) == (64, 2)
+    assert (chosen.method.rank, chosen.micro_batch_size) == (64, 2)
 
 
 @pytest.mark.parametrize(
@@ -330,8 +330,8 @@ def test_order_follows_from_seed_and_epoch_and_groups_lengths() -> None:
 
     def order(seed: int, epoch: int, burn: int = 0) -> list[int]:
         torch.rand(burn)  # what happened before does not matter
-        sampler = OrderOfEpoch(LengthGroupedSampler(4, lengths=lengths), seed)
-        sampler.set_epoch(epoch)
+        sampler = LengthGroupedSampler(8, lengths=lengths)
+        set_order(sampler, seed=seed, epoch=epoch, batch_size=4)
         return list(sampler)
 
     assert order(0, 1) == order(0, 1, burn=3)
@@ -424,5 +424,5 @@ def test_the_best_perplexity_is_the_lowest(
 ) -> None:
     results = [EpochResult(epoch, epoch, None, 1.0, metric) for epoch, metric in enumerate((9.0, 3.5, 4.0))]
     chosen = make_settings(model="m", task=task, method="lora", output_dir=tmp_path)
-    _print_results(results, TASKS[task], chosen)
+    _print_results(results, chosen)
     assert f"Best {best}" in capsys.readouterr().out

@@ -27,8 +27,9 @@ from transformers import (
 
 import msplora_analysis as ma
 from msplora_core.errors import TrainingError
-from msplora_core.methods import METHODS, is_head
-from msplora_core.methods.adaptation import adapt, keep_quantized, quantization_config
+from msplora_core.methods import METHODS, Method
+from msplora_core.methods.qlora import QLora, keep_quantized
+from msplora_core.models import is_head
 from msplora_core.run.settings import Settings, make_settings
 from msplora_core.train import training
 
@@ -87,7 +88,7 @@ def test_parameters_on_roberta_base(case: str) -> None:
     settings = make_settings(model="m", task="cola", method=case.split()[0], output_dir=Path("run"), **options)
     with torch.device("meta"):
         config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-        model = adapt(RobertaForSequenceClassification(config), settings)
+        model = settings.method.adapt(RobertaForSequenceClassification(config), "SEQ_CLS")
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert sum(count for name, count in trained.items() if is_head(name)) == HEAD
     assert sum(count for name, count in trained.items() if not is_head(name)) == count
@@ -103,15 +104,15 @@ def test_every_method_has_its_count() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("lora", {"ranks": {"global": 8}}, "--ranks is no option of the method lora, which takes --rank, "),
-        ("fft", {"rank": 8}, "--rank is no option of the method fft, which takes none of its own; it belongs to mspl"),
-        ("fft", {"lora_alpha": 8}, "--lora-alpha is no option of the method fft"),
-        ("bitfit", {"target_modules": ["query"]}, "--target-modules is no option of the method bitfit"),
-        ("lora", {"bottleneck": 8}, "--bottleneck is no option of the method lora.*; it belongs to adapterdrop"),
-        ("msplora", {"rank": 8, "ranks": {"global": 8}}, "--rank and --ranks .* exclude each other"),
+        ("lora", {"ranks": {"global": 8}}, "'ranks' is no option of the method lora, .*'rank'.*belongs to msplora"),
+        ("fft", {"rank": 8}, "'rank' is no option of the method fft, which takes none .*belongs to .*msplora"),
+        ("fft", {"lora_alpha": 8}, "'lora_alpha' is no option of the method fft"),
+        ("bitfit", {"target_modules": ["query"]}, "'target_modules' is no option of the method bitfit"),
+        ("lora", {"bottleneck": 8}, "'bottleneck' is no option of the method lora.* belongs to adapterdrop"),
+        ("msplora", {"rank": 8, "ranks": {"global": 8}}, "'rank' and 'ranks' .* exclude each other"),
         ("adapterdrop", {"bottleneck": 0}, "bottleneck=0: expected a whole number of at least 1"),
         ("adapterdrop", {"dropped_layers": -1}, "dropped_layers=-1: expected a whole number of at least 0"),
-        ("nope", {}, "unknown method 'nope'; choose from msplora, lora, rslora, "),
+        ("nope", {}, "unknown method 'nope'; .*lora, msplora"),
     ],
 )
 def test_wrong_options(method: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -125,14 +126,15 @@ def test_defaults(tmp_path: Path) -> None:
 
     assert (make("fft").learning_rate, make("fft").head_learning_rate) == (2e-5, 2e-5)
     assert make("fft", learning_rate=1e-5).head_learning_rate == 1e-5
-    assert (make("lora").rank, make("lily").rank, make("bitfit").rank) == (8, 32, None)
-    assert (make("bitfit").lora_alpha, make("adapterdrop").bottleneck, make("lora").bottleneck) == (None, 16, None)
+    assert (make("lora").method.rank, make("lily").method.rank, make("adapterdrop").method.bottleneck) == (8, 32, 16)
+    of_others = make("bitfit").what_matters()  # which run.json has too
+    assert (of_others["rank"], of_others["lora_alpha"], of_others["bottleneck"]) == (None, None, None)
 
 
-def test_qlora_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qlora_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match="qlora needs the package bitsandbytes; run: pip install 'bitsandbytes"):
-        quantization_config(make_settings(model="m", task="cola", method="qlora", output_dir=tmp_path))
+        QLora().quantization("fp32")
 
 
 # --- Runs ---
@@ -177,14 +179,16 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(model_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Train; gives the model as it was trained, and the results of the epochs."""
 
+    adapt = Method.adapt
+
     def train(method: str, output_dir: Path, report: Callable[[str], None] = lambda line: None, **options: Any) -> Any:
         models: list[Any] = []
 
-        def spy(*args: Any) -> Any:
-            models.append(adapt(*args))
+        def spy(self: Method, *args: Any) -> Any:
+            models.append(adapt(self, *args))
             return models[-1]
 
-        monkeypatch.setattr(training, "adapt", spy)
+        monkeypatch.setattr(Method, "adapt", spy)
         given = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "head_learning_rate": 1e-2} | options
         settings = make_settings(
             model=str(model_dir), data_dir=data_dir, task="cola", method=method, output_dir=output_dir, **given
@@ -208,8 +212,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def base_of(model_dir: Path, method: str) -> Any:
     options = {}
     if method == "qlora":
-        settings = make_settings(model="m", task="cola", method=method, output_dir=Path("run"))
-        options["quantization_config"] = quantization_config(settings)
+        options["quantization_config"] = QLora().quantization("fp32")
     return keep_quantized(AutoModelForSequenceClassification.from_pretrained(model_dir, **options))
 
 

@@ -11,21 +11,18 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertForSequenceClassification, TrainerState
+from transformers import BertForSequenceClassification
 
-from msplora_core.methods.dylora import RankSampler, draw
+from msplora_core.methods.adapterdrop import LayerDropper
+from msplora_core.methods.base import draw
+from msplora_core.methods.dylora import RankSampler
 from msplora_core.methods.pissa import InitialFactors
 from msplora_core.tuners.bitfit import BitFitConfig
 from msplora_core.tuners.bitfit.layer import BitFitLayer
 from msplora_core.tuners.bottleneck import BottleneckConfig
-from msplora_core.tuners.bottleneck.drop import LayerDropper
 from msplora_core.tuners.bottleneck.layer import BottleneckLinear
 
 from .conftest import make_bert, make_gpt2, make_llama, run_model
-
-
-def begin_step(callback: Any, step: int) -> None:
-    callback.on_step_begin(None, TrainerState(global_step=step), None)
 
 
 def fill(model: nn.Module, part: str, seed: int = 1) -> None:
@@ -61,7 +58,7 @@ def test_dylora_trains_a_lora_of_the_sampled_rank(b: int) -> None:
     fill(model, "lora_B")
     sampler = RankSampler(model, seed=0)
     step = next(step for step in range(100) if draw(0, step, 1, 4) == b)
-    begin_step(sampler, step)
+    sampler.before_step(step)
     layer: Any = model.base_model.model[0]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(3, 6, dtype=torch.float64)
@@ -197,7 +194,7 @@ def test_robust_adapterdrop_leaves_out_the_lowest_layers_in_training_only() -> N
     full = run_model(model)
     seen = set()
     for step in range(20):
-        begin_step(dropper, step)
+        dropper.before_step(step)
         number = draw(0, step, 0, 3)
         seen.add(number)
         assert [layer.is_dropped for layer in adapters_of(model).values()] == [i < number for i in range(4)]
@@ -260,8 +257,8 @@ def test_pissa_saved_as_the_change_is_a_lora_for_the_unchanged_base(tmp_path: Pa
     initial = InitialFactors(model)
 
     def save() -> BertForSequenceClassification:
-        with initial.saving_changes(model) as changed:
-            model.save_pretrained(tmp_path, state_dict=changed)
+        with initial.saving():
+            model.save_pretrained(tmp_path)
         return PeftModel.from_pretrained(make_bert(layers=2), tmp_path).eval()
 
     torch.testing.assert_close(run_model(save()), before, rtol=0, atol=0)

@@ -24,15 +24,16 @@ class BottleneckModel(StrictTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        peft_config._feed_forward_only = peft_config.target_modules is None
-        return super()._prepare_adapter_config(peft_config, model_config)
+        return peft_config  # the default targets need the model: see _prepare_model
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Name the targets in full: PEFT's "output.dense" is the attention's too, and dropped layers have none."""
+        by_default = peft_config.target_modules is None
+        if by_default:
+            super()._prepare_adapter_config(peft_config, self.get_model_config(model))
         names = [name for name, _ in model.named_modules() if name and check_target_module_exists(peft_config, name)]
-        if peft_config._feed_forward_only:
+        if by_default:
             names = [name for name in names if not any("attention" in part for part in name.split("."))]
-        del peft_config._feed_forward_only
         kept = {name for name in names if layer_number(name) >= peft_config.dropped_layers}
         if names and not kept:
             layers = max(map(layer_number, names)) + 1

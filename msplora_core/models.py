@@ -114,7 +114,7 @@ def load_model(
     if source.gguf_file is not None and quantization_config is not None:
         raise TrainingError(
             f"{source.name}: a GGUF file is quantised already and is expanded on loading; to quantise otherwise, "
-            "give --model a folder with safetensors"
+            "give 'model' a folder with safetensors"
         )
     files = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     options: dict[str, Any] = files | {"dtype": dtype}
@@ -134,7 +134,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         hint = (
-            "" if source.is_local else "; without a network give --model a local folder, or minilm (an embedded model)"
+            "" if source.is_local else "; without a network give 'model' a local folder, or minilm (an embedded model)"
         )
         raise TrainingError(f"the model '{source.name}' cannot be loaded: {reason}{hint}") from error
     if isinstance(task, InstructionTask):
@@ -146,6 +146,11 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def is_head(parameter: str) -> bool:
+    """Whether a parameter, by its name in the model, is of the task's head: PEFT trains a copy of it."""
+    return ".modules_to_save." in parameter or parameter.split(".")[0] in ("classifier", "score")
 
 
 def _check_causal(model: Any, source: ModelSource) -> None:
