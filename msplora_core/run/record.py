@@ -82,10 +82,8 @@ def _newest_checkpoint(settings: Settings) -> Path | None:
     if (folder / RECORD).is_file():
         recorded = read(folder)["settings"]
         asked = json.loads(json.dumps(settings.what_matters()))
-        default = {
-            name: field.default for name, field in options_of(Settings).items()
-        }  # of settings that came after the record
-        before = {name: recorded.get(name, default.get(name)) for name in asked}
+        own = options_of(Settings)  # their defaults stand for settings that came after the record
+        before = {name: recorded.get(name, own[name].default if name in own else None) for name in asked}
         changed = [f"{name} {before[name]!r} -> {asked[name]!r}" for name in asked if asked[name] != before[name]]
         if changed:
             raise TrainingError(
