@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from typing import Annotated, NoReturn, TextIO
@@ -11,6 +10,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from msplora_analysis.commands.shared.declaring import all_commands
+from msplora_analysis.commands.shared.terminal import with_options
 from msplora_analysis.errors import AnalysisError, printable
 
 
@@ -66,16 +66,6 @@ def main() -> NoReturn:
         message = f"{error.filename or 'system'}: {error.strerror or error}"
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
-
-
-def with_options(error: AnalysisError) -> str:
-    """The message, with the arguments that it speaks of as options: ``--top-k 8`` for ``top_k=8``."""
-    message = str(error)
-    for name in error.arguments:
-        option = "--" + name.replace("_", "-")
-        message = re.sub(rf"(?<!\S){name}=(True\b|(?=[,;:.\s]|$))", option, message)
-        message = re.sub(rf"(?<!\S){name}=", f"{option} ", message)
-    return message
 
 
 def _print_warning(

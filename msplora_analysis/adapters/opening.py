@@ -33,11 +33,11 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
             contents = read_contents(adapter.config, file, options)
             notes = [*contents.notes, *(_base_notes(adapter, file, options) if base_notes else ())]
         except AnalysisError as error:
-            raise AnalysisError(f"{adapter.file}: {error}") from None
+            raise AnalysisError(f"{adapter.file}: {error}", *error.arguments) from None
         if contents.unknown and not options.ignore_unknown:
             raise AnalysisError(
-                f"{adapter.file}: {unknown_text(contents.unknown)}; "
-                "pass --ignore-unknown (ignore_unknown=True) to leave them out"
+                f"{adapter.file}: {unknown_text(contents.unknown)}; pass ignore_unknown=True to leave them out",
+                "ignore_unknown",
             )
         yield file, contents._replace(notes=notes)
 

@@ -28,6 +28,7 @@ from msplora_analysis.commands.shared.terminal import (
     interruptible,
     print_paths,
     progress_bar,
+    with_options,
 )
 from msplora_analysis.options import Execution, Options
 
@@ -102,7 +103,7 @@ def spectra(
         summary.print()
         print_paths(written.paths)
     for failure in written.failures:
-        print(f"error: {failure.message}", file=sys.stderr)
+        print(f"error: {with_options(failure.error)}", file=sys.stderr)
     if written.failures:
         print(f"error: {len(written.failures)} of {len(adapters)} adapters are left out", file=sys.stderr)
     if interrupted:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.errors import AnalysisError
 
 
 class Row(NamedTuple):
@@ -57,6 +58,11 @@ class Failure(NamedTuple):
     adapter: Adapter
     message: str
     not_finite: bool = False
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> AnalysisError:
+        return AnalysisError(self.message, *self.arguments)
 
 
 Result = Spectra | Failure

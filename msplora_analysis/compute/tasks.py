@@ -161,7 +161,7 @@ def _compute(pieces: Sequence[Piece], options: Options, work: Work) -> list[Resu
         try:
             results.append(work(piece, options))
         except AnalysisError as error:
-            results.append(Failure(piece.adapter, str(error), isinstance(error, NotFiniteError)))
+            results.append(Failure(piece.adapter, str(error), isinstance(error, NotFiniteError), error.arguments))
         except MemoryError:
             results.append(Failure(piece.adapter, f"{piece.adapter.file}: a tensor is larger than the memory there is"))
         except OSError as error:

@@ -89,7 +89,8 @@ def find_format(config: Config, file: TensorFile) -> Format:
         first = next(iter(file.shapes), "none")
         raise AnalysisError(
             f"no adapter: its tensors ({first}, ...) have no names of low-rank factors that are known; of PEFT's "
-            "adapters copy adapter_config.json beside it, and for a whole model give its base with --base (base=...)"
+            "adapters copy adapter_config.json beside it, and for a whole model give its base as base=",
+            "base",
         )
     if kind in REASONS:
         raise AnalysisError(

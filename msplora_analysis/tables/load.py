@@ -186,7 +186,7 @@ def succeeding(results: Iterable[Spectra | Failure]) -> Iterator[Spectra]:
     """The results, as long as none is a failure: that raises AnalysisError."""
     for result in results:
         if isinstance(result, Failure):
-            raise AnalysisError(result.message)
+            raise result.error
         yield result
 
 

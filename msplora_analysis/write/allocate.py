@@ -28,9 +28,15 @@ Counts = NDArray[np.int64]
 def allocate(gains: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
     """How many leading gains to take of each module, of the largest sum within the budget.
 
-    gains: of each module, (r_i,), descending and not negative (sigma²). costs: what each of a
-    module's gains costs, positive. The result is optimal, but for the rounding of float64 sums;
-    gains of zero are not taken.
+    The result is optimal, but for the rounding of float64 sums; gains of zero are not taken.
+
+    Args:
+        gains: Of each module, (r_i,), descending and not negative (sigma²).
+        costs: What each of a module's gains costs, positive.
+        budget: What all may cost.
+
+    Returns:
+        A number for each module.
     """
     kinds = sorted(set(costs))
     pools = [np.concatenate([g for g, c in zip(gains, costs, strict=True) if c == kind]) for kind in kinds]

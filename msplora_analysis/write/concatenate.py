@@ -27,21 +27,32 @@ if TYPE_CHECKING:
 
 
 def export(
-    adapter: StrPath, out: StrPath, *, dtype: str | None = None, overwrite: bool = False, **options: bool | str
+    adapter: StrPath,
+    out: StrPath,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    semantics: str = "paper",
+    ignore_unknown: bool = False,
 ) -> pd.DataFrame:
     """Write an adapter as a plain PEFT LoRA adapter with the same update of every weight.
 
-    adapter: an adapter's folder or file, as ``load_spectra`` takes it; one, not several.
-    out: the folder to write.
-    dtype: of the factors, "float32", "float16", "bfloat16" or "float64". None: that of the file
-        where it holds the scaled factors exactly, else float32.
-    overwrite: replace an adapter that is in ``out``.
-    options: ``ignore_unknown`` and ``semantics`` of ``options.Options``.
+    Args:
+        adapter: An adapter's folder or file, as ``load_spectra`` takes it; one, not several.
+        out: The folder to write.
+        dtype: Of the factors, "float32", "float16", "bfloat16" or "float64". None: that of the file where it holds
+            the scaled factors exactly, else float32.
+        overwrite: Replace an adapter that is in ``out``.
+        semantics: See ``load_spectra``.
+        ignore_unknown: Leave out tensors that no format explains, with a warning.
 
-    Returns one row per module: name, module, layer, rows, cols, rank, parameters. Raises
-    AnalysisError for an adapter that no plain LoRA equals.
+    Returns:
+        One row per module: name, module, layer, rows, cols, rank, parameters.
+
+    Raises:
+        AnalysisError: No plain LoRA equals the adapter, or ``out`` cannot be written.
     """
-    return exported(adapter, out, dtype, overwrite, Options(**options))[0]  # type: ignore[arg-type]
+    return exported(adapter, out, dtype, overwrite, Options(ignore_unknown, semantics))[0]
 
 
 def exported(

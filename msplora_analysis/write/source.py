@@ -40,7 +40,12 @@ _PIPELINE = re.compile(r"(unet|transformer(_2)?|text_encoder(_[23])?|prior)\.") 
 class Module:
     """A module of the base model and its update.
 
-    name: dotted path in the base model. inputs: the axes of A behind the first; more than one for a convolution.
+    Attributes:
+        name: Dotted path in the base model.
+        matrix: Its row of the tables.
+        update: Its whole update.
+        inputs: The axes of A behind the first; more than one for a convolution.
+        is_embedding: Whether PEFT calls its factors those of an embedding.
     """
 
     name: str
@@ -54,9 +59,14 @@ class Module:
 class Source:
     """An open adapter.
 
-    copied: tensors that are written as they are, by the name they are written under. config: what
-    adapter_config.json says of the base model and of these. parameters: how many numbers the
-    adapter has in the file, shared ones once. notes: what a user must know.
+    Attributes:
+        adapter: What discovery found.
+        file: Its open file.
+        modules: What is adapted, in table order.
+        copied: Tensors that are written as they are, by the name they are written under.
+        config: What adapter_config.json says of the base model and of these.
+        parameters: How many numbers the adapter has in the file, shared ones once.
+        notes: What a user must know.
     """
 
     adapter: Adapter
@@ -69,7 +79,11 @@ class Source:
 
 
 def find_adapter(path: StrPath) -> Adapter:
-    """The one adapter at ``path``. Raises AnalysisError where there are several, naming the newest."""
+    """The one adapter at a path.
+
+    Raises:
+        AnalysisError: There is none, or there are several; the message names the newest.
+    """
     place = parse(path)
     found = discover(path)
     here = [adapter for adapter in found if place in (adapter.file, adapter.file.parent)]
@@ -82,7 +96,11 @@ def find_adapter(path: StrPath) -> Adapter:
 
 @contextmanager
 def open_source(adapter: Adapter, options: Options) -> Iterator[Source]:
-    """Open an adapter. Raises AnalysisError, naming the file, if it has no exact form as a plain LoRA."""
+    """An open adapter.
+
+    Raises:
+        AnalysisError: It has no exact form as a plain LoRA; the message names the file.
+    """
     with opened(adapter, options) as (file, contents):
         try:
             source = _source(adapter, file, contents)
@@ -92,9 +110,13 @@ def open_source(adapter: Adapter, options: Options) -> Iterator[Source]:
 
 
 def factors(source: Source, module: Module) -> tuple[Array, Array]:
-    """A (rank, cols) and B (rows, rank) of a module's update, scaling in B; scratch memory.
+    """A and B of a module's update, the scaling in B.
 
-    Raises AnalysisError for a tensor that holds NaN or Inf.
+    Returns:
+        (rank, cols) and (rows, rank), float64, in memory that the next call uses again.
+
+    Raises:
+        AnalysisError: A tensor holds NaN or Inf.
     """
     a, b, scaling = load_factors(source.file, [module.update])
     b *= scaling[0]

@@ -41,24 +41,34 @@ def compress(
     budget: int | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
-    **options: bool | str,
+    semantics: str = "paper",
+    ignore_unknown: bool = False,
 ) -> pd.DataFrame:
     """Write the best approximation of an adapter by a plain PEFT LoRA adapter of lower rank.
 
-    adapter, out, overwrite, options: see ``concatenate.export``. One of three says how much is kept:
-    energy: of every module, the least rank that keeps this share of the sum of sigma², in (0, 1].
-    rank: of every module this rank, or its own if that is lower.
-    budget: parameters of the factors in all, heads not counted; ranks are those of the least total
-        squared error (see ``allocate``).
-    dtype: of the factors; None: float64 for an adapter in float64, else float32.
+    One of ``energy``, ``rank`` and ``budget`` says how much is kept. A module of rank 0 is left out of the adapter.
 
-    Returns one row per module: name, module, layer, rows, cols, rank_before, rank,
-    parameters_before, parameters (of this module's factors), norm (of its update), energy (share of
-    sigma² that is kept), error (Frobenius norm of what is lost, relative to the update's). A module
-    of rank 0 is left out of the adapter. Raises AnalysisError for an adapter that has no low-rank
-    form, and if nothing would be left.
+    Args:
+        adapter: An adapter's folder or file, as ``load_spectra`` takes it; one, not several.
+        out: The folder to write.
+        energy: Of every module, the least rank that keeps this share of the sum of sigma², in (0, 1].
+        rank: Of every module this rank, or its own if that is lower.
+        budget: Parameters of the factors in all, heads not counted; the ranks have the least total squared error.
+        dtype: Of the factors; None: float64 for an adapter in float64, else float32.
+        overwrite: Replace an adapter that is in ``out``.
+        semantics: See ``load_spectra``.
+        ignore_unknown: Leave out tensors that no format explains, with a warning.
+
+    Returns:
+        One row per module: name, module, layer, rows, cols, rank_before, rank, parameters_before, parameters (of this
+        module's factors), norm (of its update), energy (share of sigma² that is kept), error (Frobenius norm of what
+        is lost, relative to the update's).
+
+    Raises:
+        AnalysisError: The adapter has no low-rank form, nothing would be left of it, or ``out`` cannot be written.
     """
-    return compressed(adapter, out, energy, rank, budget, dtype, overwrite, Options(**options))[0]  # type: ignore[arg-type]
+    options = Options(ignore_unknown, semantics)
+    return compressed(adapter, out, energy, rank, budget, dtype, overwrite, options)[0]
 
 
 def compressed(
@@ -79,10 +89,8 @@ def compressed(
         spectra = [one.sigma for one in adapter_spectra(source.file, [module.matrix for module in source.modules])]
         ranks = _ranks(source, spectra, energy, rank, budget)
         if not any(ranks):
-            raise AnalysisError(
-                f"{found.file}: nothing would be left of it: "
-                + ("every update is zero" if not any(sigma.any() for sigma in spectra) else "give a larger --budget")
-            )
+            why = "give a larger budget=" if any(sigma.any() for sigma in spectra) else "every update is zero"
+            raise AnalysisError(f"{found.file}: nothing would be left of it: {why}", "budget")
         stored = stored_dtypes(found.file)
         chosen = dtype or ("float64" if widest_dtype(source, stored) == "float64" else "float32")
         pairs = [
@@ -97,9 +105,15 @@ def compressed(
 
 
 def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
-    """Factors (rank, cols) and (rows, rank) of the best approximation of ``b @ a``, of equal norms.
+    """Factors of the best approximation of ``b @ a``; the square root of each singular value goes into either.
 
-    a: (r, cols), b: (rows, r). The square root of each singular value goes into either factor.
+    Args:
+        a: (r, cols).
+        b: (rows, r).
+        rank: At most r.
+
+    Returns:
+        (rank, cols) and (rows, rank).
     """
     q_a, r_a = np.linalg.qr(a.T)
     q_b, r_b = np.linalg.qr(b)
@@ -110,12 +124,14 @@ def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
 
 def _check_choice(energy: float | None, rank: int | None, budget: int | None) -> None:
     if sum(choice is not None for choice in (energy, rank, budget)) != 1:
-        raise AnalysisError("give one of --energy, --rank and --budget (energy=, rank=, budget=)")
+        raise AnalysisError("give one of energy=, rank= and budget=", "energy", "rank", "budget")
     if energy is not None and not 0 < energy <= 1:
-        raise AnalysisError(f"--energy {energy:g}: expected a share of the sum of sigma², above 0 and at most 1")
-    for option, value in (("rank", rank), ("budget", budget)):
+        raise AnalysisError(
+            f"energy={energy:g}: expected a share of the sum of sigma², above 0 and at most 1", "energy"
+        )
+    for name, value in (("rank", rank), ("budget", budget)):
         if value is not None and value < 1:
-            raise AnalysisError(f"--{option} {value}: expected a whole number of at least 1")
+            raise AnalysisError(f"{name}={value}: expected a whole number of at least 1", name)
 
 
 def _ranks(

@@ -31,9 +31,13 @@ Array = NDArray[Any]
 
 
 class Pair(NamedTuple):
-    """``b @ a`` is the whole update of the module ``name``: nothing is left to scale.
+    """``b @ a`` is the whole update of a module: nothing is left to scale.
 
-    a: (r, in, ...), b: (out, r, 1, ...), as many axes as the module's weight.
+    Attributes:
+        name: Dotted path of the module in the base model.
+        a: (r, in, ...), as many axes as the module's weight.
+        b: (out, r, 1, ...), likewise.
+        is_embedding: Whether PEFT calls them factors of an embedding.
     """
 
     name: str
@@ -46,7 +50,9 @@ class Pair(NamedTuple):
 def new_folder(out: StrPath, source: Place, overwrite: bool) -> Iterator[Path]:
     """A folder to write to, which takes the place of ``out`` at the end, or disappears with an exception.
 
-    Raises AnalysisError if ``out`` holds anything and must not be overwritten, or more than an adapter.
+    Raises:
+        AnalysisError: ``out`` holds anything and must not be overwritten, holds more than an adapter, is the folder of
+            the ``source`` itself, or cannot be written.
     """
     out = Path(os.path.abspath(out))
     try:
@@ -68,27 +74,28 @@ def new_folder(out: StrPath, source: Place, overwrite: bool) -> Iterator[Path]:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
-        raise AnalysisError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        raise AnalysisError(f"out={out}: cannot be written: {error.strerror or error}", "out") from None
 
 
 def _check_free(out: Path, source: Place, overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise AnalysisError(f"--out {out}: not a folder; give another path")
+        raise AnalysisError(f"out={out}: not a folder; give another path", "out")
     names = {path.name for path in out.iterdir()}
     if isinstance(source, Path) and os.path.realpath(out) == os.path.realpath(source.parent):
-        raise AnalysisError(f"--out {out}: it is the folder of the adapter itself; give another path")
+        raise AnalysisError(f"out={out}: it is the folder of the adapter itself; give another path", "out")
     if names and not overwrite:
-        raise AnalysisError(f"--out {out}: the folder is not empty; give another, or --overwrite (overwrite=True)")
+        message = f"out={out}: the folder is not empty; give another, or overwrite=True to replace an adapter"
+        raise AnalysisError(message, "out", "overwrite")
     if others := sorted(names - {CONFIG, WEIGHTS_NAME, TABLE_NAME, "README.md"}):
-        raise AnalysisError(f"--out {out}: it holds {others[0]}, which is not of an adapter; give another path")
+        raise AnalysisError(f"out={out}: it holds {others[0]}, which is not of an adapter; give another path", "out")
 
 
 def check_dtype(dtype: str | None) -> None:
     """Raises AnalysisError for a type that is not written."""
     if dtype is not None and dtype not in DTYPES:
-        raise AnalysisError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        raise AnalysisError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}", "dtype")
 
 
 def as_pair(module: Module, a: Array, b: Array, dtype: str) -> Pair:
@@ -105,10 +112,15 @@ def as_pair(module: Module, a: Array, b: Array, dtype: str) -> Pair:
 def write_adapter(
     folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, table: pd.DataFrame, stored: dict[str, str]
 ) -> None:
-    """adapter_config.json, adapter_model.safetensors and ranks.csv in ``folder``.
+    """Write adapter_config.json, adapter_model.safetensors and ranks.csv.
 
-    dtype: that of the factors, a key of DTYPES; the pairs have it already, or float32 where numpy has none.
-    stored: types of the tensors that are copied, as ``stored_dtypes`` gives them.
+    Args:
+        folder: Where to.
+        pairs: What is adapted.
+        dtype: Of the factors, a key of DTYPES; the pairs have it already, or float32 where numpy has none.
+        source: What else is copied, and what the config says of the base model.
+        table: What ranks.csv holds.
+        stored: Types of the tensors that are copied, as ``stored_dtypes`` gives them.
     """
     from msplora_analysis.tables.files import write_table
 
@@ -157,7 +169,8 @@ def widest_dtype(source: Source, stored: dict[str, str]) -> str:
 def _rounded(values: NDArray[np.float64], dtype: str) -> Array:
     """``values`` at the precision of ``dtype``; bfloat16 in float32, as numpy has no such type.
 
-    Raises AnalysisError for values beyond the largest of the type.
+    Raises:
+        AnalysisError: A value is beyond the largest of the type.
     """
     if dtype == "bfloat16":
         import torch
@@ -167,7 +180,7 @@ def _rounded(values: NDArray[np.float64], dtype: str) -> Array:
         with np.errstate(over="ignore"):
             result = values.astype(dtype)
     if not np.isfinite(result).all():
-        raise AnalysisError(f"values up to {np.abs(values).max():.3g} exceed {dtype}; give --dtype float32")
+        raise AnalysisError(f"values up to {np.abs(values).max():.3g} exceed {dtype}; give dtype=float32", "dtype")
     return result
 
 

@@ -362,7 +362,7 @@ def test_half_precision_is_kept_where_it_is_exact(tmp_path, dtype, kind, alpha, 
 def test_values_that_a_type_cannot_hold(tmp_path):
     tensors = {name: 1e6 * values for name, values in lora_tensors("layers.0.query").items()}
     write_adapter(tmp_path / "a", tensors)
-    assert "exceed float16; give --dtype float32" in error(ma.export, tmp_path / "a", tmp_path / "b", dtype="float16")
+    assert "exceed float16; give dtype=float32" in error(ma.export, tmp_path / "a", tmp_path / "b", dtype="float16")
     assert not (tmp_path / "b").exists()
     assert "expected one of bfloat16" in error(ma.export, tmp_path / "a", tmp_path / "b", dtype="int8")
 
@@ -488,7 +488,7 @@ def test_folders(tmp_path):
     written = sorted(os.listdir(tmp_path / "out"))
     assert written == ["adapter_config.json", "adapter_model.safetensors", "ranks.csv"]
 
-    assert "is not empty; give another, or --overwrite" in error(ma.export, newest, tmp_path / "out")
+    assert "is not empty; give another, or overwrite=True" in error(ma.export, newest, tmp_path / "out")
     assert ma.export(newest, tmp_path / "out", overwrite=True)["name"].tolist() == ["layer.0.query"]
     assert "the folder of the adapter itself" in error(ma.export, newest, newest, overwrite=True)
     (tmp_path / "out" / "thesis.tex").write_text("precious")
@@ -501,13 +501,13 @@ def test_folders(tmp_path):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({}, "give one of --energy, --rank and --budget"),
+        ({}, "give one of energy=, rank= and budget="),
         ({"rank": 1, "budget": 3}, "give one of"),
-        ({"energy": 0.0}, "--energy 0: expected a share"),
-        ({"energy": 1.5}, "--energy 1.5: expected a share"),
-        ({"energy": float("nan")}, "--energy nan: expected a share"),
-        ({"rank": 0}, "--rank 0: expected a whole number"),
-        ({"budget": 5}, "nothing would be left of it: give a larger --budget"),
+        ({"energy": 0.0}, "energy=0: expected a share"),
+        ({"energy": 1.5}, "energy=1.5: expected a share"),
+        ({"energy": float("nan")}, "energy=nan: expected a share"),
+        ({"rank": 0}, "rank=0: expected a whole number"),
+        ({"budget": 5}, "nothing would be left of it: give a larger budget="),
     ],
 )
 def test_choices(tmp_path, choice, message):

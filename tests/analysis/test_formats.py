@@ -196,16 +196,14 @@ def test_heads_and_embeddings_beside_the_factors_are_left_out(tmp_path):
 def test_what_the_config_does_not_explain_is_unknown(tmp_path, name):
     tensors = lora_tensors("layer.0.q") | {f"base_model.model.{name}": np.ones((2, 2))}
     folder = write_adapter(tmp_path / "a", tensors, lora_config(modules_to_save=["classifier"]))
-    assert error(folder).startswith(f"unknown tensors (1): base_model.model.{name}; pass --ignore-unknown ")
+    assert error(folder).startswith(f"unknown tensors (1): base_model.model.{name}; pass ignore_unknown=True ")
 
 
 def test_unknown_tensors_are_an_error_or_a_warning(tmp_path):
     names = [f"base_model.model.layer.{i}.adapter.down.weight" for i in (10, 2, 3, 4)]
     folder = write_adapter(tmp_path / "a", lora_tensors("layer.0.q") | {name: np.ones((2, 2)) for name in names})
     listed = ", ".join([names[1], names[2], names[3]])
-    assert error(folder) == (
-        f"unknown tensors (4): {listed}, ...; pass --ignore-unknown (ignore_unknown=True) to leave them out"
-    )
+    assert error(folder) == (f"unknown tensors (4): {listed}, ...; pass ignore_unknown=True to leave them out")
     with pytest.warns(UserWarning, match=r"unknown tensors \(4\): .*, \.\.\. are left out"):
         spectra = load_spectra(folder, ignore_unknown=True)
     assert set(spectra["name"]) == {"layer.0.q"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections import defaultdict
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -181,3 +184,13 @@ def _spread(items: list[_T], most: int = 6) -> list[_T]:
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def with_options(error: AnalysisError) -> str:
+    """The message, with the arguments that it speaks of as options: ``--top-k 8`` for ``top_k=8``."""
+    message = str(error)
+    for name in error.arguments:
+        option = "--" + name.replace("_", "-")
+        message = re.sub(rf"(?<!\S){name}=(True\b|(?=[,;:.\s]|$))", option, message)
+        message = re.sub(rf"(?<!\S){name}=", f"{option} ", message)
+    return message
