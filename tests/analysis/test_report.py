@@ -169,8 +169,8 @@ def test_rank_used_is_that_of_the_dense_update(runs, page):
         if page.data["runs"][run_]["name"] == "lora" and (table["place"][i], table["group"][i]) == ("query", 1)
     )
     energy = np.cumsum(sigma**2) / np.sum(sigma**2)
-    assert table["k90"][row] == np.argmax(energy >= 0.9) + 1
-    assert table["k99"][row] == np.argmax(energy >= 0.99) + 1 == energy_rank(sigma[:4])
+    assert table["rank_needed_90"][row] == np.argmax(energy >= 0.9) + 1
+    assert table["rank_needed_99"][row] == np.argmax(energy >= 0.99) + 1 == energy_rank(sigma[:4])
 
 
 def test_the_training_curve_is_the_log(page):

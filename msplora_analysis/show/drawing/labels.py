@@ -1,6 +1,8 @@
 """What figures call each measure, with symbol and unit: the same words everywhere."""
 
-LABELS = {
+from msplora_analysis.compute.measures.registry import measures
+
+LABELS = {one.name: one.axis for one in measures("metrics")} | {
     "epoch": "epoch",
     "layer": "layer",
     "layer_i": "layer $i$",
@@ -15,10 +17,6 @@ LABELS = {
     "overlap_out": "overlap, output side",
     "overlap_difference": "difference of overlap beyond chance",
     "cosine": "cosine of updates",
-    "effective_rank": "effective rank",
     "effective_rank_over_r": "effective rank / rank",
-    "m_eff_1": r"$M_\mathrm{eff}$-1",
-    "m_eff_2": r"$M_\mathrm{eff}$-2",
-    "m_eff_4": r"$M_\mathrm{eff}$-4",
     "rank_needed": "directions needed",
 }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from msplora_analysis.compute.measures.metrics import m_eff
+from msplora_analysis.compute.measures.metrics import KS, m_eff
 from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.lines import draw_lines, over_epochs
@@ -12,8 +12,6 @@ from msplora_analysis.show.drawing.plot import Plot
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.matrices import prepare, sigma
-
-COUNTS = (1, 2, 4)
 
 
 def m_eff_over_epochs(spectra: pd.DataFrame, *, style: str | None = None) -> Figure:
@@ -34,10 +32,10 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
 
 def numbers(matrices: pd.DataFrame) -> pd.DataFrame:
     spectra = sigma(matrices)
-    return over_epochs(matrices, {f"m_eff_{k}": m_eff(spectra, k) for k in COUNTS})
+    return over_epochs(matrices, {f"m_eff_{k}": m_eff(spectra, k) for k in KS})
 
 
 @styled
 def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     heading = r"$M_\mathrm{eff}$-k: high = concentrated, low complexity"
-    return draw_lines(numbers, style, heading, [f"m_eff_{k}" for k in COUNTS])
+    return draw_lines(numbers, style, heading, [f"m_eff_{k}" for k in KS])

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msplora_analysis.compute.measures import metrics
-from msplora_analysis.compute.measures.rank_needed import energy_rank
+from msplora_analysis.compute.measures.registry import Array, Measure, Place, measures
 from msplora_analysis.errors import printable
 from msplora_analysis.formats.updates import stack_and_layer
 
@@ -24,13 +23,21 @@ VALUES = 200_000
 PAIRS = 40_000
 """Most pairs of layers in a page (1.8 MB), but those of the first run: further runs have none, and the page says so."""
 
-MEASURES = {
-    "effective_rank": "effective rank",
-    "stable_rank": "stable rank",
-    "m_eff_1": "share of the largest singular value",
-    "sigma_1": "largest singular value",
-    "frobenius": "Frobenius norm",
-}
+_SAID = {"m_eff_1": "share of the largest singular value"}
+"""What the page calls a measure, where not as all do."""
+
+
+def _measures(place: Place) -> dict[str, Measure]:
+    """Name -> measure; what tells how broad a spectrum is comes first, what tells how large comes last."""
+    order = ("broad", "concentrated", "large")
+    return {one.name: one for one in sorted(measures(place), key=lambda one: (order.index(one.high), one.name))}
+
+
+MEASURES = {name: _SAID.get(name, one.label) for name, one in _measures("report").items()}
+"""Of the curves: name -> what the page calls it."""
+
+TITLES = {name: one.symbol for name, one in _measures("matrices").items()}
+"""Of the table of matrices: name -> head of its column."""
 
 Columns = dict[str, list[Any]]
 
@@ -81,13 +88,7 @@ def _path(name: str) -> str:
 def means(matrices: Matrices, runs: Sequence[str], axis: str) -> Columns:
     """Mean of each of ``MEASURES`` over the matrices of one run, scale and checkpoint."""
     keys, sigma = matrices
-    values = {
-        "effective_rank": metrics.effective_rank(sigma),
-        "stable_rank": metrics.stable_rank(sigma),
-        "m_eff_1": metrics.m_eff(sigma, 1),
-        "sigma_1": sigma[:, 0],
-        "frobenius": metrics.frobenius(sigma),
-    }
+    values = {name: one.function(sigma) for name, one in _measures("report").items()}
     table = keys[["run", "scale", "time"]].assign(when=keys[axis], **values)
     rows = table.groupby(["run", "scale", "time"], sort=False).mean().reset_index()
     columns: Columns = {"run": [runs.index(run) for run in rows["run"]], "scale": rows["scale"].tolist()}
@@ -127,7 +128,7 @@ def spectra(matrices: Matrices, runs: Sequence[str], axis: str, places: Places) 
     return found, note + "to keep the page small: the last of each run are all there." if note else ""
 
 
-def _panel(keys: pd.DataFrame, sigma: metrics.Array, times: Any) -> dict[str, Any]:
+def _panel(keys: pd.DataFrame, sigma: Array, times: Any) -> dict[str, Any]:
     units = keys.drop_duplicates(["scale", "group", "name"]).sort_values(["scale", "group"], key=_scale_order)
     row = {unit: i for i, unit in enumerate(_identities(units))}
     width = int(keys["rank"].max())
@@ -197,16 +198,7 @@ def matrix_table(matrices: Matrices, runs: Sequence[str], places: Places) -> Col
     """Measures of every matrix at the last checkpoint of its run."""
     keys, sigma = matrices.where(matrices.keys["last"])
     shape = [f"{int(r)} × {int(c)}" if r == r else None for r, c in zip(keys["rows"], keys["cols"], strict=True)]
-    numbers = {
-        "rank": keys["rank"],
-        "k90": energy_rank(sigma, 0.9),
-        "k99": energy_rank(sigma, 0.99),
-        "effective_rank": metrics.effective_rank(sigma),
-        "stable_rank": metrics.stable_rank(sigma),
-        "m_eff_1": metrics.m_eff(sigma, 1),
-        "sigma_1": sigma[:, 0],
-        "frobenius": metrics.frobenius(sigma),
-    }
+    numbers = {"rank": keys["rank"]} | {name: one.function(sigma) for name, one in _measures("matrices").items()}
     return {
         "run": [runs.index(run) for run in keys["run"]],
         "place": [places[name] for name in keys["name"]],

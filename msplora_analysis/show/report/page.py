@@ -155,7 +155,7 @@ def _cards(evidence: Evidence, abouts: list[About], data: dict[str, Any]) -> lis
     rank = row.get("rank", [None])[0]
     if rank is not None and (effective := row.get("effective_rank", [None])[0]) is not None:
         cards.append(("effective rank", f"{effective:.3g} of {rank:g}", "mean of the layers' parts; higher = broader"))
-    if rank is not None and (needed := row.get("k99", [None])[0]) is not None:
+    if rank is not None and (needed := row.get("rank_needed_99", [None])[0]) is not None:
         cards.append(("directions for 99 % of Σσ²", f"{needed:.3g} of {rank:g}", "mean of the layers' parts"))
     for name in list(data["curves"])[:4]:
         if (value := row.get(name, [None])[0]) is not None:

@@ -247,7 +247,7 @@ function neededChoices() {
   const scales = unique(data.matrices.scale.filter((_, i) => data.matrices.run[i] === run));
   choices("needed-scale", scales.map((scale) => [scale, scale === "total" ? "whole updates" : scale]),
     scales.includes("layer") ? "layer" : scales[0]);
-  choices("needed-share", [["k99", "99 %"], ["k90", "90 %"]]);
+  choices("needed-share", [["rank_needed_99", "99 %"], ["rank_needed_90", "90 %"]]);
   drawNeeded();
 }
 
@@ -257,7 +257,7 @@ function drawNeeded() {
   chosen.sort((a, b) => (a.group ?? -1) - (b.group ?? -1));
   const rows = chosen.map((row) => ({ unit: row.group === null ? "–" : row.group, place: row.place,
     rank: row.rank, value: row[share] }));
-  const title = `Directions for ${share === "k99" ? 99 : 90} % of the energy` + (names.length > 1 ? `, ${names[run]}` : "");
+  const title = `Directions for ${share === "rank_needed_99" ? 99 : 90} % of the energy` + (names.length > 1 ? `, ${names[run]}` : "");
   const layers = unique(rows.map((row) => row.unit)).length;
   const top = Math.max(2, highest(rows.map((row) => row.rank)));
   show("needed-map", byId("needed-charts"), "needed", title, rows, { most: top, width: layers * 24 + 110 });
@@ -266,8 +266,7 @@ function drawNeeded() {
 // Tables
 
 const TITLES = {
-  run: "run", place: "module", scale: "scale", group: "layer or group", shape: "shape", rank: "rank",
-  k90: "k90", k99: "k99", effective_rank: "effective rank", stable_rank: "stable rank", m_eff_1: "M_eff-1", sigma_1: "σ₁",
+  ...data.titles, run: "run", place: "module", scale: "scale", group: "layer or group", shape: "shape", rank: "rank",
   frobenius: "Frobenius", between: "between", pairs: "pairs", overlap_in: "overlap in", overlap_out: "overlap out",
   overlap_expected: "by chance", cosine: "cosine", js: "Jensen–Shannon",
 };

@@ -148,6 +148,7 @@ def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) 
         "axis": title,
         "means": numbers.means(evidence.matrices, runs, axis) if several else None,
         "measures": numbers.MEASURES,
+        "titles": numbers.TITLES,
         "spectra": spectra,
         "spectra_note": left,
         "pairs": pairs,
@@ -200,7 +201,7 @@ def glance(evidence: Evidence, abouts: Sequence[About], data: dict[str, Any]) ->
     columns: numbers.Columns = {"run": list(range(len(abouts)))}
     for name in ("method", "task", "seed"):
         columns[name] = [about.facts.get(name) for about in abouts]
-    for name in ("rank", "effective_rank", "k99"):
+    for name in ("rank", "effective_rank", "rank_needed_99"):
         of_run: dict[int, list[float]] = {}
         for run, scale, value in zip(table["run"], table["scale"], table[name], strict=True):
             if scale == "layer" and value is not None:
