@@ -9,9 +9,8 @@ They give tables that show themselves in Jupyter in words (``display``).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from msplora_analysis.adapters.discovery import as_paths
 from msplora_analysis.errors import AnalysisError
@@ -21,7 +20,6 @@ from msplora_analysis.options import Execution, Options, Progress, changed
 if TYPE_CHECKING:
     import pandas as pd
 
-    from msplora_analysis.ask.comparison.compare import Side
     from msplora_analysis.show.notebook import Comparison, Findings
 
     Source: TypeAlias = StrPath | Iterable[StrPath] | pd.DataFrame
@@ -129,6 +127,7 @@ def compare(
         >>> ma.compare("runs/msplora", "runs/lora").sentences
     """
     from msplora_analysis.ask.comparison import compare as comparison
+    from msplora_analysis.ask.comparison.sides import load_sides, side_of, told_apart
     from msplora_analysis.show.notebook import Comparison
 
     options = Options(ignore_unknown, semantics, base, top_k)
@@ -137,10 +136,9 @@ def compare(
         raise AnalysisError("give both methods as paths, or both as spectra tables")
     if _is_table(a):
         _refuse(options, execution)
-        sides = _sides(a, b, method_a, method_b, pairs)
+        ours, theirs = side_of(a, method_a, "a", pairs=pairs), side_of(b, method_b, "b", pairs=pairs)
+        sides = told_apart(ours, theirs, "a", "b")
     else:
-        from msplora_analysis.ask.comparison.sides import load_sides
-
         if pairs is not None:
             raise AnalysisError("pairs belong to spectra tables: give these, or paths alone")
         sides = load_sides(as_paths(a), as_paths(b), method_a, method_b, options, execution, epoch=epoch)
@@ -148,24 +146,6 @@ def compare(
         *sides, averaging=averaging, resample=resample, epoch=epoch, stack=stack, confidence=confidence, seed=seed
     )
     return Comparison(found)
-
-
-def _sides(a: Any, b: Any, method_a: str | None, method_b: str | None, pairs: pd.DataFrame | None) -> tuple[Side, Side]:
-    from msplora_analysis.ask.comparison.compare import Side
-    from msplora_analysis.ask.comparison.pairing import units
-    from msplora_analysis.tables.matrices import choose, prepare, variants
-
-    sides = []
-    for spectra, method in ((a, method_a), (b, method_b)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said again when they are compared
-            matrices = prepare(spectra)
-        label = choose("method", method, variants(matrices))
-        runs = matrices.loc[matrices["variant"] == label, "run"].unique()
-        sides.append(Side(label, spectra[spectra["run"].isin(runs)], pairs, units(runs)))
-    if sides[0].label == sides[1].label:
-        sides = [Side(f"{s.label} ({of})", s.spectra, s.pairs, s.units) for s, of in zip(sides, "ab", strict=True)]
-    return sides[0], sides[1]
 
 
 def _refuse(*given: Options | Execution) -> None:

@@ -25,28 +25,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from msplora_analysis.ask.comparison.pairing import Unit, drawn, pair, units
 from msplora_analysis.ask.comparison.uncertainty import RESAMPLES, adjacent_test, interval, neighbours
 from msplora_analysis.compute.measures.divergence import Array, kl_matrices
 from msplora_analysis.errors import AnalysisError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from msplora_analysis.tables.checkpoints import at_epoch
+from msplora_analysis.tables.matrices import choose, ks, prepare, stacks_of
 
 AVERAGING = ("spectra", "divergences")
 RESAMPLED = ("seeds", "tasks")
 LEVEL = 0.05  # below which a p-value decides
 ENOUGH = 3  # runs of either method: an interval of fewer decides nothing
 COLUMNS = {
-    **dict.fromkeys(("question", "measure", "pairs", "a", "b"), "str"),
-    **dict.fromkeys(("value_a", "value_b", "estimate", "low", "high", "confidence", "p_value"), "float64"),
-    **{"decided": "bool", "n_a": "Int64", "n_b": "Int64", "tasks": "Int64", "paired": "bool", "resampled": "str"},
-    **{"averaging": "str", "epoch": "Float64", "k_a": "Int64", "k_b": "Int64"},
-}
+    "question": "str", "measure": "str", "pairs": "str", "a": "str", "b": "str", "value_a": "float64",
+    "value_b": "float64", "estimate": "float64", "low": "float64", "high": "float64", "confidence": "float64",
+    "p_value": "float64", "decided": "bool", "n_a": "Int64", "n_b": "Int64", "tasks": "Int64", "paired": "bool",
+    "resampled": "str", "averaging": "str", "epoch": "Float64", "k_a": "Int64", "k_b": "Int64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,6 @@ def compare(
     epoch: the last that all runs share unless given. stack: of numbered layers, if there are several. resamples: of the
     bootstrap and the permutations. Raises AnalysisError if the two cannot be compared.
     """
-    import pandas as pd
-
     _check("averaging", averaging, AVERAGING)
     _check("resample", resample, RESAMPLED)
     if not 0 < confidence < 1:
@@ -112,17 +110,15 @@ def compare(
     if both:
         ours, theirs = (_chosen(side, [units[i] for units in both]) for i, side in enumerate((ours, theirs)))
     strata, what = drawn(ours.units, theirs.units, paired=bool(both), tasks=resample == "tasks")
-    about = {
-        **{"a": a.label, "tasks": len({unit.task for unit in (*ours.units, *theirs.units)}), "averaging": averaging},
-        **{"epoch": when, "paired": bool(both), "n_a": len(ours.units), "n_b": len(theirs.units)},
-    }
+    tasks = len({unit.task for unit in (*ours.units, *theirs.units)})
+    about = {"tasks": tasks, "averaging": averaging, "epoch": when}
     enough = min(len(ours.units), len(theirs.units)) >= ENOUGH
     rows: list[dict[str, Any]] = []
     tests: list[dict[str, Any]] = []
     for measure in ("kl", "kl_matched", *sorted(ours.overlaps.keys() & theirs.overlaps.keys())):
         ranks = [side.spectra.shape[-1] for side in (ours, theirs)]
         k_a, k_b = ranks if measure == "kl" else [min(ranks)] * 2
-        common = {"measure": measure, **about, "k_a": k_a, "k_b": k_b}
+        about["measure"] = measure
         means = [_Means(*side.matrices(measure, averaging, k)) for side, k in ((ours, k_a), (theirs, k_b))]
         size = max(mean.values.size for mean in means) * len(ours.layers)
         for pairs in ("all", "adjacent"):
@@ -130,9 +126,12 @@ def compare(
             a_mean, b_mean = difference.sides(np.ones((1, len(ours.units) + len(theirs.units))))
             low, high = interval(difference, strata, confidence=confidence, resamples=resamples, seed=seed, size=size)
             rows.append(
-                {"question": "difference", "pairs": pairs, "b": b.label, "value_a": a_mean[0], "value_b": b_mean[0]}
-                | {"estimate": a_mean[0] - b_mean[0], "low": low, "high": high, "confidence": confidence}
-                | {"decided": enough and bool(low > 0 or high < 0), "resampled": what, **common}
+                about
+                | {"question": "difference", "pairs": pairs, "a": a.label, "b": b.label}
+                | {"value_a": a_mean[0], "value_b": b_mean[0], "estimate": a_mean[0] - b_mean[0]}
+                | {"low": low, "high": high, "confidence": confidence, "decided": enough and bool(low > 0 or high < 0)}
+                | {"n_a": len(ours.units), "n_b": len(theirs.units), "k_a": k_a, "k_b": k_b}
+                | {"paired": bool(both), "resampled": what}
             )
         for side, mean, k in ((ours, means[0], k_a), (theirs, means[1], k_b)):
             if measure == "kl_matched" and k == side.spectra.shape[-1]:
@@ -140,7 +139,8 @@ def compare(
             matrix = mean.matrices(np.ones((1, len(side.units))))[0]
             near, far, p = adjacent_test(matrix, resamples=resamples, seed=seed)
             tests.append(
-                {"question": "adjacent-distant", "pairs": "adjacent", **common, "a": side.label, "b": None}
+                about
+                | {"question": "adjacent-distant", "pairs": "adjacent", "a": side.label, "b": None}
                 | {"value_a": near, "value_b": far, "estimate": near - far, "p_value": p, "decided": bool(p < LEVEL)}
                 | {"n_a": len(side.units), "n_b": None, "k_a": k, "k_b": None, "paired": False, "resampled": "layers"}
             )
@@ -200,26 +200,21 @@ def _where(pairs: str, layers: int) -> Array:
 
 def _layers(a: Side, b: Side, epoch: float | None, stack: str | None) -> tuple[Layers, Layers, float]:
     """Both at one epoch, and that epoch (NaN if it is not one)."""
-    import pandas as pd
-
-    from msplora_analysis.tables.checkpoints import at_epoch
-    from msplora_analysis.tables.matrices import choose, prepare
-
+    if a.label == b.label:
+        raise AnalysisError(f"both methods are called {a.label}: give each a label of its own")
     parts: list[pd.DataFrame] = []
     for side in (a, b):
         matrices = prepare(side.spectra)
         if (several := matrices["variant"].unique().tolist())[1:]:
             raise AnalysisError(f"{side.label}: holds several methods ({', '.join(several)}); choose one of them")
         layers = matrices[(matrices["scale"] == "layer") & matrices["stack"].notna()]
-        parts.append(layers.assign(variant=side.label + " " * len(parts)))  # told apart, whatever the labels
+        parts.append(layers.assign(variant=side.label))
     shared = [stack for stack in parts[0]["stack"].unique() if stack in set(parts[1]["stack"])]
     stack = choose("stack", stack, shared)
     both = at_epoch(pd.concat([part[part["stack"] == stack] for part in parts], ignore_index=True), epoch)
     epochs = both["epoch"].unique()
     when = float(epochs[0]) if len(epochs) == 1 else float("nan")
-    sides = [
-        _of_side(side, both[both["variant"] == side.label + " " * i], stack, when) for i, side in enumerate((a, b))
-    ]
+    sides = [_of_side(side, both[both["variant"] == side.label], stack, when) for side in (a, b)]
     if sides[0].layers != sides[1].layers or len(sides[0].layers) < 2:
         raise AnalysisError(f"{a.label} and {b.label} do not adapt the same two or more layers of {stack}")
     return sides[0], sides[1], when
@@ -227,8 +222,6 @@ def _layers(a: Side, b: Side, epoch: float | None, stack: str | None) -> tuple[L
 
 def _of_side(side: Side, matrices: pd.DataFrame, stack: str, when: float) -> Layers:
     """Spectra by run, module and layer; a module that a layer has several times counts once, by its mean."""
-    from msplora_analysis.tables.matrices import ks
-
     layers = tuple(sorted(matrices["group"].unique().tolist()))
     runs = list(dict.fromkeys(matrices["run"]))
     rank = int(matrices.groupby("group")["rank"].max().min())
@@ -245,12 +238,10 @@ def _of_side(side: Side, matrices: pd.DataFrame, stack: str, when: float) -> Lay
 
 def _overlaps(side: Side, runs: list[str], layers: tuple[int, ...], stack: str, when: float) -> dict[str, Array]:
     """Overlap less chance of every pair of layers, mean over modules: (runs, L, L), NaN on the diagonal."""
-    from msplora_analysis.formats.updates import stack_and_layer
-
     assert side.pairs is not None
     pairs = side.pairs[(side.pairs["scale"] == "layer") & side.pairs["run"].isin(runs)]
     if "name_i" in pairs:
-        pairs = pairs[pairs["name_i"].map(lambda name: stack_and_layer(name)[0]) == stack]
+        pairs = pairs[stacks_of(pairs["name_i"]) == stack]
     if pairs.groupby("run")[["step", "epoch"]].apply(lambda of: len(of.drop_duplicates())).gt(1).any():
         pairs = pairs[pairs["epoch"].astype("Float64") == when]
     if missing := sorted(set(runs) - set(pairs["run"])):

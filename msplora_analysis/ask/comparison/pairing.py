@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter
-from msplora_analysis.adapters.layouts import nearest_json
+from msplora_analysis.adapters.record import record_of, settings_of
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import Place
-from msplora_core.names import RECORD, TASKS
+from msplora_core.names import TASKS
 
 _SEED = re.compile(r"(?:^|[/_.-])seed[-_=]?([0-9]{1,9})(?![0-9])")
 
@@ -36,7 +34,7 @@ def units(runs: Iterable[str], adapters: Sequence[Adapter] = ()) -> list[Unit]:
     files = {adapter.run: adapter.file for adapter in adapters}
     found = []
     for run in runs:
-        settings = _settings(files[run]) if run in files else {}
+        settings = settings_of(record_of(files[run])) if run in files else {}
         task, seed = settings.get("task"), settings.get("seed")
         match = _SEED.search(run)
         names = [re.sub("[^a-z0-9]", "", part.lower()) for part in run.split("/")]
@@ -87,9 +85,3 @@ def drawn(ours: Sequence[Unit], theirs: Sequence[Unit], *, paired: bool, tasks: 
     if min(map(len, within)) > 1:
         return within, f"{what} within tasks" if len(names) > 1 else what
     return (sides, what) if min(map(len, sides)) > 1 else ([], "")
-
-
-def _settings(file: Place) -> dict[str, Any]:
-    """``settings`` of the nearest run.json."""
-    settings = nearest_json(file, RECORD).get("settings")
-    return settings if isinstance(settings, dict) else {}

@@ -1,4 +1,4 @@
-"""The two sides of a comparison, from runs on disk or from tables written before."""
+"""The two sides of a comparison, from runs on disk or from tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.ask.comparison.compare import Side
@@ -14,14 +15,12 @@ from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Execution, Options
-from msplora_analysis.tables.files import FORMATS, read_spectra
+from msplora_analysis.tables.checkpoints import adapters_at
+from msplora_analysis.tables.files import read_spectra
+from msplora_analysis.tables.gather import stored_pairs, table_at
 from msplora_analysis.tables.load import read_tables
+from msplora_analysis.tables.matrices import prepare, variants
 from msplora_analysis.tables.pairs import redundancy_of
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-_NEEDED = ("run", "step", "epoch", "scale", "group_i", "group_j", "overlap_in", "overlap_out", "overlap_expected")
 
 
 def load_sides(
@@ -34,92 +33,82 @@ def load_sides(
     *,
     epoch: float | None = None,
 ) -> tuple[Side, Side]:
-    """Both sides: each either adapters, or one spectra table.
+    """Both sides from paths: each either of adapters, or of one spectra table.
 
-    method_a, method_b: keep the runs of this method (as figures call it). Layers' subspaces are
-    compared for adapters, with the same number of directions on both sides; for a table if a pairs
-    table lies beside it.
+    Layers' subspaces are compared for adapters, with the same number of directions on both sides; for a table if a
+    pairs table lies beside it. ``method_a`` and ``method_b``: see ``side_of``.
     """
     loaded = [_load(paths, method, options, execution) for paths, method in ((a, method_a), (b, method_b))]
-    top_k = min(_rank(spectra) for spectra, _, _, _ in loaded)
+    top_k = min(_rank(side.spectra) for side, _ in loaded)
+    reading, quietly = replace(options, top_k=top_k), replace(execution, progress=None)
     sides = []
-    for spectra, adapters, stored, name in loaded:
-        pairs = stored
+    for side, adapters in loaded:
         if adapters:
-            chosen = _at(adapters, spectra, epoch)
-            reading, quietly = replace(options, top_k=top_k), replace(execution, progress=None)
-            pairs, _ = redundancy_of(chosen, reading, quietly, details=True, say=False)
-        sides.append(Side(name, spectra, pairs, units(dict.fromkeys(spectra["run"]), adapters)))
+            pairs, _ = redundancy_of(adapters_at(adapters, epoch), reading, quietly, details=True, say=False)
+            side = replace(side, pairs=pairs)
+        sides.append(side)
     if (sides[0].pairs is None) != (sides[1].pairs is None):
         warnings.warn("subspaces are not compared: one of the two is a table without a pairs table", stacklevel=2)
-    if sides[0].label == sides[1].label:
-        sides = [
-            Side(f"{s.label} ({_called(p)})", s.spectra, s.pairs, s.units) for s, p in zip(sides, (a, b), strict=True)
-        ]
-    return sides[0], sides[1]
+    return told_apart(*sides, *(Path(paths[0]).name or str(paths[0]) for paths in (a, b)))
+
+
+def side_of(
+    spectra: pd.DataFrame,
+    method: str | None,
+    source: str,
+    *,
+    pairs: pd.DataFrame | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> Side:
+    """The runs of one method in a spectra table.
+
+    Args:
+        method: As figures call it, such as "LoRA r=8"; None: the only one there is.
+        source: What the table is called in errors.
+        pairs: The table of ``load_pairs``.
+        adapters: What the table was read from: run.json above them tells tasks and seeds.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said again when they are compared
+        matrices = prepare(spectra)
+    names = variants(matrices)
+    if method is None and len(names) > 1:
+        raise AnalysisError(
+            f"{source}: holds several methods; choose one with method_a or method_b (--method or --with-method): "
+            f"{', '.join(names)}"
+        )
+    if method is not None and method not in names:
+        raise AnalysisError(f"{source}: holds no runs of {method!r}; there are {', '.join(names)}")
+    label = method or names[0]
+    runs = matrices.loc[matrices["variant"] == label, "run"].unique()
+    return Side(label, spectra[spectra["run"].isin(runs)], pairs, units(runs, adapters))
+
+
+def told_apart(a: Side, b: Side, called_a: str, called_b: str) -> tuple[Side, Side]:
+    """Both, with what they are called after a label that both have."""
+    if a.label != b.label:
+        return a, b
+    return replace(a, label=f"{a.label} ({called_a})"), replace(b, label=f"{b.label} ({called_b})")
 
 
 def _load(
     paths: Sequence[StrPath], method: str | None, options: Options, execution: Execution
-) -> tuple[pd.DataFrame, list[Adapter], pd.DataFrame | None, str]:
-    """The spectra of one method, its adapters or its stored pairs, and its name."""
-    from msplora_analysis.tables.matrices import prepare
-
-    tables = [file for path in paths if (file := _table(Path(path), "spectra"))]
+) -> tuple[Side, list[Adapter]]:
+    """A side, with its stored pairs if it is a table, or its adapters."""
+    tables = [file for path in paths if (file := table_at(path)) is not None]
     if tables and len(paths) > 1:
         raise AnalysisError(f"{tables[0]}: a table cannot be joined with other paths; give it alone, or give the runs")
-    adapters = [] if tables else discover(paths, full=options.base is not None)
-    spectra = read_spectra(tables[0]) if tables else read_tables(paths, options, execution).spectra
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said again when they are compared
-        matrices = prepare(spectra)
-    variants = matrices.drop_duplicates("run").set_index("run")["variant"]
-    names = variants.unique().tolist()
-    if method is None and len(names) > 1:
-        raise AnalysisError(
-            f"{paths[0]}: holds several methods; choose one with --method or --with-method: {', '.join(names)}"
-        )
-    if method is not None and method not in names:
-        raise AnalysisError(f"{paths[0]}: holds no runs of {method!r}; there are {', '.join(names)}")
-    name = method or names[0]
-    runs = set(variants[variants == name].index)
-    pairs = _stored_pairs(tables[0]) if tables else None
-    return spectra[spectra["run"].isin(runs)], [x for x in adapters if x.run in runs], pairs, name
-
-
-def _table(path: Path, name: str) -> Path | None:
-    """The table that ``path`` is, or that lies in it as ``name``."""
-    if path.suffix in (".parquet", ".csv") and not path.is_dir():
-        return path
-    return next((file for suffix in FORMATS if (file := path / f"{name}.{suffix}").is_file()), None)
-
-
-def _stored_pairs(spectra: Path) -> pd.DataFrame | None:
-    import pandas as pd
-
-    if (file := _table(spectra.parent, "pairs")) is None:
-        return None
-    pairs = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
-    if missing := [name for name in _NEEDED if name not in pairs]:
-        raise AnalysisError(f"{file}: not a pairs table: no column {', '.join(missing)}; make it again or move it away")
-    return pairs
-
-
-def _at(adapters: Sequence[Adapter], spectra: pd.DataFrame, epoch: float | None) -> list[Adapter]:
-    """One adapter per run: that of the epoch, or else of the last that all runs have; without epochs the last step."""
-    of_run: dict[str, dict[float | None, Adapter]] = {}
-    for adapter in adapters:  # in order of steps: the last of an epoch counts
-        of_run.setdefault(adapter.run, {})[adapter.epoch] = adapter
-    shared = set.intersection(*(set(found) for found in of_run.values())) - {None}
-    wanted = epoch if epoch is not None else max((e for e in shared if e is not None), default=None)
-    return [found.get(wanted) or list(found.values())[-1] for found in of_run.values()]
+    if tables:
+        pairs = stored_pairs(tables[0], "pairs")
+        return side_of(read_spectra(tables[0]), method, str(paths[0]), pairs=pairs), []
+    adapters = discover(paths, full=options.base is not None)
+    spectra = read_tables(paths, options, execution).spectra
+    side = side_of(spectra, method, str(paths[0]), adapters=adapters)
+    runs = set(side.spectra["run"])
+    return side, [adapter for adapter in adapters if adapter.run in runs]
 
 
 def _rank(spectra: pd.DataFrame) -> int:
-    """The least rank of a layer's part."""
+    """The least rank of a layer's own factors."""
     parts = spectra[spectra["scale"] == "layer"]
     return int(parts.groupby(["run", "step", "name"], dropna=False)["k"].max().min()) if len(parts) else 1
-
-
-def _called(paths: Sequence[StrPath]) -> str:
-    return Path(paths[0]).name or str(paths[0])

@@ -8,18 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msplora_analysis.adapters.layouts import read_json
+from msplora_analysis.adapters.record import read_record
 from msplora_analysis.errors import AnalysisError
-from msplora_core.names import RECORD
+from msplora_core.names import RECORD, method_label
 
 # Of runs recorded before run.json named its metric.
 _METRICS = {"cola": "matthews_correlation", "stsb": "pearson", "acceptability": "matthews_correlation"}
-
-_NAMES = {
-    "fft": "Full fine-tuning", "bitfit": "BitFit", "adapterdrop": "AdapterDrop", "lora": "LoRA", "rslora": "rsLoRA",
-    "dora": "DoRA", "adalora": "AdaLoRA", "dylora": "DyLoRA", "pissa": "PiSSA", "qlora": "QLoRA", "lily": "Lily",
-    "msplora": "MSPLoRA",
-}  # fmt: skip
 
 # Settings that differ between runs of one cell or between tasks; all others belong to a row of the table.
 _NOT_THE_METHOD = ("task", "data_dir", "seed", "model")
@@ -81,7 +75,7 @@ def read_score(folder: Path, at: str) -> Score | None:
 
     Raises AnalysisError if run.json is not what msplora-train writes.
     """
-    record = read_json(folder / RECORD)
+    record = read_record(folder)
     try:
         settings, results = record["settings"], record.get("results")
         if not results:
@@ -96,7 +90,7 @@ def read_score(folder: Path, at: str) -> Score | None:
             model=record["model"]["name"],
             task=settings["task"],
             seed=settings["seed"],
-            method=_label(settings),
+            method=method_label(settings["method"], settings.get("ranks") or settings.get("rank")),
             parameters=record["parameters"]["adapter"],
             settings=settings,
             metric=metric["name"],
@@ -114,14 +108,3 @@ def read_score(folder: Path, at: str) -> Score | None:
 def _number(value: Any) -> float:
     """A metric; one that is not defined (a constant prediction) counts as the worst and is shown as missing."""
     return float("nan") if value is None else float(value)
-
-
-def _label(settings: dict[str, Any]) -> str:
-    """A row's name: ``LoRA r=8``, ``MSPLoRA 8/4/2``."""
-    name = _NAMES.get(settings["method"], settings["method"])
-    if settings.get("ranks"):
-        return f"{name} {'/'.join(str(rank) for rank in settings['ranks'].values())}"
-    rank = settings.get("rank")
-    if rank is None:
-        return name
-    return f"{name} {rank}/{rank // 2}/{rank // 4}" if settings["method"] == "msplora" else f"{name} r={rank}"

@@ -9,10 +9,11 @@ from typing import Any, TypeGuard
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.layouts import nearest_json
+from msplora_analysis.adapters.record import record_of, settings_of
 from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import printable
 from msplora_analysis.tables.checkpoints import newest
-from msplora_core.names import RECORD, STATE
+from msplora_core.names import STATE
 
 POINTS = 400
 """Most points of a curve: more cannot be told apart on a screen."""
@@ -44,7 +45,7 @@ def about(run: str, adapters: Sequence[Adapter]) -> About:
     if not adapters:
         return About(run, "", _facts(unit.task, unit.seed, {}, {}, 0), {}, {})
     (last,) = newest(adapters)
-    record = nearest_json(last.file, RECORD)
+    record = record_of(last.file)
     curve = _of_log(nearest_json(last.file, STATE)) or _of_results(record)
     longest = max(map(len, curve.values()), default=0)
     return About(
@@ -60,7 +61,7 @@ def about(run: str, adapters: Sequence[Adapter]) -> About:
 def _facts(
     task: str | None, seed: int | None, record: dict[str, Any], config: dict[str, Any], count: int
 ) -> dict[str, str]:
-    settings, model, parameters = (_object(record.get(name)) for name in ("settings", "model", "parameters"))
+    settings, model, parameters = settings_of(record), _object(record.get("model")), _object(record.get("parameters"))
     known = {
         "method": settings.get("method") or config.get("peft_type"),
         "model": settings.get("model") or model.get("name") or config.get("base_model_name_or_path"),

@@ -13,6 +13,7 @@ import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.layouts import DIFFUSERS_NAMES, adapters_in, describe, read_json
+from msplora_analysis.adapters.record import read_record, settings_of
 from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.measures import metrics
 from msplora_analysis.compute.results import Failure, Spectra
@@ -139,12 +140,11 @@ class Run:
             signature = ((file.name, status.st_ino, status.st_size, status.st_mtime_ns),)
             if self._known.get(file) == signature:
                 return
-            record = read_json(file)
+            record = read_record(self.folder)
         except (OSError, AnalysisError):  # there is none, or it is being written
             return
         self._known[file] = signature
-        settings = record.get("settings")
-        self.settings = settings if isinstance(settings, dict) else {}
+        self.settings = settings_of(record)
         self.finished = "results" in record
 
     def _adapters(self, place: Path, files: set[str], signature: Signature) -> Sequence[Adapter]:
