@@ -19,7 +19,8 @@ from test_cli import run
 
 import msplora_analysis as ma
 from msplora_analysis.compute.measures.rank_needed import energy_rank
-from msplora_analysis.show.report import charts, numbers
+from msplora_analysis.show.drawing.colours import ON_SCREEN
+from msplora_analysis.show.report import numbers
 
 STYLE = Path(numbers.__file__).with_name("style.css").read_text()
 
@@ -355,5 +356,5 @@ def test_colours_stand_out_from_the_page(theme):
     for ground in ("page", "box"):
         for text in ("ink", "soft", "link", "error", "warning", "info"):
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
-    for line in charts.COLOURS:
+    for line in ON_SCREEN:
         assert contrast(line, colours["page"]) >= 3, line

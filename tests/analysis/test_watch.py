@@ -205,7 +205,7 @@ def test_the_screen_tells_who_when_and_how(grow: Any) -> None:
     run = Run(grow(), cache=False)
     list(run.update())
     shown = screen(run)
-    assert "msplora 8/8/8 of minilm on acceptability" in shown
+    assert "MSPLoRA 8/8/8 of minilm on acceptability" in shown
     assert "epoch 6 of 6, step 270, 7 checkpoints, finished" in shown
     assert re.search(r"eval_matthews_correlation [▁-█]+ 0\.5142", shown)
     metrics = ma.load_metrics(run.folder).query("scale == 'mid' and module == 'query'")

@@ -11,9 +11,10 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
 from msplora_analysis.compute.measures.metrics import Array
+from msplora_analysis.show.drawing.colours import NO_DATA
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.style import NO_DATA, SMALLEST
+from msplora_analysis.show.drawing.style import SMALLEST
 from msplora_analysis.show.drawing.text import fit, lay_out, size_of
 from msplora_analysis.show.drawing.venues import Style
 

@@ -11,9 +11,10 @@ from matplotlib.lines import Line2D
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.formats.updates import SCALES
+from msplora_analysis.show.drawing.colours import PALETTE
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.style import DASHES, PALETTE
+from msplora_analysis.show.drawing.style import DASHES
 from msplora_analysis.show.drawing.text import fit, label_epochs, legend_below, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of

@@ -11,19 +11,8 @@ import pandas as pd
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.venues import DEFAULT, Style, style_of
 
-SEQUENTIAL = "viridis"
-OVERLAPS = "plasma"
-"""Another colour map than that of the other measures: overlaps and divergences are no one scale."""
-DIVERGING = "RdBu_r"
-"""All perceptually ordered and safe for colour-blind readers."""
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe & Ito 2008, without its yellow, which is too pale for lines on white."""
-
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 """Line styles, so that lines stay apart in greyscale. 4 and the 7 colours share no factor: 28 combinations."""
-
-NO_DATA = "0.88"
 
 SETTINGS: dict[str, Any] = {
     # The fonts that matplotlib brings along: the same look on every machine.

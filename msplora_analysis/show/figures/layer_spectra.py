@@ -7,11 +7,12 @@ import pandas as pd
 from matplotlib.colors import Normalize
 
 from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, wide_panel
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import SEQUENTIAL, runs_note, styled
+from msplora_analysis.show.drawing.style import runs_note, styled
 from msplora_analysis.show.drawing.text import title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch

@@ -9,11 +9,12 @@ from matplotlib.colors import Normalize
 
 from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, width_for
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import SEQUENTIAL, runs_note, styled
+from msplora_analysis.show.drawing.style import runs_note, styled
 from msplora_analysis.show.drawing.text import broken, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch

@@ -9,11 +9,12 @@ from matplotlib.colors import Normalize
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.formats.updates import SCALES
 from msplora_analysis.show.drawing.catalogue import plots_of
+from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import NARROW, draw_cells, edges, mark_absent
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import SEQUENTIAL, runs_note, styled
+from msplora_analysis.show.drawing.style import runs_note, styled
 from msplora_analysis.show.drawing.text import fit, label_epochs, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-Spec = dict[str, Any]
+from msplora_analysis.show.drawing.colours import ON_SCREEN, SEQUENTIAL
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#3A9BDC")
-"""After Okabe & Ito 2008, the yellow darker: each at least 3:1 on white and on the dark page."""
+Spec = dict[str, Any]
 
 DASHES: tuple[list[int], ...] = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 3])
 """So that lines stay apart without colour. 5 and the 6 colours share no factor: 30 combinations."""
-
-SCHEME = "viridis"
 
 CONFIG: Spec = {
     "background": "transparent",
@@ -39,7 +36,7 @@ CONFIG: Spec = {
 
 def line_style(index: int) -> tuple[str, list[int]]:
     """Colour and dashes of the line number ``index``."""
-    return COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+    return ON_SCREEN[index % len(ON_SCREEN)], DASHES[index % len(DASHES)]
 
 
 def lines(axis: str, value: str, labels: list[str], *, from_zero: bool = False) -> Spec:
@@ -121,7 +118,7 @@ def cells(
         "field": "value",
         "type": "quantitative",
         "title": value,
-        "scale": {"scheme": SCHEME, "domainMin": lowest, "domainMax": {"expr": "most"}},
+        "scale": {"scheme": SEQUENTIAL, "domainMin": lowest, "domainMax": {"expr": "most"}},
         "legend": {"format": ".3~g", "tickCount": 4},
     }
     blank = {"test": "!isValid(datum.value)", "value": "transparent"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.ask.comparison.two_by_two import two_by_two
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import diagnose
 from msplora_analysis.errors import AnalysisError, printable
@@ -41,7 +42,7 @@ def page(evidence: Evidence, paths: Sequence[StrPath]) -> str:
     matrices, why_not = sections.prepared(evidence)
     data = sections.payload(evidence, abouts, sections.labels_of(matrices, evidence.runs))
     data["glance"] = sections.glance(evidence, abouts, data)
-    compared, not_compared = ([], why_not) if matrices is None else sections.comparisons(evidence, matrices)
+    compared, not_compared = ([], why_not) if matrices is None else two_by_two(evidence, matrices)
     findings = diagnose(evidence)
     library, script = _library(), (_HERE / "script.js").read_text(encoding="utf-8")
     last = evidence.matrices.keys[evidence.matrices.keys["last"]]

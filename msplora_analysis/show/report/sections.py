@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msplora_analysis.ask.comparison.compare import Side, compare
-from msplora_analysis.ask.comparison.pairing import units
-from msplora_analysis.ask.comparison.statements import sentences
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.show.report import charts, numbers
 from msplora_analysis.show.report.about import About
 from msplora_analysis.tables.labels import when, where
-from msplora_analysis.tables.matrices import prepare, variants
+from msplora_analysis.tables.matrices import prepare
 from msplora_analysis.tables.pair_means import summary
 
 if TYPE_CHECKING:
@@ -28,15 +24,12 @@ if TYPE_CHECKING:
 PLACES = 100
 """Most places of one finding that a page lists; `msplora-analyze diagnose` lists all."""
 
-COMPARED = 4
-"""Most methods that are compared two by two."""
-
 LINES = 8
 """Most runs with a line style each; of more, the runs of one method share theirs."""
 
 
 def prepared(evidence: Evidence) -> tuple[pd.DataFrame | None, str]:
-    """The matrices with the variant ('LoRA r=8') of each run, as figures tell it; or None, and why they cannot."""
+    """The matrices with the label of each run's method ('LoRA r=8'), as figures tell it; or None, and why not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first reading of the table said it
         try:
@@ -46,7 +39,7 @@ def prepared(evidence: Evidence) -> tuple[pd.DataFrame | None, str]:
 
 
 def labels_of(matrices: pd.DataFrame | None, runs: Sequence[str]) -> list[str]:
-    """The variant of each run; its name where it has none."""
+    """The label of each run's method; the name of the run where there is none."""
     found = {} if matrices is None else dict(zip(matrices["run"], matrices["variant"], strict=True))
     return [printable(found.get(run, run)) for run in runs]
 
@@ -75,60 +68,6 @@ def patterns(found: pd.DataFrame) -> dict[str, str]:
 def severities(found: pd.DataFrame) -> list[tuple[str, int]]:
     counts = found["severity"].value_counts()
     return [(severity, int(counts.get(severity, 0))) for severity in SEVERITIES]
-
-
-def comparisons(evidence: Evidence, matrices: pd.DataFrame) -> tuple[list[dict[str, Any]], str]:
-    """Methods two by two, in sentences (see ``comparison``); second, why there are none, or ''.
-
-    matrices: see ``prepared``. Subspaces are compared where nothing has to be computed anew: where the layers' ranks
-    are equal, and the last checkpoints of one epoch.
-    """
-    names = variants(matrices)
-    if len(names) > COMPARED:
-        return [], (
-            f"{len(names)} methods are too many to compare two by two here; "
-            "`msplora-analyze compare` compares the two that you choose."
-        )
-    of_run = matrices.drop_duplicates("run").set_index("run")["variant"]
-    ranks = matrices[matrices["scale"] == "layer"].groupby("variant")["rank"].agg(["min", "max"])
-    sides = {name: _side(evidence, name, set(of_run.index[of_run == name])) for name in names}
-    found = []
-    for a, b in combinations(names, 2):
-        together = _equal(ranks, a, b) and _same_epoch(evidence, of_run, (a, b))
-        ours, theirs = (sides[name] if together else _without_pairs(sides[name]) for name in (a, b))
-        said: list[str] = []
-        note = "" if together else "Subspaces are not compared: ranks or last epochs differ."
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            try:
-                said = list(sentences(compare(ours, theirs)))
-            except AnalysisError as error:
-                note = str(error)
-        notes = dict.fromkeys(filter(None, (note, *(str(warning.message) for warning in caught))))
-        found.append({"a": a, "b": b, "sentences": list(map(printable, said)), "notes": list(map(printable, notes))})
-    return found, ""
-
-
-def _equal(ranks: pd.DataFrame, a: str, b: str) -> bool:
-    return {a, b} <= set(ranks.index) and bool(np.ptp(ranks.loc[[a, b]].to_numpy()) == 0)
-
-
-def _same_epoch(evidence: Evidence, of_run: pd.Series, names: Sequence[str]) -> bool:
-    last = evidence.matrices.keys[evidence.matrices.keys["last"]]
-    epochs = last.loc[last["run"].isin(of_run.index[of_run.isin(names)]), "epoch"]
-    return bool(epochs.nunique(dropna=False) == 1)
-
-
-def _side(evidence: Evidence, label: str, runs: set[str]) -> Side:
-    spectra = evidence.spectra[evidence.spectra["run"].isin(runs)]
-    adapters = [adapter for adapter in evidence.adapters if adapter.run in runs]
-    pairs = evidence.pairs[evidence.pairs["run"].isin(runs)]
-    known = units(dict.fromkeys(spectra["run"]), adapters)
-    return Side(label, spectra, pairs if set(pairs["run"]) == runs else None, known)
-
-
-def _without_pairs(side: Side) -> Side:
-    return Side(side.label, side.spectra, None, side.units)
 
 
 def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) -> dict[str, Any]:

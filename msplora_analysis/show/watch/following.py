@@ -15,7 +15,7 @@ from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.layouts import DIFFUSERS_NAMES, adapters_in, describe, read_json
 from msplora_analysis.adapters.record import read_record, settings_of
 from msplora_analysis.compute.cache import open_cache
-from msplora_analysis.compute.measures import metrics
+from msplora_analysis.compute.measures.registry import columns, measures
 from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import compute
 from msplora_analysis.errors import AnalysisError
@@ -221,19 +221,15 @@ def _order(adapter: Adapter) -> tuple[bool, float, float]:
 
 
 def _means(result: Spectra) -> dict[tuple[str, str], Means]:
-    found = {}
+    values = columns(measures("watch"), result.sigma, [row.frobenius for row in result.rows])
     groups: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(result.rows):
         groups.setdefault((row.scale, row.module), []).append(i)
+    found = {}
     for key, members in groups.items():
-        padded = np.zeros((len(members), max(len(result.sigma[i]) for i in members)))
-        for values, i in zip(padded, members, strict=True):
-            values[: len(result.sigma[i])] = result.sigma[i]
-        given = [result.rows[i].frobenius for i in members]
-        whole = np.array([norm is None for norm in given])
-        norms = np.where(whole, metrics.frobenius(padded), np.array([norm or 0.0 for norm in given]))
-        effective = metrics.effective_rank(padded)
-        effective = effective[whole & ~np.isnan(effective)]
+        effective = values["effective_rank"][members]
+        known = effective[~np.isnan(effective)]
+        norm = float(values["frobenius"][members].mean())
         rank = float(np.mean([result.rows[i].rank for i in members]))
-        found[key] = Means(float(effective.mean()) if len(effective) else None, float(norms.mean()), rank, len(members))
+        found[key] = Means(float(known.mean()) if len(known) else None, norm, rank, len(members))
     return found

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from msplora_analysis.errors import printable
 from msplora_analysis.show.watch.following import Means, Point, Run
+from msplora_core.names import method_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,9 +121,7 @@ def _title(run: Run) -> Text:
     settings = run.settings
     method = str(settings.get("method", ""))
     ranks = settings.get("ranks") if method == "msplora" else settings.get("rank")
-    if isinstance(ranks, dict):
-        ranks = "/".join(str(rank) for rank in ranks.values())
-    about = [method, f"{ranks}" if ranks else ""]
+    about = [method_label(method, ranks or None)]
     about += [f"of {settings['model']}" if "model" in settings else ""]
     about += [f"on {settings['task']}" if "task" in settings else ""]
     text = printable(" ".join(filter(None, about)))
