@@ -34,7 +34,7 @@ def magnitude_note(file: TensorFile, base: TensorFile, config: Mapping[str, Any]
         if (weight := of_base.get(f"{module}.weight")) is None:
             raise AnalysisError(f"tensor {name} belongs to a module that the base does not have; is it another model?")
         changes[module] = magnitude_change(
-            file.read(name).copy(),
+            file.read(name),
             base.read(weight),
             name=name,
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),

@@ -17,7 +17,6 @@ import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
-from msplora_analysis.files.scratch import scratch
 from msplora_analysis.files.tensors import FloatArray, Shape
 
 # The safetensors library takes 100 MB. A tensor needs 100 bytes or so, and an adapter of every expert of the largest
@@ -54,7 +53,7 @@ class _Malformed(ValueError):
 
 
 class SafetensorsFile:
-    """A safetensors file, read into reused buffers, so memory stays flat."""
+    """A safetensors file. A tensor is read when it is asked for, so memory stays flat."""
 
     def __init__(self, path: Place) -> None:
         self.path = path
@@ -66,7 +65,7 @@ class SafetensorsFile:
             raise
         self._entries, self.shapes, self.metadata = header
         self._prefetched: dict[str, int] = {}  # where a tensor begins in the window
-        self._window = scratch("prefetched", 0)
+        self._window = np.empty(0, dtype=np.uint8)
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -86,7 +85,8 @@ class SafetensorsFile:
                 runs.append([entry.begin, entry.end])
             self._prefetched[name] = position
             position += entry.end - entry.begin
-        self._window = scratch("prefetched", position)
+        if len(self._window) < position:
+            self._window = np.empty(position, dtype=np.uint8)
         target = self._window.data
         for begin, end in runs:
             self._read_into(target[: end - begin], self._data + begin)
@@ -106,12 +106,11 @@ class SafetensorsFile:
             start = self._prefetched[name]
             raw = self._window[start : start + size]
         else:
-            raw = scratch("tensor", size)
+            raw = np.empty(size, dtype=np.uint8)
             self._read_into(raw.data, self._data + entry.begin)
         values = raw.view(kind)
         if entry.dtype == "BF16":  # the upper half of a float32
-            wide = scratch("widened", 2 * size).view("<u4")
-            values = np.left_shift(values, 16, out=wide, dtype="<u4").view("<f4")
+            values = np.left_shift(values, 16, dtype="<u4").view("<f4")
         return values.reshape(entry.shape)
 
     def _read_into(self, target: memoryview, offset: int) -> None:

@@ -26,14 +26,14 @@ class TensorFile(Protocol):
     metadata: dict[str, str]
 
     def read(self, name: str) -> FloatArray:
-        """One tensor, float16/32/64 (bfloat16 widened to float32), or int32/64 of one element.
-
-        It may be a view of a buffer that the next read, of any file, overwrites: copy what must last.
-        """
+        """One tensor, float16/32/64 (bfloat16 widened to float32), or int32/64 of one element. Not to be changed."""
         ...
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Say which tensors will be read next, so that those that lie side by side are read at once."""
+        """Say which tensors will be read next, so that those that lie side by side are read at once.
+
+        They are good until the next call of this file's ``prefetch``.
+        """
         ...
 
     def __enter__(self) -> Self: ...

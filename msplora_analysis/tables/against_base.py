@@ -99,11 +99,10 @@ def dense(file: TensorFile, update: Update) -> Array:
     elif isinstance(update, Sum):
         whole = np.zeros((update.rows, update.cols))
         for product in update.products:
-            # The next read may overwrite what this one gave.
-            left = np.array(value(file, product.b), dtype=np.float64)
+            left = np.asarray(value(file, product.b), dtype=np.float64)
             whole += product.scaling * (left @ np.asarray(value(file, product.a), dtype=np.float64))
     else:
-        whole = update.scaling * np.array(value(file, update.factor), dtype=np.float64)
+        whole = update.scaling * np.asarray(value(file, update.factor), dtype=np.float64)
     return whole
 
 

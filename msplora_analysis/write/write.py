@@ -135,7 +135,7 @@ def write_adapter(
     dropped = [module.name for module in source.modules if module.name not in adapted]
     for key, tensor in source.copied.items():
         key = _unwrapped(key, dropped)
-        tensors[key] = source.file.read(tensor).copy()
+        tensors[key] = source.file.read(tensor)
         kinds[key] = stored.get(tensor, "")
     _save(tensors, kinds, folder / WEIGHTS_NAME)
     config = _config(pairs, source.config)
