@@ -11,6 +11,7 @@ import io
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,17 +147,21 @@ def read_bytes(place: Place, limit: int) -> bytes:
 
 @contextmanager
 def local_copy(place: Place, limit: int) -> Iterator[Path]:
-    """The path of a local file, or of a copy of a remote one that lasts as long as the context."""
-    file = open_binary(place)
-    with file:
+    """The path of a local file, or of a copy of a remote one that lasts as long as the context.
+
+    Raises:
+        AnalysisError: A remote file has more than ``limit`` bytes.
+    """
+    with open_binary(place) as file:
         if isinstance(place, Path):
             yield place
             return
-        remote = cast(Any, file)
-        if remote.size > limit:
+        size = file.seek(0, os.SEEK_END)
+        if size > limit:
             raise AnalysisError(
-                f"{place}: all of its {remote.size} bytes would have to be fetched; download it, or save it as "
+                f"{place}: all of its {size} bytes would have to be fetched; download it, or save it as "
                 "safetensors, of which only what is needed is fetched"
             )
-        remote.fetch(0, remote.size)
-        yield Path(remote.spool.name)
+    with tempfile.NamedTemporaryFile(prefix="msplora-") as copy:
+        place.download(copy.name)
+        yield Path(copy.name)

@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 from msplora_analysis.errors import AnalysisError
 
@@ -106,29 +105,21 @@ class Remote:
             files.add(name)
         return tree
 
+    def download(self, path: str) -> None:
+        """Write the whole file to a local path."""
+        with one_line(self):
+            self.fs.get_file(self.path, path)
+
 
 class RemoteFile(io.RawIOBase):
-    """A remote file open to read: blocks are fetched when first read, and kept in a temporary file."""
-
-    size: int
+    """A remote file open to read: fsspec fetches blocks when they are first read, and keeps them in a file."""
 
     def __init__(self, place: Remote) -> None:
         self._place = place
-        self._position = 0
-        self._blocks: set[int] = set()
-        # Named, for PyTorch maps files by name.
-        self.spool = tempfile.NamedTemporaryFile(prefix="msplora-", buffering=0)  # noqa: SIM115 (closed in close)
-        try:
-            with one_line(place):
-                self._file = place.fs.open(place.path, "rb", block_size=_BLOCK, cache_type="none")
-                size = getattr(self._file, "size", None)
-                if isinstance(size, int):
-                    self.size = size
-                else:
-                    self._stream()
-        except BaseException:
-            self.spool.close()
-            raise
+        with one_line(place):
+            self._file = place.fs.open(place.path, "rb", block_size=_BLOCK, cache_type="mmap")
+            if not isinstance(getattr(self._file, "size", None), int):
+                self._fetch_whole()
 
     def readable(self) -> bool:
         return True
@@ -137,52 +128,38 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        return self._position
+        return int(self._file.seek(offset, whence))
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self.size - self._position)]
-        if not len(view):
-            return 0
-        self.fetch(self._position, self._position + len(view))
-        self.spool.seek(self._position)
-        count: int = cast(io.FileIO, self.spool.file).readinto(view)
-        self._position += count
-        return count
+        view = memoryview(buffer).cast("B")[: 8 * _BLOCK]  # what is fetched at once stays bounded
+        with one_line(self._place):
+            try:
+                data = self._file.read(len(view))
+            except ValueError:  # a web server that cannot give parts
+                position = self._file.tell()
+                self._fetch_whole()
+                self._file.seek(position)
+                data = self._file.read(len(view))
+            except IndexError:  # of the cache, which has room for all
+                raise AnalysisError(f"{self._place}: fewer bytes came than it has; try again") from None
+        view[: len(data)] = data
+        return len(data)
 
-    def fetch(self, begin: int, end: int) -> None:
-        """Have the bytes from ``begin`` to ``end`` in ``spool``."""
-        missing = [n for n in range(begin // _BLOCK, -(-end // _BLOCK)) if n not in self._blocks]
-        for _, run in groupby(enumerate(missing), key=lambda item: item[1] - item[0]):
-            blocks = [n for _, n in run]
-            for first in range(0, len(blocks), 8):  # memory stays bounded
-                part = blocks[first : first + 8]
-                start, stop = part[0] * _BLOCK, min((part[-1] + 1) * _BLOCK, self.size)
-                with one_line(self._place):
-                    try:
-                        self._file.seek(start)
-                        data = self._file.read(stop - start)
-                    except ValueError:  # a web server that cannot give parts
-                        self._file = self._place.fs.open(self._place.path, "rb", block_size=0)
-                        return self._stream()
-                if len(data) != stop - start:
-                    raise AnalysisError(f"{self._place}: {len(data)} bytes came, not {stop - start}; try again")
-                self.spool.seek(start)
-                self.spool.write(data)
-                self._blocks.update(part)
-
-    def _stream(self) -> None:
-        self.size = 0
-        self.spool.seek(0)
-        while data := self._file.read(_BLOCK):
-            self.size += self.spool.write(data)
-            if self.size > _MOST_STREAMED:
-                raise AnalysisError(f"{self._place}: the server gives no parts of this large file; download it first")
-        self._blocks.update(range(-(-self.size // _BLOCK)))
+    def _fetch_whole(self) -> None:
+        copy = tempfile.TemporaryFile(prefix="msplora-")  # noqa: SIM115 (closed in close)
+        with self._place.fs.open(self._place.path, "rb", block_size=0) as stream:
+            while data := stream.read(_BLOCK):
+                copy.write(data)
+                if copy.tell() > _MOST_STREAMED:
+                    raise AnalysisError(
+                        f"{self._place}: the server gives no parts of this large file; download it first"
+                    )
+        copy.seek(0)
+        self._file.close()
+        self._file = copy
 
     def close(self) -> None:
         if not self.closed:
-            self.spool.close()
             self._file.close()
         super().close()
 
