@@ -12,7 +12,8 @@ from msplora_analysis.files.addresses import parse
 from msplora_analysis.files.sharded import open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.files.with_base import PairedFile
-from msplora_analysis.formats import Contents, looks_like_adapter, read_contents
+from msplora_analysis.formats import looks_like_adapter, read_contents
+from msplora_analysis.formats.updates import Contents
 from msplora_analysis.options import Options
 
 

@@ -26,8 +26,8 @@ from msplora_analysis.compute.measures.overlap import (
 )
 from msplora_analysis.compute.tasks import Piece
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import Matrix, Product, Sum
-from msplora_analysis.formats.updates import stack_and_layer
+from msplora_analysis.formats.names import stack_and_layer
+from msplora_analysis.formats.updates import Matrix, Product, Sum
 from msplora_analysis.options import Options
 
 _HELD = 2**28  # bytes of directions held at once

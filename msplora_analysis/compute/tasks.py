@@ -22,7 +22,7 @@ from msplora_analysis.compute.executors import cpus, executor_of
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.compute.results import Failure, Result, Row, Spectra
 from msplora_analysis.errors import AnalysisError, NotFiniteError
-from msplora_analysis.formats import Matrix
+from msplora_analysis.formats.updates import Matrix
 from msplora_analysis.options import Options, Progress
 
 _TASK = 2**24  # bytes of adapter files in one task

@@ -15,34 +15,8 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.no_update import REASONS
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import (
-    Config,
-    Contents,
-    Factor,
-    Kronecker,
-    Matrix,
-    Product,
-    Shapes,
-    Sum,
-    Update,
-    Whole,
-)
+from msplora_analysis.formats.updates import Config, Contents, Shapes
 from msplora_analysis.options import Options
-
-__all__ = [
-    "Contents",
-    "Factor",
-    "Format",
-    "Kronecker",
-    "Matrix",
-    "Product",
-    "Sum",
-    "Update",
-    "Whole",
-    "find_format",
-    "looks_like_adapter",
-    "read_contents",
-]
 
 ENTRY_POINTS = "msplora.formats"
 

@@ -11,9 +11,10 @@ import math
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import PREFIX, expect_shape, group_parts, layer_matrix
+from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix
 from msplora_analysis.formats.helpers.settings import needed_count, needed_number
 from msplora_analysis.formats.helpers.structures import rows_scaled
+from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.options import Options

@@ -28,17 +28,10 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import loha, lokr
 from msplora_analysis.formats.helpers.flattened import dotted
-from msplora_analysis.formats.helpers.parts import (
-    PREFIX,
-    Parts,
-    add_part,
-    layer_matrix,
-    leading,
-    required,
-    trained_in_full,
-)
+from msplora_analysis.formats.helpers.parts import Parts, add_part, layer_matrix, leading, required, trained_in_full
 from msplora_analysis.formats.helpers.settings import by_pattern, number, table
 from msplora_analysis.formats.helpers.structures import low_rank, not_plain_pairs, tucker, whole
+from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Shapes, Sum, Update, contents
 from msplora_analysis.options import Options
@@ -149,13 +142,9 @@ def _kind(parts: Parts) -> str:
 def _rank(parts: Parts, shapes: Shapes) -> int | None:
     """The r of alpha / r; None for what is not scaled by it."""
     kind = _kind(parts)
-    if kind == "diff":
-        return None
-    return {"lora": _lora_rank, "hada": loha.rank, "lokr": lokr.rank}[kind](parts, shapes)
-
-
-def _lora_rank(parts: Parts, shapes: Shapes) -> int | None:
-    return leading(shapes[required(parts, "down")[0]])
+    if kind == "lora":
+        return leading(shapes[required(parts, "down")[0]])
+    return {"hada": loha.rank, "lokr": lokr.rank}[kind](parts, shapes) if kind != "diff" else None
 
 
 def _update(parts: Parts, shapes: Shapes, scaling: float) -> Update:

@@ -21,18 +21,9 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import FloatArray, TensorFile
 from msplora_analysis.files.with_base import BASE
 from msplora_analysis.formats.helpers.parts import trained_in_full
+from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import (
-    Config,
-    Contents,
-    Factor,
-    Matrix,
-    Shape,
-    Whole,
-    contents,
-    module_of,
-    stack_and_layer,
-)
+from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Shape, Whole, contents
 from msplora_analysis.options import Options
 
 # Tables of words (and outputs over them) grow at their end when tokens are added.

@@ -20,23 +20,12 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import PREFIX, layer_matrix, make_product, pair_factors
-from msplora_analysis.formats.helpers.settings import by_pattern, count, needed_count, needed_number, table
+from msplora_analysis.formats.helpers.parts import layer_matrix, make_product, pair_factors
+from msplora_analysis.formats.helpers.settings import by_pattern, check_rank, count, needed_count, needed_number, table
 from msplora_analysis.formats.helpers.structures import block_diagonal, rows_scaled
+from msplora_analysis.formats.names import PREFIX, module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import (
-    Config,
-    Contents,
-    Factor,
-    Matrix,
-    Product,
-    Shape,
-    Shapes,
-    Sum,
-    contents,
-    module_of,
-    stack_and_layer,
-)
+from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shape, Shapes, Sum, contents
 from msplora_analysis.options import Options
 
 _FACTOR = re.compile(
@@ -246,11 +235,7 @@ def _product(
             f"{max(blocks_a, blocks_b)} blocks; is it the config of another adapter?"
         )
     product = make_product(a, b, full, alpha, config)
-    if product.rank != rank:
-        raise AnalysisError(
-            f"tensor {a} has rank {product.rank}, adapter_config.json says {rank:g}; "
-            "is it the config of another adapter?"
-        )
+    check_rank(a, product.rank, rank)
     if blocks_a > 1:
         product = replace(product, a=replace(product.a, make=partial(block_diagonal, blocks=blocks_a)))
     if blocks_b > 1:

@@ -27,19 +27,9 @@ from msplora_analysis.files.tensors import FloatArray, TensorFile
 from msplora_analysis.formats.helpers.parts import pair_factors
 from msplora_analysis.formats.helpers.settings import number
 from msplora_analysis.formats.helpers.structures import not_plain_pairs
+from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import (
-    Config,
-    Contents,
-    Factor,
-    Matrix,
-    Product,
-    Shapes,
-    Sum,
-    contents,
-    module_of,
-    stack_and_layer,
-)
+from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shapes, Sum, contents
 from msplora_analysis.options import Options
 
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])")

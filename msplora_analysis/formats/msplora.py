@@ -15,19 +15,10 @@ from typing import NamedTuple
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import make_product, pair_factors
-from msplora_analysis.formats.helpers.settings import number, table
+from msplora_analysis.formats.helpers.settings import check_rank, number, table
+from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import (
-    SCALES,
-    Config,
-    Contents,
-    Matrix,
-    Product,
-    Sum,
-    contents,
-    module_of,
-    stack_and_layer,
-)
+from msplora_analysis.formats.updates import SCALES, Config, Contents, Matrix, Product, Sum, contents
 from msplora_analysis.options import Options
 
 _FACTOR = re.compile(r"(?P<name>.+)\.msplora_(?P<scale>global|mid|layer)\.(?P<factor>[AB])")
@@ -55,7 +46,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     pyramids: dict[tuple[str, str, int, int], _Pyramid] = {}
     for (name, scale), (a, b) in pairs.items():
         product = make_product(a, b, file.shapes, alpha, config)
-        _check_rank(scale, product, ranks)
+        check_rank(a, product.rank, ranks.get(scale, 0), f" for {scale}")
         stack, layer = stack_and_layer(name)
         module = module_of(name)
         pyramid = pyramids.setdefault(
@@ -93,15 +84,6 @@ def _ranks(config: Config) -> dict[str, int | None]:
     if unexpected := sorted(set(explicit) - set(SCALES[:3])):
         raise AnalysisError(f"adapter_config.json: ranks has {unexpected[0]!r}; expected global, mid or layer")
     return {scale: int(rank) for scale, rank in explicit.items() if rank}
-
-
-def _check_rank(scale: str, product: Product, ranks: dict[str, int | None]) -> None:
-    expected = ranks.get(scale, 0)
-    if expected is not None and product.rank != expected:
-        raise AnalysisError(
-            f"tensor {product.a.tensors[0]} has rank {product.rank}, adapter_config.json says {expected} for "
-            f"{scale}; is it the config of another adapter?"
-        )
 
 
 def _check_complete(pyramid: _Pyramid, ranks: dict[str, int | None], config: Config) -> None:

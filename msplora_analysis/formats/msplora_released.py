@@ -29,17 +29,10 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import natural_key
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import make_product, pair_factors
+from msplora_analysis.formats.helpers.settings import check_rank
+from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import (
-    Config,
-    Contents,
-    Matrix,
-    Product,
-    Sum,
-    contents,
-    module_of,
-    stack_and_layer,
-)
+from msplora_analysis.formats.updates import Config, Contents, Matrix, Product, Sum, contents
 from msplora_analysis.options import Options
 
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?_(?P<scale>[0-9]{1,3})\.weight")
@@ -126,11 +119,7 @@ def _product(a: str, b: str, scale: int, file: TensorFile, scales: list[tuple[in
         )
     rank, alpha = scales[scale]
     product = make_product(a, b, file.shapes, alpha, {})
-    if product.rank != rank:
-        raise AnalysisError(
-            f"tensor {a} has rank {product.rank}, adapter_config.json says {rank} for scale {scale}; "
-            "is it the config of another adapter?"
-        )
+    check_rank(a, product.rank, rank, f" for scale {scale}")
     return product
 
 

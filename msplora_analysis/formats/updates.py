@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -158,25 +157,3 @@ def contents(matrices: Iterable[Matrix], unknown: Iterable[str], notes: Iterable
     """Matrices in table order: by scale, then by name with numbers in order."""
     in_order = sorted(matrices, key=lambda m: (SCALES.index(m.scale), natural_key(m.name)))
     return Contents(in_order, sorted(unknown, key=natural_key), list(notes))
-
-
-def module_of(name: str) -> str:
-    """Last name of a module that is not a number: "query"; "to_out" for "to_out.0"."""
-    return next((part for part in reversed(name.split(".")) if not _is_number(part)), name)
-
-
-def stack_and_layer(name: str) -> tuple[str, int | None]:
-    """The path before the first component that is a number, and that number.
-
-    Digits inside other components do not count: "wav2vec2.encoder.layers.3.k_proj" is layer 3 of
-    "wav2vec2.encoder.layers". A name without a number is a stack of its own, without a layer.
-    """
-    components = name.split(".")
-    for i, component in enumerate(components):
-        if _is_number(component):
-            return ".".join(components[:i]), int(component)
-    return name, None
-
-
-def _is_number(component: str) -> bool:
-    return re.fullmatch(r"[0-9]{1,9}", component) is not None

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix, shared
+from msplora_analysis.formats.names import module_of
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents, module_of
+from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents
 from msplora_analysis.options import Options
 
 _PREFIXES = {"VERA": "vera", "PVERA": "pvera"}

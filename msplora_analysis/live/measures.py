@@ -20,7 +20,8 @@ from msplora_analysis.compute.linalg.directions import TOLERANCE, singular_direc
 from msplora_analysis.compute.linalg.spectra import Array, Spectrum, adapter_spectra, singular_values
 from msplora_analysis.compute.measures.overlap import subspace_overlap
 from msplora_analysis.compute.measures.registry import columns, measures
-from msplora_analysis.formats import Matrix, Product, Sum, read_contents
+from msplora_analysis.formats import read_contents
+from msplora_analysis.formats.updates import Matrix, Product, Sum
 from msplora_analysis.live.model import ModelTensors
 from msplora_analysis.live.reduction import alike, can_be_reduced, slices, small_factors
 from msplora_analysis.options import Options

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from msplora_analysis.compute.linalg.spectra import Array, factor_blocks, load_factors, not_finite
-from msplora_analysis.formats import Matrix, Sum, Update
+from msplora_analysis.formats.updates import Matrix, Sum, Update
 from msplora_analysis.live.model import ModelTensors
 
 _BLOCK = 2**26  # bytes of float64 factors held at once on the device, unless one matrix alone takes more

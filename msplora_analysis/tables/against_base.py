@@ -21,8 +21,9 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import open_tensors
 from msplora_analysis.files.sharded import open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import Kronecker, Matrix, Sum, Update, read_contents
+from msplora_analysis.formats import read_contents
 from msplora_analysis.formats.full import align
+from msplora_analysis.formats.updates import Kronecker, Matrix, Sum, Update
 from msplora_analysis.options import Options, Progress
 from msplora_analysis.tables.columns import KEYS
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.updates import stack_and_layer
+from msplora_analysis.formats.names import stack_and_layer
 from msplora_analysis.tables.checkpoints import align, one_per_epoch
 from msplora_analysis.tables.columns import KEYS
 from msplora_core.names import method_label

@@ -64,29 +64,22 @@ def exported(
     with new_folder(out, found.file, overwrite) as folder, open_source(found, options) as source:
         stored = stored_dtypes(found.file)
         chosen = dtype or widest_dtype(source, stored)
-        try:
-            pairs = [_pair(source, module, chosen, exactly=dtype is None) for module in source.modules]
-        except _Inexact:
+        if dtype is None and not all(_holds(chosen, source, module) for module in source.modules):
             chosen = "float32"
-            pairs = [_pair(source, module, chosen) for module in source.modules]
+        pairs = [as_pair(module, *factors(source, module), chosen) for module in source.modules]
         table = _table(source, pairs)
         write_adapter(folder, pairs, chosen, source, table, stored)
     warn_of(source)
     return table, source, chosen
 
 
-class _Inexact(Exception):
-    """A type of half precision does not hold a scaled factor."""
-
-
-def _pair(source: Source, module: Module, dtype: str, *, exactly: bool = False) -> Pair:
+def _holds(dtype: str, source: Source, module: Module) -> bool:
+    """Whether a type holds the scaled factors exactly; float32 always counts as such."""
+    if dtype not in ("bfloat16", "float16"):
+        return True
     a, b = factors(source, module)
     pair = as_pair(module, a, b, dtype)
-    if exactly and dtype in ("bfloat16", "float16"):
-        same = all((kept.reshape(exact.shape) == exact).all() for kept, exact in ((pair.a, a), (pair.b, b)))
-        if not same:
-            raise _Inexact
-    return pair
+    return bool((pair.a.reshape(a.shape) == a).all() and (pair.b.reshape(b.shape) == b).all())
 
 
 def _table(source: Source, pairs: list[Pair]) -> pd.DataFrame:

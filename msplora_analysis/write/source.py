@@ -22,9 +22,11 @@ from msplora_analysis.compute.linalg.spectra import Array, load_factors, not_fin
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath, parse
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import Contents, Format, Matrix, Sum, find_format
-from msplora_analysis.formats.helpers.parts import PREFIX, trained_in_full
-from msplora_analysis.formats.updates import Shape, Shapes
+from msplora_analysis.formats import find_format
+from msplora_analysis.formats.helpers.parts import trained_in_full
+from msplora_analysis.formats.names import PREFIX
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Contents, Matrix, Shape, Shapes, Sum
 from msplora_analysis.options import Options
 
 # What adapter_config.json says of the model and of what is trained in full; the rest is about the method.

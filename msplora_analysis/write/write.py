@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, StrPath
-from msplora_analysis.formats.helpers.parts import PREFIX
+from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.write.source import Module, Source
 from msplora_core.names import CONFIG
 

@@ -9,7 +9,7 @@ import torch
 from adapters import assert_promised, lora_config, lora_tensors, write_adapter
 
 from msplora_analysis import AnalysisError, load_spectra, load_tables
-from msplora_analysis.formats.updates import module_of, stack_and_layer
+from msplora_analysis.formats.names import module_of, stack_and_layer
 
 
 def sigma_of(spectra: pd.DataFrame, **keys) -> np.ndarray:

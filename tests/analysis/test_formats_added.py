@@ -14,10 +14,10 @@ from msplora_analysis import formats
 TOY = '''
 """scaling · B R A, as LoRA-XS."""
 
-from msplora_analysis.formats import Factor, Format, Product, Sum
 from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix
 from msplora_analysis.formats.helpers.settings import needed_number
-from msplora_analysis.formats.updates import contents
+from msplora_analysis.formats.protocol import Format
+from msplora_analysis.formats.updates import Factor, Product, Sum, contents
 
 
 def read(config, file, options):

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import open_tensors
-from msplora_analysis.formats import Contents, Kronecker, Sum, Whole, looks_like_adapter, read_contents
+from msplora_analysis.formats import looks_like_adapter, read_contents
 from msplora_analysis.formats.helpers.flattened import dotted
-from msplora_analysis.formats.updates import module_of, stack_and_layer
+from msplora_analysis.formats.names import module_of, stack_and_layer
+from msplora_analysis.formats.updates import Contents, Kronecker, Sum, Whole
 from msplora_analysis.options import Options
 
 torch.set_num_threads(1)

@@ -26,7 +26,7 @@ from msplora_analysis.compute.linalg.spectra import (
 )
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import Kronecker, Matrix, Sum, Whole
+from msplora_analysis.formats.updates import Kronecker, Matrix, Sum, Whole
 
 TOLERANCE = 1e-6
 """A singular value below this share of the largest is zero for the numerical rank: its direction says nothing.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import NotFiniteError
 from msplora_analysis.files.tensors import FloatArray, TensorFile
-from msplora_analysis.formats import Factor, Kronecker, Matrix, Sum, Update, Whole
+from msplora_analysis.formats.updates import Factor, Kronecker, Matrix, Sum, Update, Whole
 
 Array = NDArray[np.floating[Any]]
 

@@ -8,22 +8,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.updates import (
-    Config,
-    Factor,
-    Matrix,
-    Product,
-    Shape,
-    Shapes,
-    Update,
-    module_of,
-    stack_and_layer,
-)
+from msplora_analysis.formats.names import PREFIX, module_of, stack_and_layer
+from msplora_analysis.formats.updates import Config, Factor, Matrix, Product, Shape, Shapes, Update
 
 Parts = dict[str, str]  # part -> tensor name
 Unit = TypeVar("Unit", bound=Hashable)
-
-PREFIX = "base_model.model."
 
 # Heads that PEFT trains in full for classification and question answering, and names or not.
 _HEADS = ("classifier", "score", "qa_outputs")

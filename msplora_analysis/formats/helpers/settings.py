@@ -60,11 +60,19 @@ def peft_scaling(config: Config, name: str, rank: int | None, tensor: str) -> fl
     """alpha / r of a module by adapter_config.json; ``rank`` is that of ``tensor``, where it tells it."""
     r = by_pattern(table(config, "rank_pattern"), name, needed_number(config, "r"))
     alpha = by_pattern(table(config, "alpha_pattern"), name, needed_number(config, "alpha"))
-    if r <= 0 or rank not in (None, r):
-        raise AnalysisError(
-            f"tensor {tensor} has rank {rank}, adapter_config.json says {r:g}; is it the config of another adapter?"
-        )
+    if r <= 0:
+        raise AnalysisError(f"adapter_config.json: r must be positive, got {r:g}")
+    check_rank(tensor, rank, r)
     return alpha / r
+
+
+def check_rank(tensor: str, rank: int | None, said: float | None, scale: str = "") -> None:
+    """Raise AnalysisError if a tensor has another rank than adapter_config.json says; None: nothing tells it."""
+    if None not in (rank, said) and rank != said:
+        raise AnalysisError(
+            f"tensor {tensor} has rank {rank}, adapter_config.json says {said:g}{scale}; "
+            "is it the config of another adapter?"
+        )
 
 
 def _having(config: Config, key: str) -> Config:

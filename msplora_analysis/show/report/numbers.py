@@ -9,7 +9,7 @@ import numpy as np
 
 from msplora_analysis.compute.measures.registry import Array, Measure, Place, measures
 from msplora_analysis.errors import printable
-from msplora_analysis.formats.updates import stack_and_layer
+from msplora_analysis.formats.names import stack_and_layer
 
 if TYPE_CHECKING:
     import pandas as pd
