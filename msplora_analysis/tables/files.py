@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
@@ -16,51 +16,29 @@ from msplora_core.version import __version__
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+    from pyarrow.csv import CSVWriter
+    from pyarrow.parquet import ParquetWriter
 
 FORMATS = ("parquet", "csv")
 
 
-class TableWriter:
-    """Writes batches of one schema as a Parquet or CSV file."""
-
-    def __init__(self, path: Path, suffix: str) -> None:
-        self._path, self._suffix = path, suffix
-        self._writer: Any = None
-
-    def write(self, batch: pa.RecordBatch | pa.Table) -> None:
-        """Add rows; in a Parquet file they are a row group of their own."""
-        if self._writer is None:
-            self._writer = self._open(batch.schema)
-        self._writer.write(batch)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def _open(self, schema: pa.Schema) -> Any:
-        if self._suffix == ".parquet":
-            from pyarrow.parquet import ParquetWriter
-
-            return ParquetWriter(self._path, schema)
-        from pyarrow.csv import CSVWriter
-
-        return CSVWriter(self._path, schema)
-
-
 @contextmanager
-def table_writer(path: Path) -> Iterator[TableWriter]:
-    """A writer of ``path``, which appears when the block ends without an exception.
+def table_writer(path: Path, schema: pa.Schema) -> Iterator[ParquetWriter | CSVWriter]:
+    """A writer of ``path`` (.parquet or .csv), which appears when the block ends without an exception.
 
-    Equal rows in equal batches give equal bytes: a file carries the package's version, but no time
-    or path. Raises AnalysisError if the file cannot be written.
+    Equal rows in equal batches give equal bytes: a file carries the package's version, but no time or path. In a
+    Parquet file a batch is a row group of its own.
+
+    Raises:
+        AnalysisError: the file cannot be written.
     """
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import ParquetWriter as Writer
+    else:
+        from pyarrow.csv import CSVWriter as Writer
     try:
-        with replacing(path) as beside:
-            writer = TableWriter(beside, path.suffix)
-            try:
-                yield writer
-            finally:
-                writer.close()
+        with replacing(path) as beside, Writer(beside, schema) as writer:
+            yield writer
     except OSError as error:
         raise AnalysisError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -68,62 +46,84 @@ def table_writer(path: Path) -> Iterator[TableWriter]:
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as ``path``'s suffix says (.parquet or .csv), whole or not at all.
 
-    Raises AnalysisError if the file cannot be written.
+    Raises:
+        AnalysisError: the file cannot be written.
     """
     import pyarrow as pa
 
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     metadata = {**(arrow.schema.metadata or {}), b"msplora_analysis": __version__.encode()}
-    with table_writer(path) as writer:
-        writer.write(arrow.replace_schema_metadata(metadata))
+    arrow = arrow.replace_schema_metadata(metadata)
+    with table_writer(path, arrow.schema) as writer:
+        writer.write(arrow)
 
 
 def read_spectra(path: StrPath) -> pd.DataFrame:
-    """Read a spectra table that ``msplora-analyze spectra`` wrote (.parquet or .csv).
+    """Read a spectra table that ``msplora-analyze spectra`` wrote.
 
-    Raises AnalysisError if the file is something else.
+    Args:
+        path: A .parquet or .csv file.
+
+    Returns:
+        The table of ``load_spectra``.
+
+    Raises:
+        AnalysisError: the file is something else.
+
+    Example:
+        >>> spectra = ma.read_spectra("tables/spectra.parquet")
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".csv"):
         raise AnalysisError(f"{path}: not a table; expected a .parquet or .csv file")
     if not path.is_file():
         raise AnalysisError(f"{path}: no such file")
+    types = {**KEYS, **VALUES}
+    table = read_table(path, types, "spectra table", "spectra.parquet or spectra.csv of `msplora-analyze spectra`")
+    required = ["run", "scale", "module", "name", "sigma"]
+    if table.empty or table[required].isna().any(axis=None):
+        raise AnalysisError(f"{path}: the table has no rows, or no {', '.join(required)} in some")
+    if (table["sigma"] < 0).any() or (table["k"] < 1).any():
+        raise AnalysisError(f"{path}: sigma must be at least 0 and k at least 1")
+    return table[list(types)]
+
+
+def read_table(
+    path: Path, types: Mapping[str, str], kind: str, expected: str, *, more: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """Read a table that was written before, its columns at their types. Floats are read exactly.
+
+    Args:
+        path: A .parquet or .csv file.
+        types: Column -> type of those that must be there.
+        kind: What the table is called in errors, and ``expected``: what file it should be.
+        more: Those that may be there.
+
+    Raises:
+        AnalysisError: the file is something else.
+    """
+    known = {**types, **(more or {})}
     try:
-        table = read_parquet(path) if path.suffix == ".parquet" else read_csv(path, {**KEYS, **VALUES})
+        table = _parquet(path) if path.suffix == ".parquet" else _csv(path, known)
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
         reason = str(error).strip().partition("\n")[0]
         raise AnalysisError(f"{path}: cannot be read as a table: {reason}") from None
-
-    columns = [*KEYS, *VALUES]
-    if missing := [name for name in columns if name not in table]:
-        raise AnalysisError(
-            f"{path}: not a spectra table: no column {', '.join(missing)}; "
-            "expected spectra.parquet or spectra.csv of `msplora-analyze spectra`"
-        )
-    required = ["run", "scale", "module", "name", "k", "sigma"]
-    if table.empty or table[required].isna().any(axis=None):
-        raise AnalysisError(f"{path}: the table has no rows, or no {', '.join(required)} in some")
+    if missing := [name for name in types if name not in table]:
+        raise AnalysisError(f"{path}: not a {kind}: no column {', '.join(missing)}; expected {expected}")
     try:
-        table = typed(table[columns]).astype(VALUES)
+        return with_whole_epochs(table.astype({name: kind for name, kind in known.items() if name in table}))
     except (TypeError, ValueError) as error:
         raise AnalysisError(f"{path}: a column is not of its type: {error}") from None
-    if (table["sigma"] < 0).any() or (table["k"] < 1).any():
-        raise AnalysisError(f"{path}: sigma must be at least 0 and k at least 1")
-    return table
 
 
-def read_parquet(path: Path) -> pd.DataFrame:
+def _parquet(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     return pd.read_parquet(path)
 
 
-def read_csv(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
-    """A CSV table, with those columns that it has of ``types``. Floats are read exactly.
-
-    pandas itself rounds some, or not, by its version.
-    """
-    from pyarrow import csv
+def _csv(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
+    from pyarrow import csv  # pandas itself rounds some floats, or not, by its version
 
     kinds = {"str": "string", "Int64": "int64", "Float64": "float64"}
     options = csv.ConvertOptions(

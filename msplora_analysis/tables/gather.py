@@ -10,7 +10,7 @@ import pandas as pd
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath, parse
 from msplora_analysis.options import Execution, Options
-from msplora_analysis.tables.files import FORMATS, read_csv, read_parquet, read_spectra, typed, with_whole_epochs
+from msplora_analysis.tables.files import FORMATS, read_spectra, read_table, typed, with_whole_epochs
 from msplora_analysis.tables.load import read_tables
 from msplora_analysis.tables.pairs import DETAILS, PAIRS, SCALES, Tables, read_redundancy, table_of
 
@@ -84,20 +84,9 @@ def stored_pairs(spectra: Path, name: str) -> pd.DataFrame | None:
     Raises:
         AnalysisError: the file is something else.
     """
-    types = PAIRS if name == "pairs" else SCALES
-    known = {**types, **DETAILS}  # the latter are there with --details alone
     candidates = [spectra.parent / f"{name}.{suffix}" for suffix in FORMATS]
     if (file := next((file for file in candidates if file.is_file()), None)) is None:
         return None
-    try:
-        table = read_parquet(file) if file.suffix == ".parquet" else read_csv(file, known)
-        if missing := [column for column in types if column not in table]:
-            raise AnalysisError(
-                f"{file}: no column {', '.join(missing)}; expected a table of `msplora-analyze redundancy`"
-            )
-        return with_whole_epochs(table.astype({name: kind for name, kind in known.items() if name in table}))
-    except AnalysisError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise AnalysisError(f"{file}: cannot be read as a table of pairs: {reason}") from None
+    types = PAIRS if name == "pairs" else SCALES
+    # The columns of DETAILS are there with --details alone.
+    return read_table(file, types, f"table of {name}", "one of `msplora-analyze redundancy`", more=DETAILS)

@@ -65,13 +65,14 @@ def write_tables(
     first = list(islice(wanted_results, 1))
     # Imported only now, while the workers are at work.
     from msplora_analysis.tables.columns import Columns
-    from msplora_analysis.tables.files import TableWriter, table_writer
+    from msplora_analysis.tables.files import table_writer
 
     with ExitStack() as stack:
-        writers: list[TableWriter] = []
+        writers = []
         for batch in Columns(adapters, ks).batches(chain(first, wanted_results)):
             if not writers:  # files appear only if there is something in them
-                writers = [stack.enter_context(table_writer(path)) for path in paths]
+                opening = zip(paths, batch, strict=True)
+                writers = [stack.enter_context(table_writer(path, table.schema)) for path, table in opening]
             for writer, table in zip(writers, batch, strict=True):
                 writer.write(table)
             seen(batch.metrics)

@@ -49,7 +49,8 @@ def load_sides(
         sides.append(side)
     if (sides[0].pairs is None) != (sides[1].pairs is None):
         warnings.warn("subspaces are not compared: one of the two is a table without a pairs table", stacklevel=2)
-    return told_apart(*sides, *(Path(paths[0]).name or str(paths[0]) for paths in (a, b)))
+    called_a, called_b = (Path(paths[0]).name or str(paths[0]) for paths in (a, b))
+    return told_apart(sides[0], sides[1], called_a, called_b)
 
 
 def side_of(
