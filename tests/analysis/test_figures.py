@@ -473,7 +473,7 @@ def test_bad_tables(tmp_path, spectra):
 
 
 def test_what_to_draw_must_be_told_where_there_is_a_choice(spectra):
-    with pytest.raises(AnalysisError, match=r"choose the variant .*none was given.*: MSPLoRA 8/4/2, MSPLoRA 8/8/8"):
+    with pytest.raises(AnalysisError, match=r"choose the method .*none was given.*: MSPLoRA 8/4/2, MSPLoRA 8/8/8"):
         figure3(spectra)
     with pytest.raises(AnalysisError, match=r"not 'LoRA r=8'"):
         figure3(spectra, "LoRA r=8")

@@ -60,14 +60,14 @@ def test_overlap_matrices_show_the_means_of_the_last_epoch(tables):
     assert "marks: by chance, 0.17 in, 0.15 out" in figure.get_suptitle()  # 3/18 and 3/20
 
 
-def test_a_variant_must_be_chosen_where_there_are_several(tables):
+def test_a_method_must_be_chosen_where_there_are_several(tables):
     with pytest.raises(
-        ma.AnalysisError, match=r"choose the variant to draw \(none was given\): LoRA r=3, MSPLoRA layer r=2"
+        ma.AnalysisError, match=r"choose the method to draw \(none was given\): LoRA r=3, MSPLoRA layer r=2"
     ):
         overlap_between_layers(tables.pairs)
 
 
-def test_labels_name_the_variants(tables):
+def test_labels_name_the_methods(tables):
     labels = {run: run.partition("/")[0].upper() for run in tables.pairs["run"].unique()}
     figure = overlap_between_layers(tables.pairs, "LORA", labels=labels)
     assert figure.get_suptitle().startswith("LORA")

@@ -1,4 +1,4 @@
-"""Lines over the epochs: one column of panels per scale, one row per quantity, one line per variant."""
+"""Lines over the epochs: one column of panels per scale, one row per quantity, one line per method."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -24,7 +24,7 @@ SHARED = ["variant", "scale", "epoch"]
 
 
 def over_epochs(matrices: pd.DataFrame, quantities: dict[str, Array], scales: Sequence[str] = SCALES) -> pd.DataFrame:
-    """Mean and standard deviation of a number per matrix, for each variant of two or more epochs, scale and epoch.
+    """Mean and standard deviation of a number per matrix, for each method of two or more epochs, scale and epoch.
 
     The number is averaged within each run over its matrices (groups, modules), leaving out all-zero ones (NaN); `mean`
     and `std` (n − 1) are those of the runs' averages. Where MSPLoRA runs have a `total`, the single part of a LoRA run,
@@ -64,8 +64,8 @@ def draw_lines(
     for row, quantity in zip(axes, quantities, strict=True):
         for ax, scale in zip(row, scales, strict=True):
             panel = numbers[(numbers["quantity"] == quantity) & (numbers["scale"] == scale)]
-            for variant, line in panel.groupby("variant", sort=False):
-                _line(ax, line, *looks[variant])
+            for method, line in panel.groupby("variant", sort=False):
+                _line(ax, line, *looks[method])
             ax.set_xlim(numbers["epoch"].min(), numbers["epoch"].max())
             ax.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(LABELS[quantity])
@@ -77,7 +77,7 @@ def draw_lines(
         ax.set_title(scale)
     label_epochs(axes[-1], len(scales))
     runs = numbers.groupby("variant", sort=False)["runs"].max()
-    names = [f"{variant}, {runs[variant]} run{'s' if runs[variant] > 1 else ''}" for variant in looks]
+    names = [f"{method}, {runs[method]} run{'s' if runs[method] > 1 else ''}" for method in looks]
     legend_below(figure, [Line2D([], [], color=colour, linestyle=dash) for colour, dash in looks.values()], names)
     title(figure, heading, "mean over runs, band ± 1 standard deviation" if runs.max() > 1 else "", math=True)
     fit(figure)

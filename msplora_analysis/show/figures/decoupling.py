@@ -21,10 +21,10 @@ PANELS = [f"{one} – {other}" for one, other in combinations(SCALES[:3], 2)]
 def decoupling_over_epochs(
     scales: pd.DataFrame, *, labels: Mapping[str, str] | None = None, style: str | None = None
 ) -> Figure:
-    """Subspace overlap on either side and cosine: rows; two scales of one layer: columns; variants: lines.
+    """Subspace overlap on either side and cosine: rows; two scales of one layer: columns; methods: lines.
 
     Low means decoupled; the dotted line is what random subspaces would give. Computed for each layer and module, then
-    averaged. scales: of `load_scale_pairs`; labels: variant of each run (see `pairs.prepare_pairs`).
+    averaged. scales: of `load_scale_pairs`; labels: method of each run (see `pairs.prepare_pairs`).
     """
     return draw(numbers(prepare_pairs(scales, labels)), style)
 

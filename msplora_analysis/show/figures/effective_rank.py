@@ -17,7 +17,7 @@ QUANTITIES = ("effective_rank", "effective_rank_over_r")
 
 
 def effective_rank_over_epochs(spectra: pd.DataFrame, *, style: str | None = None) -> Figure:
-    """exp(−sum p ln p), from 1 to r, and its ratio to the rank r: rows; scales: columns; variants: lines.
+    """exp(−sum p ln p), from 1 to r, and its ratio to the rank r: rows; scales: columns; methods: lines.
 
     *High means broad*; the opposite of M_eff-k. Computed per matrix, then averaged.
     Source: Roy & Vetterli 2007, The effective rank (EUSIPCO).

@@ -34,14 +34,14 @@ def figure4(
     """D_KL(i‖j) between the `layer` parts under MSPLoRA minus that under LoRA: layer i down, layer j across.
 
     Spectra are averaged over modules and runs first, then compared; positive (red) means that the layers differ more
-    under MSPLoRA. `epoch` is the last that both variants share unless given.
+    under MSPLoRA. `epoch` is the last that both methods share unless given.
     Source: MSPLoRA, arXiv 2503.21838, figure 4, eq. 9, 10.
     """
     matrices = prepare(spectra)
     stack = choose("stack", stack, stacks(matrices))
     both = layer_kl.both_methods(matrices, stack)
-    msplora = choose("MSPLoRA variant", msplora, list(dict.fromkeys(ours for ours, _ in both)))
-    lora = choose("LoRA variant", lora, [theirs for ours, theirs in both if ours == msplora])
+    msplora = choose("MSPLoRA method", msplora, list(dict.fromkeys(ours for ours, _ in both)))
+    lora = choose("LoRA method", lora, [theirs for ours, theirs in both if ours == msplora])
     table = numbers(matrices, msplora, lora, stack, epoch)
     return draw(table, style, name_stack=len(stacks(matrices)) > 1)
 
@@ -51,7 +51,7 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     several = len(stacks(matrices)) > 1
     for stack in stacks(matrices):
         both = layer_kl.both_methods(matrices, stack)
-        kinds = {is_msplora(variant) for variant in layer_kl.layers_of(matrices, stack)}
+        kinds = {is_msplora(method) for method in layer_kl.layers_of(matrices, stack)}
         if len(kinds) == 2 and not both:
             warnings.warn(f"no Figure 4 of {stack}: MSPLoRA and LoRA runs adapt different layers", stacklevel=2)
         for msplora, lora in both:
@@ -63,7 +63,7 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
 def numbers(matrices: pd.DataFrame, msplora: str, lora: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
     """One row per ordered pair of layers: both divergences and `difference`."""
     table = layer_kl.numbers(matrices, [msplora, lora], stack, epoch)
-    ours, theirs = (table[table["variant"] == variant] for variant in (msplora, lora))
+    ours, theirs = (table[table["variant"] == method] for method in (msplora, lora))
     merged = ours.merge(theirs, on=["stack", "layer_i", "layer_j"], suffixes=("_msplora", "_lora"))
     merged["difference"] = merged["kl_msplora"] - merged["kl_lora"]
     sides = [f"{column}_{side}" for side in ("msplora", "lora") for column in ("variant", "epoch", "runs")]

@@ -23,22 +23,22 @@ from msplora_analysis.tables.matrices import choose, prepare, slug, stacks
 
 def kl_between_layers(
     spectra: pd.DataFrame,
-    variants: Sequence[str] = (),
+    methods: Sequence[str] = (),
     *,
     stack: str | None = None,
     epoch: float | None = None,
     style: str | None = None,
 ) -> Figure:
-    """D_KL(i‖j) between the `layer` parts, one square per variant on one colour scale: layer i down, layer j across.
+    """D_KL(i‖j) between the `layer` parts, one square per method on one colour scale: layer i down, layer j across.
 
-    Spectra are averaged over modules and runs first. Without `variants`, the only one there is.
+    Spectra are averaged over modules and runs first. Without `methods`, the only one there is.
     Source: MSPLoRA, arXiv 2503.21838, eq. 9, 10.
     """
     matrices = prepare(spectra)
     stack = choose("stack", stack, stacks(matrices))
     layers = layer_kl.layers_of(matrices, stack)
-    chosen = [choose("variant", variant, list(layers)) for variant in variants or (None,)]
-    if len({layers[variant] for variant in chosen}) > 1:
+    chosen = [choose("method", method, list(layers)) for method in methods or (None,)]
+    if len({layers[method] for method in chosen}) > 1:
         raise AnalysisError(f"{', '.join(chosen)} adapt different layers: draw them one at a time")
     return draw(layer_kl.numbers(matrices, chosen, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
 
@@ -49,11 +49,11 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     several = len(stacks(matrices)) > 1
     for stack in stacks(matrices):
         together: list[tuple[str, ...]] = list(layer_kl.both_methods(matrices, stack))
-        drawn = {variant for pair in together for variant in pair}
-        alone = [(variant,) for variant in layer_kl.layers_of(matrices, stack) if variant not in drawn]
-        for variants in together + alone:
-            stem = f"kl_between_layers_{'_and_'.join(map(slug, variants))}" + (f"_{slug(stack)}" if several else "")
-            table = layer_kl.numbers(matrices, list(variants), stack, epoch)
+        drawn = {method for pair in together for method in pair}
+        alone = [(method,) for method in layer_kl.layers_of(matrices, stack) if method not in drawn]
+        for methods in together + alone:
+            stem = f"kl_between_layers_{'_and_'.join(map(slug, methods))}" + (f"_{slug(stack)}" if several else "")
+            table = layer_kl.numbers(matrices, list(methods), stack, epoch)
             yield Plot(stem, table, partial(draw, name_stack=several))
     summary = layer_kl.summary(matrices, epoch)
     if len(summary):

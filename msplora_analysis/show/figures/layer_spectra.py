@@ -24,7 +24,7 @@ TOP = 8
 
 def spectra_by_layer(
     spectra: pd.DataFrame,
-    variant: str | None = None,
+    method: str | None = None,
     *,
     stack: str | None = None,
     epoch: float | None = None,
@@ -33,32 +33,32 @@ def spectra_by_layer(
     """Layers across, index k down (1 at the top), colour = sigma_k of the `layer` part, mean over modules and runs."""
     matrices = prepare(spectra)
     stack = choose("stack", stack, stacks(matrices))
-    variant = choose("variant", variant, drawable(matrices, stack))
-    return draw(numbers(matrices, variant, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
+    method = choose("method", method, drawable(matrices, stack))
+    return draw(numbers(matrices, method, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
 
 
 @plots_of(spectra_by_layer, order=6)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     several = len(stacks(matrices)) > 1
     for stack in stacks(matrices):
-        for variant in drawable(matrices, stack):
-            stem = f"spectra_by_layer_{slug(variant)}" + (f"_{slug(stack)}" if several else "")
-            yield Plot(stem, numbers(matrices, variant, stack, epoch), partial(draw, name_stack=several))
+        for method in drawable(matrices, stack):
+            stem = f"spectra_by_layer_{slug(method)}" + (f"_{slug(stack)}" if several else "")
+            yield Plot(stem, numbers(matrices, method, stack, epoch), partial(draw, name_stack=several))
 
 
 def drawable(matrices: pd.DataFrame, stack: str) -> list[str]:
     return variants(matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack)])
 
 
-def numbers(matrices: pd.DataFrame, variant: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
+def numbers(matrices: pd.DataFrame, method: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
     """One row per layer and k ≤ min(rank of the layer, 8)."""
-    parts = matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack) & (matrices["variant"] == variant)]
+    parts = matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack) & (matrices["variant"] == method)]
     parts = at_epoch(parts, epoch)
     by = parts.groupby("group")
     means = by[ks(parts)[:TOP]].mean().melt(var_name="k", value_name="sigma", ignore_index=False).reset_index()
     table = means.merge(by["rank"].max().reset_index(), on="group").rename(columns={"group": "layer"})
     table = table[table["k"] <= table["rank"]].astype({"k": int}).sort_values(["layer", "k"], ignore_index=True)
-    about = {"variant": variant, "stack": stack, "epoch": parts["epoch"].iloc[0], "runs": parts["run"].nunique()}
+    about = {"variant": method, "stack": stack, "epoch": parts["epoch"].iloc[0], "runs": parts["run"].nunique()}
     return pd.DataFrame(about, index=table.index).join(table)
 
 

@@ -15,7 +15,7 @@ from msplora_analysis.tables.matrices import prepare, sigma
 
 
 def m_eff_over_epochs(spectra: pd.DataFrame, *, style: str | None = None) -> Figure:
-    """M_eff-k = sum_{i≤k} sigma_i / sum_i sigma_i for k = 1, 2, 4: rows; scales: columns; variants: lines.
+    """M_eff-k = sum_{i≤k} sigma_i / sum_i sigma_i for k = 1, 2, 4: rows; scales: columns; methods: lines.
 
     *High means concentrated, that is low complexity*; the opposite of the effective rank. A part of rank k or less has
     M_eff-k = 1 by definition. Computed per matrix, then averaged. Source: MSPLoRA, arXiv 2503.21838, eq. 8.

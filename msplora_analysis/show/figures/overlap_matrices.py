@@ -29,7 +29,7 @@ _ALIKE = 0.995  # overlaps from here on are 1 to the eye: the colour bar then en
 
 def overlap_between_layers(
     pairs: pd.DataFrame,
-    variant: str | None = None,
+    method: str | None = None,
     *,
     stack: str | None = None,
     epoch: float | None = None,
@@ -40,13 +40,13 @@ def overlap_between_layers(
 
     Of the `layer` parts; means over modules and runs of the measures of each pair. The mark on the colour bar of the
     overlaps is what random subspaces would give; there are two where the sides differ in size. pairs: of `load_pairs`;
-    labels: variant of each run (see `pairs.prepare_pairs`). Source of the overlap: Hu et al. 2021, arXiv 2106.09685.
+    labels: method of each run (see `pairs.prepare_pairs`). Source of the overlap: Hu et al. 2021, arXiv 2106.09685.
     """
     table = layers_of(prepare_pairs(pairs, labels))
     stack = choose("stack", stack, sorted(table["stack"].unique()))
     table = table[table["stack"] == stack]
-    variant = choose("variant", variant, variants(table))
-    return draw(numbers(table, variant, stack, epoch), style)
+    method = choose("method", method, variants(table))
+    return draw(numbers(table, method, stack, epoch), style)
 
 
 @plots_of(overlap_between_layers, order=8, needs="pairs")
@@ -55,9 +55,9 @@ def plots(pairs: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     layers = layers_of(pairs)
     stacks = sorted(layers["stack"].unique())
     for stack in stacks:
-        for variant in variants(layers[layers["stack"] == stack]):
-            stem = f"overlap_between_layers_{slug(variant)}" + (f"_{slug(stack)}" if len(stacks) > 1 else "")
-            table = numbers(layers, variant, stack, epoch)
+        for method in variants(layers[layers["stack"] == stack]):
+            stem = f"overlap_between_layers_{slug(method)}" + (f"_{slug(stack)}" if len(stacks) > 1 else "")
+            table = numbers(layers, method, stack, epoch)
             yield Plot(stem, table, partial(draw, name_stack=len(stacks) > 1))
 
 
@@ -65,14 +65,14 @@ def layers_of(pairs: pd.DataFrame) -> pd.DataFrame:
     return pairs[pairs["scale"] == "layer"]
 
 
-def numbers(layers: pd.DataFrame, variant: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
+def numbers(layers: pd.DataFrame, method: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
     """One row per ordered pair of layers: means over modules and runs, leaving out updates of zero."""
-    table = at_epoch(layers[(layers["variant"] == variant) & (layers["stack"] == stack)], epoch)
+    table = at_epoch(layers[(layers["variant"] == method) & (layers["stack"] == stack)], epoch)
     forth = table.rename(columns={"group_i": "layer_i", "group_j": "layer_j", "kl_ij": "kl"})
     back = table.rename(columns={"group_j": "layer_i", "group_i": "layer_j", "kl_ji": "kl"})
     both = pd.concat([forth, back])
     means = both.groupby(["layer_i", "layer_j"])[[*PANELS, *CHANCES, "cosine"]].mean().reset_index()
-    about = {"variant": variant, "stack": stack, "epoch": table["epoch"].iloc[0], "runs": table["run"].nunique()}
+    about = {"variant": method, "stack": stack, "epoch": table["epoch"].iloc[0], "runs": table["run"].nunique()}
     return pd.DataFrame(about, index=means.index).join(means.astype({"layer_i": int, "layer_j": int}))
 
 

@@ -27,7 +27,7 @@ LETTERS = 20  # of a module's name on one line
 
 def rank_needed_map(
     spectra: pd.DataFrame,
-    variant: str | None = None,
+    method: str | None = None,
     *,
     stack: str | None = None,
     epoch: float | None = None,
@@ -39,25 +39,25 @@ def rank_needed_map(
     a task needs no more is not shown by it.
     """
     matrices = prepare(spectra)
-    variant = choose("variant", variant, variants(matrices))
-    stack = choose("stack", stack, stacks(matrices[matrices["variant"] == variant]))
-    return draw(numbers(matrices, variant, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
+    method = choose("method", method, variants(matrices))
+    stack = choose("stack", stack, stacks(matrices[matrices["variant"] == method]))
+    return draw(numbers(matrices, method, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
 
 
 @plots_of(rank_needed_map, order=7, name="rank_needed")
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     several = len(stacks(matrices)) > 1
     for stack in stacks(matrices):
-        for variant in variants(matrices):
-            table = numbers(matrices, variant, stack, epoch)
+        for method in variants(matrices):
+            table = numbers(matrices, method, stack, epoch)
             if table["rank_needed"].notna().any():
-                stem = f"rank_needed_{slug(variant)}" + (f"_{slug(stack)}" if several else "")
+                stem = f"rank_needed_{slug(method)}" + (f"_{slug(stack)}" if several else "")
                 yield Plot(stem, table, partial(draw, name_stack=several))
 
 
-def numbers(matrices: pd.DataFrame, variant: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
+def numbers(matrices: pd.DataFrame, method: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
     """One row per share of the energy, module and layer: `rank_needed` (mean over runs), its share of the `rank`."""
-    chosen = matrices[(matrices["variant"] == variant) & (matrices["scale"] == "layer") & (matrices["stack"] == stack)]
+    chosen = matrices[(matrices["variant"] == method) & (matrices["scale"] == "layer") & (matrices["stack"] == stack)]
     parts = at_epoch(chosen, epoch)
     by = ["module", "group"]
     tables = []
@@ -65,7 +65,7 @@ def numbers(matrices: pd.DataFrame, variant: str, stack: str, epoch: float | Non
         means = parts.assign(rank_needed=energy_rank(sigma(parts), share)).groupby(by, sort=False)
         table = means.agg(rank_needed=("rank_needed", "mean"), rank=("rank", "max"), runs=("run", "nunique"))
         tables.append(table.reset_index().rename(columns={"group": "layer"}).assign(energy=share))
-    table = pd.concat(tables, ignore_index=True).assign(variant=variant, stack=stack)
+    table = pd.concat(tables, ignore_index=True).assign(variant=method, stack=stack)
     known = parts["epoch"].unique()
     table["epoch"] = known[0] if len(known) == 1 else np.nan
     columns = ["variant", "stack", "epoch", "runs", "energy", "module", "layer", "rank", "rank_needed"]

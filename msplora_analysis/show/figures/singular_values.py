@@ -23,30 +23,30 @@ from msplora_analysis.tables.matrices import choose, is_msplora, ks, prepare, sl
 TOP = 8
 
 
-def figure3(spectra: pd.DataFrame, variant: str | None = None, *, style: str | None = None) -> Figure:
+def figure3(spectra: pd.DataFrame, method: str | None = None, *, style: str | None = None) -> Figure:
     """One panel per scale, epochs across, index k down (1 at the top), colour = sigma_k on one scale for all panels.
 
     Source: MSPLoRA, arXiv 2503.21838, figure 3 (which shows ranks 8/8/8). A panel with many bright rows is a broad
     spectrum, that is a high effective rank; M_eff-k, the share of the k largest values, is then low.
     """
     matrices = prepare(spectra)
-    return draw(numbers(matrices, choose("variant", variant, drawable(matrices))), style)
+    return draw(numbers(matrices, choose("method", method, drawable(matrices))), style)
 
 
 @plots_of(figure3, order=1)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
-    for variant in drawable(matrices):
-        yield Plot(f"figure3_{slug(variant)}", numbers(matrices, variant), draw)
+    for method in drawable(matrices):
+        yield Plot(f"figure3_{slug(method)}", numbers(matrices, method), draw)
 
 
 def drawable(matrices: pd.DataFrame) -> list[str]:
-    """MSPLoRA variants of at least two epochs."""
+    """MSPLoRA methods of at least two epochs."""
     return [v for v in variants(matrices) if is_msplora(v) and len(epochs_of(matrices[matrices["variant"] == v])) > 1]
 
 
-def numbers(matrices: pd.DataFrame, variant: str) -> pd.DataFrame:
+def numbers(matrices: pd.DataFrame, method: str) -> pd.DataFrame:
     """Mean sigma_k over groups, modules and runs. One row per scale, epoch and k ≤ min(rank, 8)."""
-    parts = matrices[(matrices["variant"] == variant) & (matrices["scale"] != "total")]
+    parts = matrices[(matrices["variant"] == method) & (matrices["scale"] != "total")]
     by = parts.groupby(["scale", "epoch"])
     means = by[ks(parts)[:TOP]].mean().melt(var_name="k", value_name="sigma", ignore_index=False).reset_index()
     counts = by.agg(rank=("rank", "max"), runs=("run", "nunique"), matrices=("name", "size")).reset_index()
@@ -54,7 +54,7 @@ def numbers(matrices: pd.DataFrame, variant: str) -> pd.DataFrame:
     table = table[table["k"] <= table["rank"]].astype({"k": int})
     table["scale"] = pd.Categorical(table["scale"], SCALES[:3])
     table = table.sort_values(["scale", "epoch", "k"], ignore_index=True).astype({"scale": str})
-    table.insert(0, "variant", variant)
+    table.insert(0, "variant", method)
     return table[["variant", "scale", "epoch", "k", "sigma", "rank", "runs", "matrices"]]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -19,6 +19,7 @@ POINTS = 400
 """Most points of a curve: more cannot be told apart on a screen."""
 
 _SPEED = ("_runtime", "_per_second")  # in the log of Trainer, no curves
+_LOSSES = {"loss": "training loss", "eval_loss": "validation loss"}
 _RESULTS = {"train_loss": "training loss", "validation_loss": "validation loss", "metric": "metric"}
 
 
@@ -46,7 +47,8 @@ def about(run: str, adapters: Sequence[Adapter]) -> About:
         return About(run, "", _facts(unit.task, unit.seed, {}, {}, 0), {}, {})
     (last,) = newest(adapters)
     record = record_of(last.file)
-    curve = _of_log(nearest_json(last.file, STATE)) or _of_results(record)
+    curve = _curves(nearest_json(last.file, STATE).get("log_history"), _in_log)
+    curve = curve or _curves(record.get("results"), _RESULTS.get)
     longest = max(map(len, curve.values()), default=0)
     return About(
         run,
@@ -85,37 +87,29 @@ def _record(record: dict[str, Any], config: dict[str, Any]) -> dict[str, dict[st
     }
 
 
-def _of_log(state: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Curves of what Trainer logged: loss, and all evaluations but their speed."""
-    curve: dict[str, list[tuple[float, float]]] = {}
-    for entry in _objects(state.get("log_history")):
-        when = entry.get("epoch", entry.get("step"))
-        for key, value in entry.items():
-            name = {"loss": "training loss", "eval_loss": "validation loss"}.get(key)
-            if name is None and key.startswith("eval_") and not key.endswith(_SPEED):
-                name = key.removeprefix("eval_").replace("_", " ")
+def _curves(entries: Any, called: Callable[[str], str | None]) -> dict[str, list[tuple[float, float]]]:
+    """Of what was logged or found at several times; ``called`` has the name of a curve, None for what is none."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for entry in entries if isinstance(entries, list) else ():
+        for key, value in _object(entry).items():
+            name, when = called(key), entry.get("epoch", entry.get("step"))
             if name and _is_number(when) and _is_number(value):
-                curve.setdefault(name, []).append((when, value))
-    return curve
+                curves.setdefault(name, []).append((when, value))
+    return curves
 
 
-def _of_results(record: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    curve: dict[str, list[tuple[float, float]]] = {}
-    for entry in _objects(record.get("results")):
-        for key, name in _RESULTS.items():
-            if _is_number(when := entry.get("epoch")) and _is_number(value := entry.get(key)):
-                curve.setdefault(name, []).append((when, value))
-    return curve
+def _in_log(key: str) -> str | None:
+    """The losses, and all evaluations but their speed."""
+    if key in _LOSSES:
+        return _LOSSES[key]
+    measured = key.startswith("eval_") and not key.endswith(_SPEED)
+    return key.removeprefix("eval_").replace("_", " ") if measured else None
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     if len(points) <= POINTS:
         return points
     return [points[round(i * (len(points) - 1) / (POINTS - 1))] for i in range(POINTS)]
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    return (item for item in (value if isinstance(value, list) else ()) if isinstance(item, dict))
 
 
 def _object(value: Any) -> dict[str, Any]:

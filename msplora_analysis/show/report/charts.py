@@ -39,37 +39,17 @@ def line_style(index: int) -> tuple[str, list[int]]:
     return ON_SCREEN[index % len(ON_SCREEN)], DASHES[index % len(DASHES)]
 
 
-def lines(axis: str, value: str, labels: list[str], *, from_zero: bool = False) -> Spec:
+def lines(axis: str, value: str, labels: list[str]) -> Spec:
     """A line for each run over the checkpoints. Rows: run (its number), label, shown (the run's name), when, value."""
-    styles = [line_style(labels.index(label)) for label in labels]
-    x = {
-        "field": "when",
-        "type": "quantitative",
-        "title": axis,
-        "axis": {"tickMinStep": 1, "format": "~s", "grid": False},
-    }
-    y = {
-        "field": "value",
-        "type": "quantitative",
-        "title": None,
-        "axis": {"tickCount": 5, "format": ".3~g"},
-        "scale": {"zero": from_zero, "nice": True},
-    }
+    colours, dashes = zip(*(line_style(index) for index in range(len(labels))), strict=True)
+    ticks: Spec = {"tickMinStep": 1, "format": "~s", "grid": False}
+    x = {"field": "when", "type": "quantitative", "title": axis, "axis": ticks}
+    y = {"field": "value", "type": "quantitative", "title": None, "axis": {"tickCount": 5, "format": ".3~g"}}
+    y["scale"] = {"zero": False, "nice": True}
     common = {"x": x, "y": y, "detail": {"field": "run", "type": "nominal"}}
-    domain = {"domain": labels}
     style = {
-        "color": {
-            "field": "label",
-            "type": "nominal",
-            "legend": None,
-            "scale": {**domain, "range": [colour for colour, _ in styles]},
-        },
-        "strokeDash": {
-            "field": "label",
-            "type": "nominal",
-            "legend": None,
-            "scale": {**domain, "range": [dash for _, dash in styles]},
-        },
+        channel: {"field": "label", "type": "nominal", "legend": None, "scale": {"domain": labels, "range": looks}}
+        for channel, looks in (("color", colours), ("strokeDash", dashes))
     }
     tooltip = [
         {"field": "shown", "type": "nominal", "title": "run"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -234,7 +233,3 @@ def _found(kinds: Sequence[tuple[str, str, int]], known: bool, room: int) -> lis
     if shown < len(kinds):
         lines.append(Text(f"and {len(kinds) - shown} more: msplora-analyze diagnose", "dim"))
     return lines
-
-
-def clock() -> str:
-    return time.strftime("%H:%M:%S")

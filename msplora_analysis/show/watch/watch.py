@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.live import Live
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.watch.following import Run
 from msplora_analysis.show.watch.keys import Wait, quit_key
-from msplora_analysis.show.watch.screen import clock, line, render, when
+from msplora_analysis.show.watch.screen import line, render, when
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +81,7 @@ def _show(run: Run, console: Console, wait: Wait, interval: float) -> None:
                         return
                 if fresh:
                     findings = _findings(run)
-                status = _waiting(run) or f"looked at {clock()}"
+                status = _waiting(run) or f"looked at {time.strftime('%H:%M:%S')}"
                 live.update(screen(), refresh=True)
                 left = wait(interval)
     finally:
