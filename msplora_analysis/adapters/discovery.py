@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from msplora_analysis.adapters.layouts import (
-    FULL_NAMES,
     NEED_CONFIG,
     PEFT_NAMES,
     WEIGHTS_SUFFIXES,
@@ -29,6 +28,7 @@ from msplora_analysis.adapters.layouts import (
 )
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import Folder, Place, StrPath, identity, natural_key, parse, parts, walk
+from msplora_analysis.files.sharded import FULL_NAMES
 from msplora_core.names import CONFIG
 
 __all__ = ["Adapter", "as_paths", "discover"]
@@ -38,9 +38,13 @@ __all__ = ["Adapter", "as_paths", "discover"]
 class Adapter:
     """One saved adapter, or one full checkpoint.
 
-    ``run`` names its training; ``step`` and ``epoch`` are None where neither the names of the folder
-    and the file nor a trainer_state.json tell them, as for the final adapter beside its checkpoints.
-    ``config`` is the parsed adapter_config.json, empty where there is none.
+    Attributes:
+        run: Names its training.
+        step: None where neither the names of the folder and the file nor a trainer_state.json tell it, as for the
+            final adapter beside its checkpoints.
+        epoch: Likewise.
+        file: Its weights.
+        config: The parsed adapter_config.json, empty where there is none.
     """
 
     run: str
@@ -58,14 +62,16 @@ class Adapter:
 def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[Adapter]:
     """All adapters at and under ``paths``, sorted by run (natural order), then step, then epoch.
 
-    paths: local paths, or addresses of fsspec (``hf://owner/name``, ``s3://...``, ``https://...``).
-    full: take full checkpoints too (model.safetensors, or the index of its parts), in folders without an adapter.
-
     A run found inside a given path is named by its path relative to it ("cola/lora"), any other
     by its folder's own name; names that collide get more leading folders until they differ.
     A folder reached twice counts once. An adapter without step and epoch comes last in its run.
 
-    Raises AnalysisError if a path holds no adapter, or holds one that is incomplete.
+    Args:
+        paths: Local paths, or addresses of fsspec (``hf://owner/name``, ``s3://...``, ``https://...``).
+        full: Take full checkpoints too (model.safetensors, or the index of its parts), in folders without an adapter.
+
+    Raises:
+        AnalysisError: A path holds no adapter, or one that is incomplete.
     """
     found: dict[tuple[str, str], tuple[Saved, Place]] = {}
     visited: set[str] = set()

@@ -18,7 +18,7 @@ from typing import Any
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_bytes
 from msplora_analysis.files.opening import open_tensors
-from msplora_analysis.files.sharded import CHECKPOINT_NAMES, INDEX_SUFFIX
+from msplora_analysis.files.sharded import FULL_NAMES
 from msplora_analysis.formats import looks_like_adapter
 from msplora_core.names import CONFIG, STATE, WEIGHTS
 
@@ -26,7 +26,6 @@ WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Each in order of preference, where a folder holds several copies of one adapter or model.
 PEFT_NAMES = (WEIGHTS, "adapter_model.bin", "adapter_model.pt")
 DIFFUSERS_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-FULL_NAMES = tuple(name + suffix for name in CHECKPOINT_NAMES for suffix in ("", INDEX_SUFFIX))
 # Without the configuration the scale of these is unknown; torchtune's .pt has none for some models.
 NEED_CONFIG = PEFT_NAMES[:2]
 
@@ -42,8 +41,11 @@ _LARGEST_JSON = 32 * 2**20  # bytes; parsed, the worst takes twenty times as muc
 class Saved:
     """A file of weights, and what its place and the files beside it tell of it.
 
-    ``run``: the names that lead to its run, from the root of the file system. ``step`` and
-    ``epoch`` are as the names and the state count them, None where they say nothing.
+    Attributes:
+        file: The weights.
+        run: The names that lead to its run, from the root of the file system.
+        step: As the names and the state count it; None where they say nothing.
+        epoch: Likewise.
     """
 
     file: Place

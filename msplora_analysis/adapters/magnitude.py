@@ -53,10 +53,15 @@ def magnitude_change(
 ) -> MagnitudeChange:
     """Relative change of DoRA's magnitudes against the base's weight.
 
-    magnitude: as PEFT saves it, (out,) or with further axes of one element, as convolutions have.
-    weight: the base's, (out, in), (out, in, height, width), or (in, out) with fan_in_fan_out.
-    embedding: weight is (vocabulary, dim); PEFT takes the magnitude of each of its dim columns.
-    name: tensor name of the magnitude, for the error of sizes that do not fit.
+    Args:
+        magnitude: As PEFT saves it, (out,) or with further axes of one element, as convolutions have.
+        weight: The base's, (out, in), (out, in, height, width), or (in, out) with ``fan_in_fan_out``.
+        name: Tensor name of the magnitude, for the error of sizes that do not fit.
+        fan_in_fan_out: Whether the weight is stored transposed.
+        embedding: The weight is (vocabulary, dim); PEFT takes the magnitude of each of its dim columns.
+
+    Raises:
+        AnalysisError: The sizes do not fit.
     """
     m: NDArray[np.float64] = np.asarray(magnitude, dtype=np.float64).ravel()
     w = np.asarray(weight)

@@ -15,8 +15,9 @@ from msplora_analysis.files.addresses import Place, read_bytes
 from msplora_analysis.files.opening import open_tensors
 from msplora_analysis.files.tensors import FloatArray, Shape, TensorFile
 
-CHECKPOINT_NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 INDEX_SUFFIX = ".index.json"
+_SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+FULL_NAMES = tuple(name + suffix for name in _SINGLE for suffix in ("", INDEX_SUFFIX))  # in order of preference
 
 _LARGEST_INDEX = 32 * 2**20  # bytes
 
@@ -25,13 +26,12 @@ def find_checkpoint(path: Place) -> Place:
     """The file of a model, or the index of its shards: ``path`` itself, or in the folder ``path``."""
     if path.is_file():
         return path
-    names = [name + suffix for name in CHECKPOINT_NAMES for suffix in ("", INDEX_SUFFIX)]
-    for name in names:
+    for name in FULL_NAMES:
         if (path / name).is_file():
             return path / name
     if not path.is_dir():
         raise AnalysisError(f"{path}: no such file or folder; expected a model's weights, or their folder")
-    raise AnalysisError(f"{path}: no model in this folder; expected one of {', '.join(names)}")
+    raise AnalysisError(f"{path}: no model in this folder; expected one of {', '.join(FULL_NAMES)}")
 
 
 def open_checkpoint(path: Place) -> TensorFile:

@@ -83,7 +83,9 @@ def align(tuned: Collection[str], base: Collection[str]) -> dict[str, str]:
     """The base's name of each tensor that it has: the same, or without or with one prefix that all share.
 
     A model with a head calls its body "bert." or "model."; the body alone has no such prefix.
-    Raises AnalysisError where no prefix, or more than one, makes the most names agree.
+
+    Raises:
+        AnalysisError: No prefix, or more than one, makes the most names agree.
     """
     votes: Counter[tuple[str, str]] = Counter()  # (prefix of the checkpoint, prefix of the base)
     for name in tuned:

@@ -62,6 +62,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """Matrices of every scale, and "total" where there is more than one."""
     pairs, unknown = pair_factors(file.shapes, config, _parse)
     scales = _scales(config)
+    between = {"global": range(1), "mid": range(1, len(scales) - 1)}  # the numbers of the shared scales
     modules: dict[str, dict[int, Product]] = {}
     for (name, scale), (a, b) in pairs.items():
         modules.setdefault(name, {})[scale] = _product(a, b, scale, file, scales)
@@ -73,7 +74,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     misplaced = 0
     for names in pyramids.values():
         pyramid = {name: modules[name] for name in names}
-        shared = [_shared(pyramid, scale, numbers, file) for scale, numbers in _numbers(len(scales)).items()]
+        shared = [_shared(pyramid, scale, numbers, file) for scale, numbers in between.items()]
         matrices += _single_scales(pyramid, shared, len(scales) - 1)
         if options.semantics == "paper":
             acting = [_acting(names, part) for part in shared]
@@ -104,11 +105,6 @@ def _scales(config: Config) -> list[tuple[int, float]]:
     if len(alphas) < len(ranks):
         raise AnalysisError(f"adapter_config.json: lora_alpha has {len(alphas)} entries, r has {len(ranks)}")
     return list(zip(ranks, alphas, strict=False))  # that code's scripts may write more alphas than ranks
-
-
-def _numbers(count: int) -> dict[str, range]:
-    """The numbers of the shared scales, of ``count`` scales in all."""
-    return {"global": range(1), "mid": range(1, count - 1)}
 
 
 def _product(a: str, b: str, scale: int, file: TensorFile, scales: list[tuple[int, float]]) -> Product:

@@ -23,7 +23,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath, parse
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import find_format
-from msplora_analysis.formats.helpers.parts import trained_in_full
+from msplora_analysis.formats.helpers.parts import is_head, trained_in_full
 from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Contents, Matrix, Shape, Shapes, Sum
@@ -146,7 +146,7 @@ def _source(adapter: Adapter, file: TensorFile, contents: Contents) -> Source:
     copied = _copied(file.shapes, config, known, factors.union(contents.unknown))
     if contents.unknown:
         notes.append(f"{unknown_text(contents.unknown)} are left out")
-    if config.get("task_type") in _WITH_HEAD and not any(_is_head(key) for key in copied):
+    if config.get("task_type") in _WITH_HEAD and not any(map(is_head, copied)):
         notes.append(
             f"task_type is {config['task_type']}, but no head is saved with the adapter: PEFT will miss it; "
             "set task_type to null in adapter_config.json to use the base model's own"
@@ -217,7 +217,3 @@ def _copied(shapes: Shapes, config: dict[str, Any], known: Format, done: set[str
         elif not known.tells(name):
             raise AnalysisError(f"tensor {key} is no factor of a sum of products, and would be lost in a plain LoRA")
     return copied
-
-
-def _is_head(key: str) -> bool:
-    return any(name in key.split(".") for name in ("classifier", "score", "qa_outputs"))

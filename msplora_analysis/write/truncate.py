@@ -159,23 +159,11 @@ def _table(source: Source, spectra: list[Array], ranks: list[int]) -> pd.DataFra
 
     rows = []
     for module, sigma, rank in zip(source.modules, spectra, ranks, strict=True):
-        update = module.update
+        update, size = module.update, module.update.rows + module.update.cols
         norm, lost = float(np.linalg.norm(sigma)), float(np.linalg.norm(sigma[rank:]))
         error = lost / norm if norm else 0.0
-        rows.append(
-            {
-                "name": module.name,
-                "module": module.matrix.module,
-                "layer": module.matrix.group,
-                "rows": update.rows,
-                "cols": update.cols,
-                "rank_before": update.rank,
-                "rank": rank,
-                "parameters_before": update.rank * (update.rows + update.cols),
-                "parameters": rank * (update.rows + update.cols),
-                "norm": norm,
-                "energy": 1 - error**2 if norm else np.nan,
-                "error": error,
-            }
-        )
-    return pd.DataFrame(rows).astype({"layer": "Int64"})
+        of_module = (module.name, module.matrix.module, module.matrix.group, update.rows, update.cols)
+        kept = (update.rank, rank, update.rank * size, rank * size, norm, 1 - error**2 if norm else np.nan, error)
+        rows.append((*of_module, *kept))
+    columns = ["name", "module", "layer", "rows", "cols", "rank_before", "rank", "parameters_before", "parameters"]
+    return pd.DataFrame(rows, columns=[*columns, "norm", "energy", "error"]).astype({"layer": "Int64"})

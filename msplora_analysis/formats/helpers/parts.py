@@ -14,8 +14,6 @@ from msplora_analysis.formats.updates import Config, Factor, Matrix, Product, Sh
 Parts = dict[str, str]  # part -> tensor name
 Unit = TypeVar("Unit", bound=Hashable)
 
-# Heads that PEFT trains in full for classification and question answering, and names or not.
-_HEADS = ("classifier", "score", "qa_outputs")
 # Input and output embeddings of transformers models, which PEFT saves whole after a resize.
 _EMBEDDINGS = (
     *("embed_tokens", "embed_in", "embed_out", "lm_head", "shared"),
@@ -117,6 +115,11 @@ def shared(shapes: Shapes, part: str, unknown: list[str]) -> str | None:
     return found[0] if found else None
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor is of a head that PEFT trains in full for classification and question answering."""
+    return not {"classifier", "score", "qa_outputs"}.isdisjoint(name.split(".")[:-1])
+
+
 def trained_in_full(name: str, config: Config) -> bool:
     """Whether a tensor (without PREFIX) is a weight that was trained and saved as a whole.
 
@@ -134,7 +137,7 @@ def trained_in_full(name: str, config: Config) -> bool:
         return True
     if parameter.startswith("trainable_tokens") or "token_adapter" in path:
         return bool(config.get("trainable_token_indices"))
-    if any(head in path for head in _HEADS):
+    if is_head(name):
         return True
     while path and path[-1] in ("base_layer", "original_module"):
         path.pop()
