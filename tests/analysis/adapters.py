@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,43 @@ def write_adapter(
     if epoch is not None:
         (folder / "trainer_state.json").write_text(json.dumps({"epoch": epoch, "global_step": 0}))
     return folder
+
+
+def msplora_config(**changes: Any) -> dict[str, Any]:
+    config = {
+        "peft_type": "MSPLORA", "r": 8, "ranks": {"global": 5, "mid": 3, "layer": 2}, "lora_alpha": 16,
+        "use_rslora": False, "mid_groups": 3,
+    }  # fmt: skip
+    return config | changes
+
+
+def msplora_tensors(
+    layers: Sequence[int],
+    firsts: Sequence[int],
+    ranks: dict[str, int],
+    modules: Sequence[str] = ("query",),
+    stack: str = "encoder.layer",
+    rows: int = 20,
+    cols: int = 18,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """The layout of msplora_core: shared factors once, under the first layer of their group."""
+    rng = np.random.default_rng(seed)
+    owners = {"global": layers[:1], "mid": firsts, "layer": layers}
+    tensors = {}
+    for module in modules:
+        for scale, rank in ranks.items():
+            for layer in owners[scale]:
+                key = f"base_model.model.{stack}.{layer}.self.{module}.msplora_{scale}"
+                tensors[f"{key}.A"] = rng.standard_normal((rank, cols), dtype=np.float32)
+                tensors[f"{key}.B"] = rng.standard_normal((rows, rank), dtype=np.float32)
+    return tensors
+
+
+def dense(tensors: dict[str, np.ndarray], key: str, alpha: float, rslora: bool = False) -> np.ndarray:
+    """The update of one scale of one module, multiplied out in float64."""
+    a, b = (tensors[f"base_model.model.{key}.{factor}"].astype(np.float64) for factor in "AB")
+    return alpha / (math.sqrt(len(a)) if rslora else len(a)) * (b @ a)
 
 
 def assert_promised(actual: np.ndarray, exact: np.ndarray) -> None:

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from adapters import lora_config, lora_tensors, write_adapter
-from test_formats import msplora_config, msplora_tensors
+from adapters import lora_config, lora_tensors, msplora_config, msplora_tensors, write_adapter
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028"
 RANKS = {"global": 8, "mid": 8, "layer": 8}

@@ -15,7 +15,6 @@ from figure_cases import check_texts, comparison_table, draw, pairs_of, tables
 from matplotlib.figure import Figure
 from test_cli import run
 from test_figures import meshes, spectra_of
-from tueplots import figsizes
 
 import msplora_analysis as ma
 from msplora_analysis.show import figures
@@ -42,6 +41,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "runs"
     ],
 )  # fmt: skip
 def test_widths_are_those_of_tueplots(venue, kit):
+    figsizes = pytest.importorskip("tueplots.figsizes")
     for width, suffix in (("column", "_half"), ("full", "_full")):
         theirs = getattr(figsizes, kit, None) or getattr(figsizes, kit + suffix)
         assert style_of(f"{venue}-{width}").widths == pytest.approx((theirs()["figure.figsize"][0],))

@@ -1,12 +1,10 @@
 """Formats against what PEFT itself computes, and MSPLoRA against dense sums."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from adapters import assert_promised, lora_config, lora_tensors, write_adapter
+from adapters import assert_promised, dense, lora_config, lora_tensors, msplora_config, msplora_tensors, write_adapter
 
 from msplora_analysis import AnalysisError, load_spectra, load_tables
 from msplora_analysis.formats.names import module_of, stack_and_layer
@@ -293,33 +291,6 @@ def test_a_method_that_is_not_known(tmp_path):
 
 
 # MSPLoRA
-
-
-def msplora_config(**changes):
-    config = {
-        "peft_type": "MSPLORA", "r": 8, "ranks": {"global": 5, "mid": 3, "layer": 2}, "lora_alpha": 16,
-        "use_rslora": False, "mid_groups": 3,
-    }  # fmt: skip
-    return config | changes
-
-
-def msplora_tensors(layers, firsts, ranks, modules=("query",), stack="encoder.layer", rows=20, cols=18, seed=0):
-    """The layout of msplora_core: shared factors once, under the first layer of their group."""
-    rng = np.random.default_rng(seed)
-    owners = {"global": layers[:1], "mid": firsts, "layer": layers}
-    tensors = {}
-    for module in modules:
-        for scale, rank in ranks.items():
-            for layer in owners[scale]:
-                key = f"base_model.model.{stack}.{layer}.self.{module}.msplora_{scale}"
-                tensors[f"{key}.A"] = rng.standard_normal((rank, cols), dtype=np.float32)
-                tensors[f"{key}.B"] = rng.standard_normal((rows, rank), dtype=np.float32)
-    return tensors
-
-
-def dense(tensors, key, alpha, rslora=False):
-    a, b = (tensors[f"base_model.model.{key}.{factor}"].astype(np.float64) for factor in "AB")
-    return alpha / (math.sqrt(len(a)) if rslora else len(a)) * (b @ a)
 
 
 @pytest.mark.parametrize(

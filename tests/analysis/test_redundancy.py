@@ -5,12 +5,11 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
-from adapters import lora_config, lora_tensors, write_adapter
+from adapters import dense, lora_config, lora_tensors, msplora_config, msplora_tensors, write_adapter
 from scipy.linalg import subspace_angles
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy, wasserstein_distance
 from test_cli import run
-from test_formats import dense, msplora_config, msplora_tensors
 
 import msplora_analysis as ma
 from msplora_analysis.compute import pairs as between
@@ -214,8 +213,7 @@ def test_totals_are_compared_as_the_sum_of_their_scales(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["lora", "lokr", "loha", "adalora"])
 def test_adapters_that_peft_writes(tmp_path, method):
-    import peft
-    import torch
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from test_formats import bert
 
     torch.set_num_threads(1)

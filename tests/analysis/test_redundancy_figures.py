@@ -5,10 +5,9 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from adapters import lora_config, lora_tensors, write_adapter
+from adapters import lora_config, lora_tensors, msplora_config, msplora_tensors, write_adapter
 from test_cli import run
 from test_figures import meshes
-from test_formats import msplora_config, msplora_tensors
 
 import msplora_analysis as ma
 from msplora_analysis.show.drawing.plot import Plot
