@@ -9,7 +9,7 @@ GLUE ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint docs notebooks bench study clean
+.PHONY: demo test test-all test-versions lint docs notebooks bench study clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msplora-train --method lora --rank 8 --output-dir $(DEMO)/runs/lora-8 --overwrite
@@ -24,7 +24,15 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+
+# The slow tests too (pyproject.toml says which are slow).
+test-all: test
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
+
+# The wheel with the lowest versions that pyproject.toml claims, and with those of constraints.txt.
+test-versions: $(VENV)/.test
+	bash .ci/matrix.sh $(BIN)/python
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

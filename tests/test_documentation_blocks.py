@@ -55,6 +55,7 @@ ASSUMED: dict[str, dict[str, str]] = {
     "figures.md": BOTH,
     "redundancy.md": RUNS,
 }
+SLOW = ("instruction_tuning.md", "reproduce.md")  # pages that train several times
 
 
 class Block(NamedTuple):
@@ -313,7 +314,11 @@ def lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip("\n").splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else []) for page in PAGES],
+    ids=lambda page: page.name,
+)
 def test_every_block_runs(page: Path, workspace: Path) -> None:
     put(ASSUMED.get(page.name, {}), workspace)
     blocks = blocks_of(page)

@@ -420,7 +420,7 @@ def test_without_transformers_the_class_says_what_to_install() -> None:
         "try: ma.SpectraCallback\n"
         "except ma.AnalysisError as error: print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert result.stdout == (
         "SpectraCallback needs transformers, which is not installed; run `pip install 'msplora[train]'`\n"
     )

@@ -21,7 +21,7 @@ def python(code: str, *args: object, **options) -> subprocess.CompletedProcess[s
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True, text=True, env=environment, timeout=120, **options,
+        capture_output=True, text=True, env=environment, timeout=600, **options,
     )  # fmt: skip
 
 

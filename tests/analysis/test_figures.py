@@ -354,6 +354,7 @@ def test_long_titles_stay_inside_the_figure():
 # On disk
 
 
+@pytest.mark.slow
 def test_write_figures_writes_all_that_the_table_allows(tmp_path):
     few = {"layers": 3, "tasks": ["cola"], "epochs": (0, 1)}
     small = pd.concat([spectra_of("lora", (8,), **few), spectra_of("msplora", (8, 4, 2), **few)])

@@ -329,7 +329,7 @@ def test_the_command_writes_both_tables(tmp_path, capsys, monkeypatch, suffix):
     pairs, scales = (read(out / f"{name}.{suffix}") for name in ("pairs", "scales"))
     assert pairs.columns.tolist() == PAIRS
     assert (len(pairs), len(scales)) == (9, 9)
-    assert (pairs["overlap_expected"] == (1 / 20 + 1 / 18) / 2).all()
+    assert pairs["overlap_expected"].to_numpy() == pytest.approx((1 / 20 + 1 / 18) / 2, rel=1e-12)
 
 
 def test_the_command_says_when_there_is_nothing_to_compare(tmp_path, capsys, monkeypatch):

@@ -51,7 +51,7 @@ def opened(browser, path: Path, width: int = 1280, silent: bool = True, **option
         page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("html[data-drawn=yes]", state="attached", timeout=30_000)
+        page.wait_for_selector("html[data-drawn=yes]", state="attached", timeout=300_000)
         yield page
         assert said == [] or not silent
 

@@ -259,6 +259,7 @@ def test_folder_without_model(tmp_path: Path) -> None:
         base_models.find_model(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_hub_name_without_network_says_what_to_do() -> None:
     code = "from msplora_core import models\nfrom msplora_core.data import tasks\n"
     code += "models.load_model(models.find_model('a/b'), tasks.TASKS['cola'])"

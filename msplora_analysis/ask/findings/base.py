@@ -82,7 +82,8 @@ def to_table(findings: Iterable[Finding]) -> pd.DataFrame:
         }
         for finding in findings
     ]
-    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    given = pd.DataFrame(rows, columns=list(COLUMNS))
+    table = given.astype(COLUMNS).where(given.notna())  # pandas 2 makes the text "None" of a missing one
     table["epoch"] = table["epoch"].astype("Int64") if (table["epoch"].dropna() % 1 == 0).all() else table["epoch"]
     order = table["severity"].map(SEVERITIES.index).sort_values(kind="stable").index
     return table.loc[order].reset_index(drop=True)
