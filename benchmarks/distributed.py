@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from msplora_core import MSPLoraConfig, distributed
+from msplora_core import MSPLoraConfig
+from msplora_core.run import distributed
 
 SIZES: dict[str, dict[str, int]] = {
     "7b": {
@@ -178,7 +179,7 @@ def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     if distributed.process_count() > 1:
-        distributed.barrier()
+        dist.barrier()
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ Examples:
   msplora-train --model FacebookAI/roberta-base --task cola --rank 8 --output-dir runs/cola
   msplora-train --task mrpc --data-dir glue --method lora --seed 1 --output-dir runs/mrpc
   msplora-train --model smollm2 --task alpaca --data-dir data --output-dir runs/alpaca
-""",
+"""
 )(train)
 
 

@@ -127,59 +127,32 @@ _VOCABULARY = {
 # Frames stand in mirrored twos: what one rules in, the next rules out. A frame whose pair only
 # reorders its words (as far as inflection permits) is its own mirror.
 _GRAMMAR = {
-    "subject_verb_agreement": (
-        "the {p} [is/are] {vi.ing} near the {t}.",
-        "the {p.s} [are/is] {vi.ing} near the {t}.",
-    ),
-    "determiner_noun_agreement": (
-        "{name} {vo.ed} [this/these] {a} {t}.",
-        "{name} {vo.ed} [these/this] {a} {t.s}.",
-    ),
+    "subject_verb_agreement": ("the {p} [is/are] {vi.ing} near the {t}.", "the {p.s} [are/is] {vi.ing} near the {t}."),
+    "determiner_noun_agreement": ("{name} {vo.ed} [this/these] {a} {t}.", "{name} {vo.ed} [these/this] {a} {t.s}."),
     "reflexive_agreement": (
         "{nf} {vh.ed} [herself/himself] near the {t}.",
         "{nm} {vh.ed} [himself/herself] near the {t}.",
     ),
-    "pronoun_case": (
-        "[they/them] {vh.ed} the {p} near the {t}.",
-        "the {p} {vh.ed} [them/they] near the {t}.",
-    ),
-    "argument_structure": (
-        "the {p} [{vo.ed}/{vi.ed}] the {t}.",
-        "the {p} [{vi.ed}/{vo.ed}] near the {t}.",
-    ),
+    "pronoun_case": ("[they/them] {vh.ed} the {p} near the {t}.", "the {p} {vh.ed} [them/they] near the {t}."),
+    "argument_structure": ("the {p} [{vo.ed}/{vi.ed}] the {t}.", "the {p} [{vi.ed}/{vo.ed}] near the {t}."),
     "complement_selection": (
         "the {p} [{vg.ed}/{vt.ed}] {vo.ing} the {t}.",
         "the {p} [{vt.ed}/{vg.ed}] to {vo} the {t}.",
     ),
-    "auxiliary_selection": (
-        "the {p} [has/will] {vo.ed} the {t}.",
-        "the {p} [will/has] {vo} the {t}.",
-    ),
+    "auxiliary_selection": ("the {p} [has/will] {vo.ed} the {t}.", "the {p} [will/has] {vo} the {t}."),
     "tense_and_time": (
         "the {p} {vo.ed} the {t} [yesterday/tomorrow].",
         "the {p} will {vo} the {t} [tomorrow/yesterday].",
     ),
-    "comparative_formation": (
-        "the {t} is [{a.er}/{a}] than the {t2}.",
-        "the {t} is as [{a}/{a.er}] as the {t2}.",
-    ),
-    "modifier_order": (
-        "{name} {vi.ed} near the [{a} {t}/{t} {a}].",
-        "the [{a} {t}/{t} {a}] is near the {p}.",
-    ),
-    "negation": (
-        "the {p} [will not/not will] {vo} the {t}.",
-        "{name} [has not/not has] {vh.ed} the {p}.",
-    ),
+    "comparative_formation": ("the {t} is [{a.er}/{a}] than the {t2}.", "the {t} is as [{a}/{a.er}] as the {t2}."),
+    "modifier_order": ("{name} {vi.ed} near the [{a} {t}/{t} {a}].", "the [{a} {t}/{t} {a}] is near the {p}."),
+    "negation": ("the {p} [will not/not will] {vo} the {t}.", "{name} [has not/not has] {vh.ed} the {p}."),
     "npi_licensing": (
         "[no {p} has ever {vh.ed} the/the {p} has ever {vh.ed} no] {p2}.",
         "[the {p} did not {vo} any/any {p} did not {vo} the] {t}.",
         "if {name} [ever {vh.s} the {p}, we will/{vh.s} the {p}, we will ever] {vi}.",
     ),
-    "filler_gap": (
-        "{name} {vc.s} [what/that] the {p} {vo.ed}.",
-        "{name} {vc.s} [that/what] the {p} {vo.ed} the {t}.",
-    ),
+    "filler_gap": ("{name} {vc.s} [what/that] the {p} {vo.ed}.", "{name} {vc.s} [that/what] the {p} {vo.ed} the {t}."),
     "wh_island": (
         "which {t} did the {p} [{vo} after the {p2} {vi.ed}/{vi} after the {p2} {vo.ed}]?",
         "which {t} did the {p} who [{vh.ed} {name} {vo}/{vo.ed} {vh} {name}]?",

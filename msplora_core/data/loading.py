@@ -55,9 +55,14 @@ def load_splits(task: Task, data_dir: Path | None = None) -> dict[str, Split]:
         TrainingError: a file, column or label that is missing or wrong, an empty split, no network.
     """
     if data_dir is not None:
-        if isinstance(task, InstructionTask) and not _has_file(task, "validation", data_dir):
-            return _hold_out(task, _read_file(task, _find_file(task, "train", data_dir)))
-        return {split: _read_file(task, _find_file(task, split, data_dir)) for split in SPLITS}
+        files = {split: _find(task, split, data_dir) for split in SPLITS}
+        may_lack = ("validation",) if isinstance(task, InstructionTask) else ()
+        for split, path in files.items():
+            if path is None and split not in may_lack:
+                file = f"{task.name}_{split}.jsonl"
+                raise TrainingError(f"{data_dir}: there is no {file} or {file}.gz in it")
+        splits = {split: _read_file(task, path) for split, path in files.items() if path is not None}
+        return splits if "validation" in splits else _hold_out(task, splits["train"])
     if task.name == EMBEDDED_TASK:
         return {split: _generate(task, split) for split in SPLITS}
     return _download(task)
@@ -74,19 +79,9 @@ def _hold_out(task: InstructionTask, split: Split) -> dict[str, Split]:
     }
 
 
-def _files(task: Task, split: str, data_dir: Path) -> list[Path]:
-    return [data_dir / f"{task.name}_{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz")]
-
-
-def _has_file(task: Task, split: str, data_dir: Path) -> bool:
-    return any(path.is_file() for path in _files(task, split, data_dir))
-
-
-def _find_file(task: Task, split: str, data_dir: Path) -> Path:
-    for path in _files(task, split, data_dir):
-        if path.is_file():
-            return path
-    raise TrainingError(f"{data_dir}: there is no {task.name}_{split}.jsonl or {task.name}_{split}.jsonl.gz in it")
+def _find(task: Task, split: str, data_dir: Path) -> Path | None:
+    files = (data_dir / f"{task.name}_{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz"))
+    return next((path for path in files if path.is_file()), None)
 
 
 def _read_file(task: Task, path: Path) -> Split:

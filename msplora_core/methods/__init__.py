@@ -34,4 +34,4 @@ def method_options() -> dict[str, Field]:
 def methods_table() -> str:
     """Every method with its description, a line each."""
     width = max(map(len, METHODS))
-    return "\n".join(f"{name:<{width}}  {method.description}" for name, method in sorted(METHODS.items()))
+    return "\n".join(f"{name:<{width}}  {METHODS[name].__doc__}" for name in sorted(METHODS))

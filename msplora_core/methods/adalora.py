@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from msplora_core.methods.base import LoraMethod, Training
+from msplora_core.methods.base import Training
+from msplora_core.methods.lora import Lora
 
 if TYPE_CHECKING:
     from peft import AdaLoraModel, PeftConfig, PeftModel
@@ -19,19 +19,16 @@ _INITIAL_RANK = 1.5
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-@dataclass(frozen=True)
-class AdaLora(LoraMethod):
-    """Singular values instead of a rank; ``rank`` is their average number at the end."""
+class AdaLora(Lora):
+    """singular values, pruned to --rank of them on average"""
 
     name = "adalora"
-    description = "singular values, pruned to --rank of them on average"
 
     def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
         from peft import AdaLoraConfig
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-        options = self.lora(task_type)
-        del options["r"]
+        options = self.options(task_type)
         # PEFT's default for AdaLoRA has other modules, the classifier's among them
         options["target_modules"] = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
             base_model.config.model_type

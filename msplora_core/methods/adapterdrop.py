@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterDrop(TargetedMethod):
-    """Adapters that are left out of the lower layers: of the same ones always, or of as many as every step draws."""
+    """bottleneck adapters, dropped from lower layers"""
 
     name = "adapterdrop"
-    description = "bottleneck adapters, dropped from lower layers"
     spectra = None
     skips_parameters = True
 
@@ -57,7 +56,7 @@ class LayerDropper(Training):
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
-        from msplora_core.tuners.bottleneck.layer import BottleneckLinear  # PEFT takes seconds to import
+        from msplora_core.tuners.bottleneck import BottleneckLinear  # PEFT takes seconds to import
 
         self.seed = seed
         self.adapted = [module for module in model.modules() if isinstance(module, BottleneckLinear)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msplora_core.errors import TrainingError
-from msplora_core.options import COUNT, FRACTION, FROM_RECIPE, POSITIVE, Option, check_ranges, options_of
+from msplora_core.options import COUNT, FROM_RECIPE, Option, check_ranges, options_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +51,12 @@ class Training:
 class Method:
     """A way to fine-tune, with its own options: the fields of the class.
 
-    A subclass with a ``name`` is a method of ``msplora-train`` as soon as it is imported. Nothing heavy is
-    imported before a function of it is called.
+    A subclass with a ``name`` is a method of ``msplora-train`` as soon as it is imported; its docstring is its line in
+    ``--help``. Nothing heavy is imported before a function of it is called.
     """
 
     name: ClassVar[str]
     """What ``--method`` calls it."""
-    description: ClassVar[str]
-    """What it is, in a line."""
     rank_factor: ClassVar[int] = 1
     """Default of the option ``rank``, as a multiple of that of the task's recipe."""
     learning_rate: ClassVar[float | None] = None
@@ -163,24 +161,6 @@ class RankedMethod(TargetedMethod):
             COUNT,
         ),
     ] = FROM_RECIPE
-
-
-@dataclass(frozen=True)
-class LoraMethod(RankedMethod):
-    """A method with LoRA's options."""
-
-    lora_alpha: Annotated[float, Option("[default: the task's recipe]", POSITIVE)] = FROM_RECIPE
-    lora_dropout: Annotated[float, Option("[default: the task's recipe]", FRACTION)] = FROM_RECIPE
-
-    def lora(self, task_type: str) -> dict[str, Any]:
-        """LoRA's options as PEFT's configurations take them."""
-        return {
-            "r": self.rank,
-            "target_modules": self.target_modules,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "task_type": task_type,
-        }
 
 
 def draw(seed: int, step: int, low: int, high: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from msplora_core.methods.base import Method
@@ -12,12 +11,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
 class BitFit(Method):
-    """Trains the change of every bias."""
+    """the biases alone"""
 
     name = "bitfit"
-    description = "the biases alone"
     spectra = None
 
     def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from msplora_core.methods.base import Training, draw
@@ -14,12 +13,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
 class DyLora(Lora):
-    """LoRA, of use at every rank up to its own."""
+    """LoRA of use at every rank up to --rank"""
 
     name = "dylora"
-    description = "LoRA of use at every rank up to --rank"
 
     def training(self, model: PeftModel, seed: int) -> Training:
         return RankSampler(model, seed)

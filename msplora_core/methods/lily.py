@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from msplora_core.methods.base import RankedMethod
@@ -16,12 +15,10 @@ _PARTS = 3
 """How many As, and how many Bs, all layers share for each type of module."""
 
 
-@dataclass(frozen=True)
 class Lily(RankedMethod):
-    """Factors shared by layers; at four times LoRA's rank, about as many parameters as LoRA's."""
+    """As and Bs shared by layers, Bs mixed by a router"""
 
     name = "lily"
-    description = "As and Bs shared by layers, Bs mixed by a router"
     rank_factor = 4
     spectra = None
 

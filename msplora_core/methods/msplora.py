@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from msplora_core.errors import TrainingError
-from msplora_core.methods.base import LoraMethod, Method
+from msplora_core.methods.base import Method
+from msplora_core.methods.lora import Lora
 from msplora_core.names import SCALES
 from msplora_core.options import Option
 
@@ -28,15 +29,13 @@ def parse_ranks(text: str) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class MSPLora(LoraMethod):
-    """The pyramid: of ``rank`` r (global r, mid r/2, layer r/4), or of the ``ranks`` given."""
+class MSPLora(Lora):
+    """LoRA parts shared by all layers, by a third, and by none"""
 
     name = "msplora"
-    description = "LoRA parts shared by all layers, by a third, and by none"
 
     ranks: Annotated[
-        dict[str, int] | None,
-        Option("MSPLoRA's ranks global,mid,layer, such as 8,8,8.", parse=parse_ranks),
+        dict[str, int] | None, Option("MSPLoRA's ranks global,mid,layer, such as 8,8,8.", parse=parse_ranks)
     ] = None
 
     @classmethod
@@ -48,4 +47,4 @@ class MSPLora(LoraMethod):
     def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
         from msplora_core.tuners.msplora import MSPLoraConfig  # PEFT takes seconds to import
 
-        return MSPLoraConfig(ranks=self.ranks, **self.lora(task_type))
+        return MSPLoraConfig(r=self.rank, ranks=self.ranks, **self.options(task_type))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from msplora_core.methods.base import Training
@@ -15,12 +14,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-@dataclass(frozen=True)
 class Pissa(Lora):
-    """LoRA that starts from the largest singular values of the weight instead of zero."""
+    """LoRA from the weight's largest singular values on"""
 
     name = "pissa"
-    description = "LoRA from the weight's largest singular values on"
     switches: ClassVar[dict[str, Any]] = {"init_lora_weights": "pissa"}
 
     def training(self, model: PeftModel, seed: int) -> Training:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from msplora_core.errors import TrainingError
@@ -14,12 +13,10 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-@dataclass(frozen=True)
 class QLora(Lora):
-    """LoRA on NF4 weights, their scales quantised too. The head is not quantised."""
+    """LoRA on a base model in 4 bits"""
 
     name = "qlora"
-    description = "LoRA on a base model in 4 bits"
 
     def quantization(self, precision: str) -> BitsAndBytesConfig:
         if importlib.util.find_spec("bitsandbytes") is None:

@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from msplora_core import names
-from msplora_core.atomic import flush, replacing
+from msplora_core.atomic import flush
+from msplora_core.errors import TrainingError
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 METHOD_STATE = "method_state.pt"
@@ -28,15 +31,6 @@ def publish(folder: Path, target: Path) -> None:
     discard(target)
     os.rename(folder, target)
     flush(target.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all. Raises OSError with the file's name."""
-    try:
-        with replacing(path, durable=True) as beside:
-            beside.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def discard(folder: Path) -> None:
@@ -108,8 +102,23 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def write_failure(error: Exception, folder: Path) -> str | None:
-    """What to tell if ``error`` is a failure to write to ``folder``: the file and the reason; else None."""
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Tell of a failure to write to ``folder``.
+
+    Raises:
+        TrainingError: it names the file, the reason, and how to go on.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = _write_failure(error, folder)
+        if message is None:
+            raise
+        raise TrainingError(message) from error
+
+
+def _write_failure(error: Exception, folder: Path) -> str | None:
     from safetensors import SafetensorError
 
     if isinstance(error, OSError):

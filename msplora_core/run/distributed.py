@@ -38,14 +38,6 @@ def join() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if process_count() > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
-
-
 def by_writer(function: Callable[[], _T]) -> _T:
     """Call ``function`` in the writing process alone; all get its result.
 

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 import msplora_core
+from msplora_core.atomic import replacing
 from msplora_core.data.loading import Split
 from msplora_core.data.tasks import get_task
 from msplora_core.errors import TrainingError
@@ -145,11 +146,7 @@ def describe_run(settings: Settings, source: ModelSource, splits: dict[str, Spli
     return {
         "settings": settings.what_matters(),
         "metric": {"name": task.metric, "greater_is_better": task.greater_is_better},
-        "model": {
-            "name": source.name,
-            "class": type(base_model).__name__,
-            "weights_sha256": source.fingerprint(),
-        },
+        "model": {"name": source.name, "class": type(base_model).__name__, "weights_sha256": source.fingerprint()},
         "parameters": {
             "adapter": sum(trainable.values()) - head,
             "head": head,
@@ -204,7 +201,5 @@ def write(folder: Path, run: dict[str, Any]) -> None:
     Raises:
         TrainingError: it cannot be written, as when the disk is full.
     """
-    try:
-        checkpoints.write_text(folder / RECORD, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise TrainingError(checkpoints.write_failure(error, folder / RECORD)) from error
+    with checkpoints.told(folder / RECORD), replacing(folder / RECORD, durable=True) as beside:
+        beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -38,8 +38,7 @@ class Settings:
     task: Annotated[str, Option(f"One of {', '.join(TASKS)}.")] = EMBEDDED_TASK
     method: Annotated[Method, Option(f"One of {', '.join(sorted(METHODS))}; see below.")] = MSPLora()  # noqa: RUF009 - frozen
     data_dir: Annotated[
-        Path | None,
-        Option("Folder with {task}_train.jsonl[.gz] and {task}_validation.jsonl[.gz]; else the Hub."),
+        Path | None, Option("Folder with {task}_train.jsonl[.gz] and {task}_validation.jsonl[.gz]; else the Hub.")
     ] = None
     seed: Annotated[
         int,
@@ -50,32 +49,27 @@ class Settings:
     ] = 0
     epochs: Annotated[int, Option(_RECIPE, COUNT)] = FROM_RECIPE
     learning_rate: Annotated[float, Option("[default: the task's recipe; fft: 2e-5]", NOT_NEGATIVE)] = FROM_RECIPE
-    head_learning_rate: Annotated[
-        float,
-        Option("[default: half the learning rate; fft: all of it]", NOT_NEGATIVE),
-    ] = FROM_RECIPE
+    head_learning_rate: Annotated[float, Option("[default: half the learning rate; fft: all of it]", NOT_NEGATIVE)] = (
+        FROM_RECIPE
+    )
     batch_size: Annotated[int, Option(_RECIPE, COUNT)] = FROM_RECIPE
     micro_batch_size: Annotated[
-        int | None,
-        Option("Examples computed at once.  [default: the task's recipe: the whole batch; alpaca: 4]"),
+        int | None, Option("Examples computed at once.  [default: the task's recipe: the whole batch; alpaca: 4]")
     ] = None
     warmup_ratio: Annotated[
-        float,
-        Option(_RECIPE, Range("a fraction of the steps, from 0 to below 1", lambda value: 0 <= value < 1)),
+        float, Option(_RECIPE, Range("a fraction of the steps, from 0 to below 1", lambda value: 0 <= value < 1))
     ] = FROM_RECIPE
     weight_decay: Annotated[float, Option(_RECIPE, NOT_NEGATIVE)] = FROM_RECIPE
     max_length: Annotated[int, Option("Tokens.  " + _RECIPE, COUNT)] = FROM_RECIPE
     precision: Annotated[str, Option(f"One of {', '.join(PRECISIONS)}.", one_of(PRECISIONS))] = "fp32"
     model_dtype: Annotated[
-        str,
-        Option(f"Type of the base model's weights, one of {', '.join(MODEL_DTYPES)}.", one_of(MODEL_DTYPES)),
+        str, Option(f"Type of the base model's weights, one of {', '.join(MODEL_DTYPES)}.", one_of(MODEL_DTYPES))
     ] = "float32"
     gradient_checkpointing: Annotated[
         bool, Option("Less memory, slower: activations are computed twice.", decides=False)
     ] = False
     save_steps: Annotated[
-        int | None,
-        Option("Also keep a checkpoint every so many steps, the newest only.", COUNT, decides=False),
+        int | None, Option("Also keep a checkpoint every so many steps, the newest only.", COUNT, decides=False)
     ] = None
     shard_base: Annotated[
         bool, Option("Spread the base model over the processes of torchrun (FSDP2).", decides=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from msplora_core.data.tasks import Task
 
@@ -30,15 +30,8 @@ class _EpochLines(TrainerCallback):
         self.report = report
         self.train_loss: float | None = None
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs.get("logs") or {}
         self.train_loss = logs.get("loss", self.train_loss)
         if f"eval_{self.task.metric}" in logs:
             epoch, epochs = round(state.epoch or 0), math.ceil(args.num_train_epochs)

@@ -35,19 +35,13 @@ class AdapterTrainer(Trainer):
     Args:
         method: What the training method does, as :meth:`msplora_core.methods.Method.training` gives it.
         head_learning_rate: That of the head.
-        loss_is_of_rows: The model's loss is a mean over rows, as a classifier's is, and not over tokens.
+        weighs_rows: The model's loss is a mean over rows, as a classifier's is, and not over tokens.
         base_is_sharded: The model went through :func:`msplora_core.run.distributed.shard_frozen`.
         others: Trainer's own arguments.
     """
 
     def __init__(
-        self,
-        *,
-        method: Training,
-        head_learning_rate: float,
-        loss_is_of_rows: bool,
-        base_is_sharded: bool = False,
-        **others: Any,
+        self, *, method: Training, head_learning_rate: float, weighs_rows: bool, base_is_sharded: bool, **others: Any
     ) -> None:
         super().__init__(**others)
         self.method = method
@@ -57,10 +51,9 @@ class AdapterTrainer(Trainer):
         # Losses that are means over rows need weights where a batch is shared unevenly; Trainer does the same for
         # language models, over tokens, and wrongly takes classifiers for such.
         shared = self.args.world_size * self.args.gradient_accumulation_steps > 1
-        self.weighs_rows = shared and loss_is_of_rows
+        self.weighs_rows = shared and weighs_rows
         if self.weighs_rows:
             self.model_accepts_loss_kwargs = False
-        self.add_callback(_DuringTraining(method))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.base_is_sharded:  # Trainer leaves a model alone that is wrapped before it gets to it, just after this
@@ -87,18 +80,17 @@ class AdapterTrainer(Trainer):
         self._writing_to = output_dir / names.PARTIAL
         failure = None
         try:
-            super()._save_checkpoint(model, trial)
-            state = self.method.state()
-            if state is not None and self.args.should_save:
-                trained = {name: p.detach() for name, p in self._trained().items()}
-                torch.save({"trained": trained, "method": state}, self._writing_to / name / checkpoints.METHOD_STATE)
-            # In the middle of an epoch: the losses since its beginning, which its log entry will average.
-            running = {"sum": float(self._tr_loss), "since_step": self._globalstep_last_logged}
-            (self._writing_to / name / _running_loss_name()).write_text(json.dumps(running))
-        except Exception as error:
-            failure = checkpoints.write_failure(error, self._writing_to)
-            if failure is None:
-                raise
+            with checkpoints.told(self._writing_to):
+                super()._save_checkpoint(model, trial)
+                state = self.method.state()
+                if state is not None and self.args.should_save:
+                    values = {"trained": {key: p.detach() for key, p in self._trained().items()}, "method": state}
+                    torch.save(values, self._writing_to / name / checkpoints.METHOD_STATE)
+                # In the middle of an epoch: the losses since its beginning, which its log entry will average.
+                running = {"sum": float(self._tr_loss), "since_step": self._globalstep_last_logged}
+                (self._writing_to / name / _running_loss_name()).write_text(json.dumps(running))
+        except TrainingError as error:
+            failure = str(error)
         finally:
             self._writing_to = None
         distributed.raise_first(failure)
@@ -131,14 +123,9 @@ class AdapterTrainer(Trainer):
         """Write checkpoint-0, the adapter before training."""
         output_dir = Path(str(self.args.output_dir))
         folder = output_dir / names.PARTIAL / "checkpoint-0"
-        try:
+        with checkpoints.told(folder.parent):
             self.save_model(str(folder))
             TrainerState(epoch=0, global_step=0).save_to_json(str(folder / names.STATE))
-        except Exception as error:
-            failure = checkpoints.write_failure(error, folder.parent)
-            if failure is None:
-                raise
-            raise TrainingError(failure) from error
         _publish(output_dir, folder.name)
 
     def restore_running_loss(self, checkpoint: Path) -> None:
@@ -206,54 +193,27 @@ class AdapterTrainer(Trainer):
         return {name: values[: max(own, 1)] for name, values in batch.items()}, own
 
 
-class _DuringTraining(TrainerCallback):
-    """What the method does, where Trainer tells of it."""
-
-    def __init__(self, method: Training) -> None:
-        self.method = method
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.method.begin(state.max_steps)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.method.before_step(state.global_step)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.method.after_update(state.global_step)
-
-
-class KeepEveryEpoch(TrainerCallback):
-    """Writes the adapter of epoch 0, and drops what only resuming needs from all but the newest checkpoint.
+class Recorder(TrainerCallback):
+    """Tells the method where training is; keeps the adapter of every epoch, and what resuming needs of the newest.
 
     Args:
         resumed_from: The checkpoint that training continues from.
         save_steps: Also write a checkpoint every so many steps; of these only the newest is kept.
     """
 
-    def __init__(
-        self, trainer: AdapterTrainer, resumed_from: Path | None = None, save_steps: int | None = None
-    ) -> None:
+    def __init__(self, trainer: AdapterTrainer, resumed_from: Path | None = None, save_steps: int | None = None):
         self.trainer = trainer
         self.resumed_from = resumed_from
         self.save_steps = save_steps
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self.trainer.method.begin(state.max_steps)
         if self.resumed_from is not None:
             self.trainer.restore_running_loss(self.resumed_from)
         else:
             distributed.by_writer(self.trainer.save_first)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         batches = kwargs["train_dataloader"].batch_sampler
         while hasattr(batches, "batch_sampler"):
             batches = batches.batch_sampler
@@ -261,19 +221,23 @@ class KeepEveryEpoch(TrainerCallback):
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         set_order(batches.sampler, seed=args.seed, epoch=int(state.epoch or 0), batch_size=batch_size)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self.trainer.method.before_step(state.global_step)
+
+    def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self.trainer.method.after_update(state.global_step)
+
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         # An epoch's end is saved once it has been evaluated.
         if self.save_steps and state.global_step % self.save_steps == 0 and not _ends_epoch(state.global_step, state):
             control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         if distributed.is_writer():
             for step, folder in checkpoints.all_in(Path(str(args.output_dir))).items():
-                if step == state.global_step:
-                    continue
-                if _ends_epoch(step, state):
+                if step != state.global_step and _ends_epoch(step, state):
                     checkpoints.drop_resume_files(folder)
-                else:
+                elif step != state.global_step:
                     checkpoints.discard(folder)
 
 
@@ -291,10 +255,8 @@ def set_order(sampler: LengthGroupedSampler | SeedableRandomSampler, *, seed: in
 
 def _publish(output_dir: Path, name: str) -> None:
     source = output_dir / names.PARTIAL / name
-    try:
+    with checkpoints.told(source):  # some file systems tell of a full disk only now
         checkpoints.publish(source, output_dir / name)
-    except OSError as error:  # some file systems tell of a full disk only now
-        raise TrainingError(checkpoints.write_failure(error, source)) from error
 
 
 def _ends_epoch(step: int, state: TrainerState) -> bool:

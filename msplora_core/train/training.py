@@ -21,7 +21,7 @@ from msplora_core.models import find_model, load_model
 from msplora_core.run import checkpoints, distributed, record
 from msplora_core.train.evaluation import metric_function, sum_token_losses
 from msplora_core.train.progress import show_progress
-from msplora_core.train.trainer import AdapterTrainer, KeepEveryEpoch
+from msplora_core.train.trainer import AdapterTrainer, Recorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
     """
     distributed.join()
     if not distributed.is_writer():
-        report, settings = _say_nothing, replace(settings, progress_bar=False)
+        report, settings = (lambda line: None), replace(settings, progress_bar=False)
     task = get_task(settings.task)
     source = find_model(settings.model)
     _check_batches(settings)
@@ -92,14 +92,14 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
         preprocess_logits_for_metrics=sum_token_losses if isinstance(task, InstructionTask) else None,
         method=method.training(model, settings.seed),
         head_learning_rate=settings.head_learning_rate,
-        loss_is_of_rows=isinstance(task, ClassificationTask),
+        weighs_rows=isinstance(task, ClassificationTask),
         base_is_sharded=settings.shard_base,
     )
     if settings.log_spectra:
         from msplora_analysis import SpectraCallback
 
         SpectraCallback().add_to(trainer)
-    trainer.add_callback(KeepEveryEpoch(trainer, last_checkpoint, settings.save_steps))
+    trainer.add_callback(Recorder(trainer, last_checkpoint, settings.save_steps))
     show_progress(trainer, task, report)
 
     report(record.summary(run))
@@ -133,10 +133,6 @@ def _collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., A
     tokenizer.padding_side = "right"  # positions then count from the first token, not from the padding
     multiple = 8 if torch.cuda.is_available() else None  # the size that tensor cores want
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=multiple).__call__
-
-
-def _say_nothing(line: str) -> None:
-    pass
 
 
 def _check_batches(settings: Settings) -> None:

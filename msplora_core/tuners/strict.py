@@ -1,4 +1,4 @@
-"""What our PEFT tuners share: their place in PEFT's tables, and loading that fails where tensors are missing.
+"""What our PEFT tuners share: their place in PEFT's tables, targets, and loading that fails where tensors are missing.
 
 PEFT loads leniently: a missing tensor would stay at its initial value, silently.
 """
@@ -6,6 +6,7 @@ PEFT loads leniently: a missing tensor would stay at its initial value, silently
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,56 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 
+@dataclass
+class TargetedConfig(PeftConfig):
+    """A configuration that says which modules to adapt.
+
+    Args:
+        target_modules: Names of the modules to adapt, as in ``LoraConfig``: a list of name endings, or a regular
+            expression. Every method has a default of its own.
+        exclude_modules: Modules to leave out although ``target_modules`` matches them.
+        modules_to_save: Modules trained in full and saved with the adapter, such as a task's head.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list):  # as every PEFT method
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+
 class StrictTuner(BaseTuner):
-    """A PEFT tuner whose adapter file must hold every tensor of the adapter, and no other of its kind."""
+    """A PEFT tuner whose adapter file must hold every tensor of the adapter, and no other."""
+
+    def _layer(self, target: nn.Module, name: str) -> BaseTunerLayer:
+        """A layer that adapts the module ``target``, called ``name``."""
+        raise NotImplementedError
+
+    def _add_adapter(self, layer: Any, adapter_name: str, config: Any, name: str, trainable: bool) -> None:
+        """Attach an adapter to a layer made by :meth:`_layer`."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer: Any = target if isinstance(target, self.tuner_layer_cls) else self._layer(target, current_key)
+        # a further adapter is not trained before set_adapter makes it the active one
+        self._add_adapter(layer, adapter_name, peft_config, current_key, adapter_name in self.active_adapters)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)
+            self._replace_module(parent, target_name, layer, target)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -25,8 +74,13 @@ class StrictTuner(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = set(cls._adapter_keys(model, adapter_name))
         missing = sorted(expected - remapped.keys())
-        extra = sorted(key for key in remapped if f".{cls.prefix}" in key and key not in expected)
-        check_fit(missing, extra, "another base model or other target_modules")
+        known = {key for key in model.state_dict() if f".{cls.prefix}" not in key} | expected
+        extra = sorted(remapped.keys() - known)
+        if missing or extra:
+            raise ValueError(
+                f"the adapter's file does not fit the model: {_listing(missing)} missing, {_listing(extra)} extra; "
+                "was it made for another base model, other target_modules or other ranks?"
+            )
         return remapped
 
     @classmethod
@@ -47,15 +101,6 @@ def register(peft_type: str, config: type[PeftConfig], tuner: type[BaseTuner]) -
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = config
     PEFT_TYPE_TO_TUNER_MAPPING[key] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = tuner.prefix
-
-
-def check_fit(missing: list[str], extra: list[str], other: str) -> None:
-    """Raise ValueError if a file lacks keys or has others; ``other``: what it may have been made for."""
-    if missing or extra:
-        raise ValueError(
-            f"the adapter's file does not fit the model: {_listing(missing)} missing, {_listing(extra)} extra; "
-            f"was it made for {other}?"
-        )
 
 
 def unadapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

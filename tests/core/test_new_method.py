@@ -27,8 +27,9 @@ from msplora_core.options import POSITIVE, Option
 
 @dataclass(frozen=True)
 class SmallLora(Lora):
+    """LoRA with a bound on B"""
+
     name = "small"
-    description = "LoRA with a bound on B"
 
     bound: Annotated[float, Option("Largest value of B.", POSITIVE)] = 0.5
 

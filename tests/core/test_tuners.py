@@ -17,10 +17,8 @@ from msplora_core.methods.adapterdrop import LayerDropper
 from msplora_core.methods.base import draw
 from msplora_core.methods.dylora import RankSampler
 from msplora_core.methods.pissa import InitialFactors
-from msplora_core.tuners.bitfit import BitFitConfig
-from msplora_core.tuners.bitfit.layer import BitFitLayer
-from msplora_core.tuners.bottleneck import BottleneckConfig
-from msplora_core.tuners.bottleneck.layer import BottleneckLinear
+from msplora_core.tuners.bitfit import BitFitConfig, BitFitLayer
+from msplora_core.tuners.bottleneck import BottleneckConfig, BottleneckLinear
 
 from .conftest import make_bert, make_gpt2, make_llama, run_model
 

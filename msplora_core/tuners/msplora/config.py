@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-
-from peft import PeftConfig
+from dataclasses import dataclass
 
 from msplora_core.names import SCALES, halved_ranks
+from msplora_core.tuners.strict import TargetedConfig
 
 PEFT_TYPE = "MSPLORA"
 
 
 @dataclass
-class MSPLoraConfig(PeftConfig):
+class MSPLoraConfig(TargetedConfig):
     """How to adapt a model with MSPLoRA (Multi-Scale Pyramid LoRA, arXiv 2503.21838).
 
     Every adapted weight gets ``dW = sum over scales of scaling_s * B_s A_s``, with B_s of shape
@@ -21,8 +20,8 @@ class MSPLoraConfig(PeftConfig):
 
     Args:
         r: Rank of the global scale; mid and layer have r/2 and r/4, so it must be a multiple of 4.
-        target_modules: Names of the modules to adapt, as in ``LoraConfig``: a list of name endings, a
-            regular expression, or ``"all-linear"``. Default: what PEFT's LoRA adapts in that architecture.
+        target_modules: As in ``LoraConfig``, ``"all-linear"`` too. Default: what PEFT's LoRA adapts in that
+            architecture.
         lora_alpha: Numerator of the scaling, lora_alpha / rank_s for each scale.
         lora_dropout: Probability of dropping an input of the adapter.
         ranks: Explicit ranks, such as ``{"global": 8, "mid": 8, "layer": 8}``, instead of ``r``. A scale
@@ -31,8 +30,6 @@ class MSPLoraConfig(PeftConfig):
             most one.
         use_rslora: Scale by lora_alpha / sqrt(rank_s) (rsLoRA, arXiv 2312.03732).
         bias: ``"none"``, ``"all"`` or ``"msplora_only"``: which biases are trained too.
-        modules_to_save: Modules trained in full and saved with the adapter, such as a task's head.
-        exclude_modules: Modules to leave out although ``target_modules`` matches them.
         layers_to_transform: Numbers of the layers to adapt; default all.
         layers_pattern: Name of the list of layers that ``layers_to_transform`` counts in.
 
@@ -41,26 +38,18 @@ class MSPLoraConfig(PeftConfig):
     """
 
     r: int = 8
-    target_modules: list[str] | str | None = None
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     ranks: dict[str, int] | None = None
     mid_groups: int = 3
     use_rslora: bool = False
     bias: str = "none"
-    modules_to_save: list[str] | None = None
-    exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    peft_type: str = field(default=PEFT_TYPE)
+    peft_type: str = PEFT_TYPE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as every PEFT method
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: say which layers to adapt")
         if isinstance(self.r, list):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
@@ -18,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from msplora_core.tuners.msplora.config import PEFT_TYPE, MSPLoraConfig
 from msplora_core.tuners.msplora.layer import LowRankPair, MSPLoraLinear
 from msplora_core.tuners.msplora.pyramid import assign_owners
-from msplora_core.tuners.strict import check_fit, register, unadapted_modules
+from msplora_core.tuners.strict import StrictTuner, register, unadapted_modules
 
 
-class MSPLoraModel(BaseTuner):
+class MSPLoraModel(StrictTuner):
     """A model adapted with MSPLoRA (arXiv 2503.21838); made by ``peft.get_peft_model``.
 
     Each shared pair is one object, held by every layer that uses it. In an adapter file it stands once,
@@ -61,34 +58,20 @@ class MSPLoraModel(BaseTuner):
     def _quantization_backend(self, base_layer: nn.Module) -> Any:
         return resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+    def _layer(self, target: nn.Module, name: str) -> MSPLoraLinear:
+        return MSPLoraLinear(target, self._quantization_backend(target))
+
+    def _add_adapter(
+        self, layer: MSPLoraLinear, adapter_name: str, config: MSPLoraConfig, name: str, trainable: bool
     ) -> None:
-        if isinstance(target, MSPLoraLinear):
-            layer = target
-        else:
-            layer = MSPLoraLinear(target, self._quantization_backend(target))
-            layer.set_adapter(self.active_adapters)
         pairs: dict[str, LowRankPair] = {}
-        for scale, rank in peft_config.scale_ranks().items():
-            owner = self._owners[current_key][scale]
-            if owner == current_key:
-                pair = LowRankPair(layer.in_features, layer.out_features, rank)
-                # a further adapter is not trained before set_adapter makes it the active one
-                pair.requires_grad_(adapter_name in self.active_adapters)
+        for scale, rank in config.scale_ranks().items():
+            owner = self._owners[name][scale]
+            if owner == name:
+                pairs[scale] = LowRankPair(layer.in_features, layer.out_features, rank).requires_grad_(trainable)
             else:
-                pair = self.model.get_submodule(owner).pairs(scale)[adapter_name]
-            pairs[scale] = pair
-        layer.add_adapter(adapter_name, pairs, peft_config.scale_scalings(), peft_config.lora_dropout)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+                pairs[scale] = self.model.get_submodule(owner).pairs(scale)[adapter_name]
+        layer.add_adapter(adapter_name, pairs, config.scale_scalings(), config.lora_dropout)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -108,14 +91,13 @@ class MSPLoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        aliases = _keys_of_pairs(model, adapter_name)
-        missing = sorted(set(aliases.values()) - remapped.keys())
-        known = set(model.state_dict())
-        extra = sorted(key for key in remapped if key not in known or aliases.get(key, key) != key)
-        check_fit(missing, extra, "another base model, other target_modules or other ranks")
-        for key, owner_key in aliases.items():
+        for key, owner_key in _keys_of_pairs(model, adapter_name).items():
             remapped[key] = remapped[owner_key]
         return remapped
+
+    @classmethod
+    def _adapter_keys(cls, model: nn.Module, adapter_name: str) -> Iterator[str]:
+        return iter(_keys_of_pairs(model, adapter_name).values())
 
 
 def _keys_of_pairs(model: nn.Module, adapter_name: str) -> dict[str, str]:

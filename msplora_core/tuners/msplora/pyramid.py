@@ -41,9 +41,7 @@ def parse_module_name(name: str) -> ModuleAddress:
         )
     types = [text for text in components if not text.isdecimal()]
     return ModuleAddress(
-        stack=".".join(components[: numbers[0]]),
-        layer=int(components[numbers[0]]),
-        module=types[-1] if types else "",
+        stack=".".join(components[: numbers[0]]), layer=int(components[numbers[0]]), module=types[-1] if types else ""
     )
 
 
@@ -97,9 +95,5 @@ def assign_owners(shapes: Mapping[str, tuple[int, int]], mid_groups: int) -> dic
         group_of = contiguous_groups(layers, mid_groups)
         mid_owner: dict[int, str] = {}
         for name, layer in zip(names, layers, strict=True):
-            owners[name] = {
-                "global": names[0],
-                "mid": mid_owner.setdefault(group_of[layer], name),
-                "layer": name,
-            }
+            owners[name] = {"global": names[0], "mid": mid_owner.setdefault(group_of[layer], name), "layer": name}
     return owners

@@ -1,13 +1,29 @@
-"""A module whose bias is trained: the base module plus what its bias changed by."""
+"""BitFit as a native PEFT method: configuration, layer, tuner; importing this file registers it with PEFT."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from msplora_core.tuners.strict import StrictTuner, TargetedConfig, register, unadapted_modules
+
+PEFT_TYPE = "BITFIT"
+
+
+@dataclass
+class BitFitConfig(TargetedConfig):
+    """How to adapt a model with BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): its biases alone are trained.
+
+    ``target_modules`` are the modules whose biases to train; default all that have one.
+    """
+
+    peft_type: str = PEFT_TYPE
 
 
 class BitFitLayer(nn.Module, BaseTunerLayer):
@@ -74,3 +90,49 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         bias: Any = self.get_base_layer().bias
         while self.merged_adapters:
             bias.data -= self.bitfit_bias[self.merged_adapters.pop()].to(bias.dtype)
+
+
+class BitFitModel(StrictTuner):
+    """A model of which the biases are trained (BitFit, arXiv 2106.10199); made by ``peft.get_peft_model``.
+
+    In an adapter file a bias's change stands under ``<module>.bitfit_bias``.
+    """
+
+    prefix = "bitfit_"
+    tuner_layer_cls = BitFitLayer
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config  # the default targets need the model: see _prepare_model
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if peft_config.target_modules is None:
+            whole = set(peft_config.modules_to_save or ())
+            peft_config.target_modules = {
+                name
+                for name, module in unadapted_modules(model)
+                if _has_bias(module) and not whole & set(name.split("."))
+            }  # fmt: skip
+            if not peft_config.target_modules:
+                raise ValueError("BitFit trains biases, and this model has none; choose another method")
+
+    def _layer(self, target: nn.Module, name: str) -> BitFitLayer:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not _has_bias(base_layer):
+            raise ValueError(
+                f"the target module '{name}' is a {type(base_layer).__name__} without a bias; BitFit "
+                "trains those of linear layers and layer norms: change target_modules or exclude_modules"
+            )
+        return BitFitLayer(target)
+
+    def _add_adapter(
+        self, layer: BitFitLayer, adapter_name: str, config: BitFitConfig, name: str, trainable: bool
+    ) -> None:
+        layer.add_adapter(adapter_name, trainable)
+
+
+def _has_bias(module: nn.Module) -> bool:
+    """Whether a module adds a bias to its output, last."""
+    return isinstance(module, (nn.Linear, nn.LayerNorm, Conv1D)) and module.bias is not None
+
+
+register(PEFT_TYPE, BitFitConfig, BitFitModel)
