@@ -16,7 +16,7 @@ from msplora_analysis.compute.linalg.spectra import Array, factor_blocks, load_f
 from msplora_analysis.formats.updates import Matrix, Sum, Update
 from msplora_analysis.live.model import ModelTensors
 
-_BLOCK = 2**26  # bytes of float64 factors held at once on the device, unless one matrix alone takes more
+_BLOCK = 2**27  # bytes of float64 factors held at once on the device, unless one matrix alone takes more
 
 
 def can_be_reduced(update: Update) -> bool:
@@ -32,7 +32,7 @@ def alike(tensors: ModelTensors, sums: Mapping[int, Sum]) -> Iterator[list[int]]
     for key, update in sums.items():
         groups.setdefault(_device(tensors, update), {})[key] = update
     for device, of_device in groups.items():
-        yield from factor_blocks(of_device) if device is None else _large_blocks(of_device)
+        yield from factor_blocks(of_device) if device is None else factor_blocks(of_device, _BLOCK)
 
 
 def small_factors(tensors: ModelTensors, matrices: Sequence[Matrix]) -> tuple[Array, Array]:
@@ -65,15 +65,6 @@ def _device(tensors: ModelTensors, update: Sum) -> Any:
     """The device of the layer's own factors, to compute there; None for the CPU, where numpy is faster than torch."""
     device = tensors.tensor(update.products[-1].a.tensors[0]).device
     return device if device.type in ("cuda", "xpu") else None  # others lack float64
-
-
-def _large_blocks(sums: Mapping[int, Sum]) -> Iterator[list[int]]:
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for key, update in sums.items():
-        groups.setdefault((update.rows, update.cols, tuple(p.rank for p in update.products)), []).append(key)
-    for (rows, cols, ranks), keys in groups.items():
-        size = max(1, _BLOCK // (8 * sum(ranks) * max(rows, cols)))
-        yield from (keys[start : start + size] for start in range(0, len(keys), size))
 
 
 def _gram_on(device: Any, tensors: ModelTensors, updates: Sequence[Sum], side: str) -> Array:

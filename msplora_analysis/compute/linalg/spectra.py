@@ -228,14 +228,14 @@ def _cholesky(gram: Array) -> Array:
         return np.concatenate([_cholesky(one[None]) for one in gram])
 
 
-def factor_blocks(sums: Mapping[int, Sum]) -> Iterator[list[int]]:
-    """Keys of sums of equal shape and ranks, as many at once as _BLOCK holds."""
+def factor_blocks(sums: Mapping[int, Sum], most: int = _BLOCK) -> Iterator[list[int]]:
+    """Keys of sums of equal shape and ranks, as many at once as ``most`` bytes of float64 factors hold."""
     alike: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
     for i, update in sums.items():
         ranks = tuple(product.rank for product in update.products)
         alike.setdefault((update.rows, update.cols, ranks), []).append(i)
     for (rows, cols, ranks), indices in alike.items():
-        size = max(1, _BLOCK // (8 * sum(ranks) * (rows + cols)))
+        size = max(1, most // (8 * sum(ranks) * (rows + cols)))
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 

@@ -1,6 +1,6 @@
 """A figure with its numbers and its name, and how both reach the disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.style import settings
 from msplora_analysis.show.drawing.venues import style_of
+from msplora_analysis.tables.matrices import slug, variants
 from msplora_core.atomic import replacing
 
 FORMATS = ("pdf", "png", "svg")
@@ -46,6 +47,30 @@ class Plot:
                     save = partial(figure.savefig, format=name, metadata=_METADATA[name])
                     paths.append(_write(folder / f"{self.stem}.{name}", save))
         return paths
+
+
+def each_method(
+    name: str,
+    table: pd.DataFrame,
+    numbers: Callable[..., pd.DataFrame],
+    draw: Callable[..., Figure],
+    epoch: float | None,
+) -> Iterator[Plot]:
+    """A figure of the layers of every numbered stack and method, named by the stack only where there are several.
+
+    Args:
+        name: With which the names of the files begin.
+        table: What `tables.matrices.prepare` or `prepare_pairs` makes.
+        numbers: Of the layers' rows, a method, a stack and the epoch.
+        draw: Of the numbers and a style.
+        epoch: See `tables.checkpoints.at_epoch`.
+    """
+    layers = table[table["scale"] == "layer"]
+    stacks = sorted(layers["stack"].dropna().unique())
+    for stack in stacks:
+        for method in variants(layers[layers["stack"] == stack]):
+            stem = "_".join([name, slug(method), *([slug(stack)] if len(stacks) > 1 else [])])
+            yield Plot(stem, numbers(layers, method, stack, epoch), partial(draw, name_stack=len(stacks) > 1))
 
 
 def check_formats(formats: Sequence[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """The singular values of every layer's own part at one checkpoint."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import pandas as pd
 from matplotlib.colors import Normalize
@@ -11,13 +10,13 @@ from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, wide_panel
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.plot import Plot, each_method
 from msplora_analysis.show.drawing.style import runs_note, styled
 from msplora_analysis.show.drawing.text import title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
 from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, ks, prepare, slug, stacks, variants
+from msplora_analysis.tables.matrices import choose, ks, prepare, stacks, variants
 
 TOP = 8
 
@@ -39,11 +38,7 @@ def spectra_by_layer(
 
 @plots_of(spectra_by_layer, order=6)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
-    several = len(stacks(matrices)) > 1
-    for stack in stacks(matrices):
-        for method in drawable(matrices, stack):
-            stem = f"spectra_by_layer_{slug(method)}" + (f"_{slug(stack)}" if several else "")
-            yield Plot(stem, numbers(matrices, method, stack, epoch), partial(draw, name_stack=several))
+    return each_method("spectra_by_layer", matrices, numbers, draw, epoch)
 
 
 def drawable(matrices: pd.DataFrame, stack: str) -> list[str]:

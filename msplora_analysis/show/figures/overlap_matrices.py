@@ -1,7 +1,6 @@
 """What any two layers share, beside how far their spectra lie apart: the same pairs, seen two ways."""
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,14 +11,14 @@ from msplora_analysis.show.drawing.colours import OVERLAPS, SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.plot import Plot, each_method
 from msplora_analysis.show.drawing.style import runs_note, styled
 from msplora_analysis.show.drawing.text import title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.checkpoints import at_epoch
 from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, slug, variants
+from msplora_analysis.tables.matrices import choose, variants
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
 
 PANELS = {"kl": "KL of the spectra"} | {side: LABELS[side] for side in ("overlap_in", "overlap_out")}
@@ -52,13 +51,7 @@ def overlap_between_layers(
 @plots_of(overlap_between_layers, order=8, needs="pairs")
 def plots(pairs: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     """pairs: of `prepare_pairs`."""
-    layers = layers_of(pairs)
-    stacks = sorted(layers["stack"].unique())
-    for stack in stacks:
-        for method in variants(layers[layers["stack"] == stack]):
-            stem = f"overlap_between_layers_{slug(method)}" + (f"_{slug(stack)}" if len(stacks) > 1 else "")
-            table = numbers(layers, method, stack, epoch)
-            yield Plot(stem, table, partial(draw, name_stack=len(stacks) > 1))
+    return each_method("overlap_between_layers", pairs, numbers, draw, epoch)
 
 
 def layers_of(pairs: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,6 @@
 """Rank-needed map: how many directions hold most of each layer's update, module by module."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,13 +12,13 @@ from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, width_for
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.plot import Plot, each_method
 from msplora_analysis.show.drawing.style import runs_note, styled
 from msplora_analysis.show.drawing.text import broken, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
 from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, prepare, sigma, slug, stacks, variants
+from msplora_analysis.tables.matrices import choose, prepare, sigma, stacks, variants
 
 SHARES = (0.9, 0.99)
 LETTERS = 20  # of a module's name on one line
@@ -46,13 +45,8 @@ def rank_needed_map(
 
 @plots_of(rank_needed_map, order=7, name="rank_needed")
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
-    several = len(stacks(matrices)) > 1
-    for stack in stacks(matrices):
-        for method in variants(matrices):
-            table = numbers(matrices, method, stack, epoch)
-            if table["rank_needed"].notna().any():
-                stem = f"rank_needed_{slug(method)}" + (f"_{slug(stack)}" if several else "")
-                yield Plot(stem, table, partial(draw, name_stack=several))
+    plots = each_method("rank_needed", matrices, numbers, draw, epoch)
+    return (plot for plot in plots if plot.numbers["rank_needed"].notna().any())
 
 
 def numbers(matrices: pd.DataFrame, method: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
