@@ -10,9 +10,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from msplora_analysis.errors import AnalysisError
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 _PATIENCE = 10  # seconds to reach a Dask scheduler
 
@@ -27,7 +30,15 @@ def cpus() -> int:
 
 @contextmanager
 def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
-    """An executor as long as the context lasts. Raises AnalysisError if the Dask scheduler cannot be reached."""
+    """An executor as long as the context lasts.
+
+    Args:
+        workers: Processes on this machine; None is the executor of one.
+        dask: Address of a Dask scheduler, instead.
+
+    Raises:
+        AnalysisError: The scheduler cannot be reached.
+    """
     if dask is not None:
         with _dask_client(dask) as client:
             yield client.get_executor(pure=False)
@@ -35,8 +46,6 @@ def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
         # A copy of this process starts at once, but only one without threads may be copied.
         method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
         context = multiprocessing.get_context(method)
-        import msplora_analysis.compute.linalg.spectra  # noqa: F401 (copies need not import it again)
-
         with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_start_worker) as executor:
             try:
                 yield executor
@@ -68,15 +77,15 @@ def _start_worker() -> None:
 
 
 @contextmanager
-def _dask_client(address: str) -> Iterator[Any]:
+def _dask_client(address: str) -> Iterator[Client]:
     try:
-        from distributed import Client
+        from distributed import Client  # takes a second
     except ImportError:
-        raise AnalysisError("--dask: Dask is not installed; run `pip install 'msplora[dask]'`") from None
+        raise AnalysisError("dask= needs Dask; run `pip install 'msplora[dask]'`", "dask") from None
     try:
         client = Client(address, timeout=_PATIENCE, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise AnalysisError(f"--dask {address}: no scheduler can be reached there: {reason}") from None
+        raise AnalysisError(f"dask={address}: no scheduler can be reached there: {reason}", "dask") from None
     with client:
         yield client

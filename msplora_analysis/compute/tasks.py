@@ -13,17 +13,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.opening import opened
 from msplora_analysis.compute.cache import Cache
 from msplora_analysis.compute.executors import cpus, executor_of
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
-from msplora_analysis.compute.results import Failure, Result, Row, Spectra
+from msplora_analysis.compute.results import Failure, Row, Spectra
 from msplora_analysis.errors import AnalysisError, NotFiniteError
 from msplora_analysis.formats.updates import Matrix
 from msplora_analysis.options import Options, Progress
+
+if TYPE_CHECKING:
+    from typing import Self
 
 _TASK = 2**24  # bytes of adapter files in one task
 _WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than it saves
@@ -39,8 +42,17 @@ class Piece(NamedTuple):
     is_cached: bool = False
 
 
-# What is computed of a piece, in a worker: a function of a module. Its result has the method ``joined`` of ``Spectra``.
-Work = Callable[[Piece, Options], Any]
+class Part(Protocol):
+    """What is computed of a piece."""
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """With the results of further parts of the same adapter."""
+        ...
+
+
+T = TypeVar("T", bound=Part)
+Work = Callable[[Piece, Options], T]  # what a worker does with a piece: a function of a module
+Results = list[T | Failure]
 
 
 def compute(
@@ -51,67 +63,90 @@ def compute(
     dask: str | None = None,
     cache: Cache | None = None,
     progress: Progress | None = None,
-) -> Iterator[Result]:
-    """The spectra of each adapter, in order, or what is wrong with it; see ``compute_each``.
+) -> Iterator[Spectra | Failure]:
+    """The spectra of each adapter, in order, or what is wrong with it.
 
-    cache: where results are looked up and kept.
+    Args:
+        cache: Where results are looked up and kept.
+        adapters, options, workers, dask, progress: As of ``compute_each``.
+
+    Raises:
+        AnalysisError: The cluster cannot be reached, or a worker dies.
     """
-    return compute_each(_spectra, adapters, options, workers=workers, dask=dask, cache=cache, progress=progress)
+
+    def known(adapter: Adapter) -> Spectra | None:
+        return cache.get(adapter, options) if cache is not None else None
+
+    def keep(adapter: Adapter, spectra: Spectra) -> None:
+        if cache is not None:
+            cache.put(adapter, options, spectra)
+
+    return compute_each(
+        _spectra, adapters, options, workers=workers, dask=dask, progress=progress, known=known, keep=keep
+    )
 
 
 def compute_each(
-    work: Work,
+    work: Work[T],
     adapters: Sequence[Adapter],
     options: Options,
     *,
     workers: int | None = None,
     dask: str | None = None,
-    cache: Cache | None = None,
     progress: Progress | None = None,
-) -> Iterator[Any]:
+    known: Callable[[Adapter], T | None] = lambda adapter: None,
+    keep: Callable[[Adapter, T], None] = lambda adapter, result: None,
+) -> Iterator[T | Failure]:
     """The result of ``work`` for each adapter, in order, or the Failure that says what is wrong with it.
 
-    workers: processes on this machine; None: one for each CPU, if there is enough to do.
-    dask: address of a Dask scheduler whose workers compute instead. They see the same paths.
-    cache: for spectra alone.
-    progress: called after each piece of work.
+    Args:
+        work: What is done with every piece of an adapter.
+        adapters: What to read.
+        options: How.
+        workers: Processes on this machine; None: one for each CPU, if there is enough to do.
+        dask: Address of a Dask scheduler whose workers compute instead. They see the same paths.
+        progress: Called after each piece of work.
+        known: The result of an adapter that need not be computed, or None.
+        keep: Called with each result that was computed.
 
-    Raises AnalysisError if the cluster cannot be reached or a worker dies.
+    Raises:
+        AnalysisError: The cluster cannot be reached, or a worker dies.
     """
     sizes = [_size(adapter) for adapter in adapters]
     if workers is None:
         workers = cpus() if sum(sizes) > _WORTH_PROCESSES else 1
     with executor_of(workers, dask) as executor:
-        parts: list[Result] = []
-        for piece, result in _in_order(executor, _tasks(adapters, sizes, workers, cache, options), options, work):
+        parts: Results[T] = []
+        tasks = _tasks(adapters, sizes, workers, known)
+        for piece, result in _in_order(executor, tasks, options, work):
             parts.append(result)
             if piece.part == piece.parts - 1:
                 whole = _joined(parts)
                 parts = []
-                if cache is not None and not piece.is_cached and isinstance(whole, Spectra):
-                    cache.put(piece.adapter, options, whole)
+                if not piece.is_cached and not isinstance(whole, Failure):
+                    keep(piece.adapter, whole)
                 yield whole
             if progress:
                 progress(piece.number + (piece.part + 1) / piece.parts, len(adapters))
 
 
-Task = tuple[list[Piece], list[Result] | None]  # what to compute, and the results if they are known
+Task = tuple[list[Piece], T | None]  # what to compute, and the result if it is known
 
 
 def _tasks(
-    adapters: Sequence[Adapter], sizes: Sequence[int], workers: int, cache: Cache | None, options: Options
-) -> Iterator[Task]:
+    adapters: Sequence[Adapter], sizes: Sequence[int], workers: int, known: Callable[[Adapter], T | None]
+) -> Iterator[Task[T]]:
     """Pieces of about equal work, in order."""
     most = min(_TASK, max(sum(sizes) // (4 * workers), 1))
     batch: list[Piece] = []
     filled = 0
     for index, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
-        known = cache.get(adapter, options) if cache is not None else None
-        if batch and (known is not None or filled + size > most):
+        result = known(adapter)
+        if batch and (result is not None or filled + size > most):
             yield batch, None
             batch, filled = [], 0
-        if known is not None:
-            yield [Piece(index, adapter, is_cached=True)], [known]
+        if result is not None:
+            yield [Piece(index, adapter, is_cached=True)], result
         elif (parts := -(-size // _TASK)) > 1:
             for part in range(parts):
                 yield [Piece(index, adapter, part, parts)], None
@@ -123,40 +158,39 @@ def _tasks(
 
 
 def _in_order(
-    executor: Executor | None, tasks: Iterable[Task], options: Options, work: Work
-) -> Iterator[tuple[Piece, Result]]:
+    executor: Executor | None, tasks: Iterable[Task[T]], options: Options, work: Work[T]
+) -> Iterator[tuple[Piece, T | Failure]]:
     """The result of every piece. Tasks are given out ahead, but only so far that memory stays flat."""
     ahead = 4 * getattr(executor, "_max_workers", 16) if executor is not None else 0
-    pending: deque[tuple[list[Piece], Future[list[Result]] | list[Result]]] = deque()
+    pending: deque[tuple[list[Piece], Future[Results[T]]]] = deque()
     try:
         for pieces, known in tasks:
-            if known is not None:
-                pending.append((pieces, known))
-            elif executor is not None:
+            if known is None and executor is not None:
                 pending.append((pieces, executor.submit(_compute, pieces, options, work)))
             else:
-                pending.append((pieces, _compute(pieces, options, work)))
+                done: Future[Results[T]] = Future()
+                done.set_result(_compute(pieces, options, work) if known is None else [known])
+                pending.append((pieces, done))
             while len(pending) > ahead:
                 yield from _result(*pending.popleft())
         while pending:
             yield from _result(*pending.popleft())
     finally:
-        for _, result in pending:
-            if not isinstance(result, list):
-                result.cancel()
+        for _, future in pending:
+            future.cancel()
 
 
-def _result(pieces: list[Piece], result: Future[list[Result]] | list[Result]) -> Iterator[tuple[Piece, Result]]:
+def _result(pieces: list[Piece], future: Future[Results[T]]) -> Iterator[tuple[Piece, T | Failure]]:
     try:
-        results = result if isinstance(result, list) else result.result()
+        yield from zip(pieces, future.result(), strict=True)
     except BrokenProcessPool:
-        raise AnalysisError("a worker process died (out of memory?); --workers 1 needs the least memory") from None
-    yield from zip(pieces, results, strict=True)
+        message = "a worker process died (out of memory?); workers=1 needs the least memory"
+        raise AnalysisError(message, "workers") from None
 
 
-def _compute(pieces: Sequence[Piece], options: Options, work: Work) -> list[Result]:
+def _compute(pieces: Sequence[Piece], options: Options, work: Work[T]) -> Results[T]:
     """What a worker does."""
-    results: list[Result] = []
+    results: Results[T] = []
     for piece in pieces:
         try:
             results.append(work(piece, options))
@@ -196,10 +230,14 @@ def _share(matrices: Sequence[Matrix], part: int, parts: int) -> Sequence[Matrix
     return [m for m, start in zip(matrices, starts, strict=False) if start * parts // total == part]
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _joined(parts: Results[T]) -> T | Failure:
     """The result of an adapter from those of its parts, or the first failure."""
-    failure = next((part for part in parts if isinstance(part, Failure)), None)
-    return failure or parts[0].joined(parts[1:])
+    good: list[T] = []
+    for part in parts:
+        if isinstance(part, Failure):
+            return part
+        good.append(part)
+    return good[0].joined(good[1:])
 
 
 def _size(adapter: Adapter) -> int:

@@ -19,7 +19,7 @@ All are empty for an update of zero. Overlaps and cosines are exact to 1e-6.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -172,7 +172,7 @@ def redundancy_of(
     said = Warnings()
     found: list[Redundancy] = []
     workers, dask, progress = execution.workers, execution.dask, execution.progress
-    results: Any = compute_each(measure, adapters, options, workers=workers, dask=dask, progress=progress)
+    results = compute_each(measure, adapters, options, workers=workers, dask=dask, progress=progress)
     for result in succeeding(results):
         said.hear(result)
         found.append(result)  # type: ignore[arg-type]

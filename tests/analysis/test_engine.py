@@ -91,7 +91,7 @@ def test_a_dask_cluster_gives_the_same_tables(runs, monkeypatch):
 def test_a_dask_scheduler_that_is_not_there(runs, monkeypatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr("msplora_analysis.compute.executors._PATIENCE", 0.5)
-    with pytest.raises(AnalysisError, match=r"--dask tcp://127.0.0.1:1: no scheduler can be reached") as caught:
+    with pytest.raises(AnalysisError, match=r"dask=tcp://127.0.0.1:1: no scheduler can be reached") as caught:
         load_spectra(runs, dask="tcp://127.0.0.1:1")
     assert "\n" not in str(caught.value)
 

@@ -10,7 +10,6 @@ from msplora_analysis.compute.measures.overlap import (
     expected_overlap,
     inner_products,
     overlap_deviation,
-    principal_angles,
     subspace_overlap,
     update_cosine,
 )
@@ -117,18 +116,6 @@ def test_chance_is_what_random_subspaces_give(k, d):
 def test_chance_without_directions_is_nan():
     assert np.isnan(expected_overlap(0, 8))
     assert np.isnan(overlap_deviation(0, 8))
-
-
-@pytest.mark.parametrize(("k", "other"), [(3, 3), (2, 5), (5, 2), (1, 1)])
-@pytest.mark.parametrize("tilt", [1.0, 1e-3, 1e-9])
-def test_principal_angles_are_scipys(k, other, tilt):
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((20, k))
-    y = np.concatenate([x, rng.standard_normal((20, 5))], axis=1)[:, :other] + tilt * rng.standard_normal((20, other))
-    expected = subspace_angles(x, y)
-    x, y = (np.linalg.qr(m)[0].T for m in (x, y))
-    np.testing.assert_allclose(principal_angles(x, y), expected, rtol=1e-6, atol=1e-14)
-    np.testing.assert_allclose(principal_angles(x[None], y[None])[0], expected, rtol=1e-6, atol=1e-14)
 
 
 def test_cosine_is_that_of_the_dense_updates():

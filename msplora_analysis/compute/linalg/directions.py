@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from msplora_analysis.compute.linalg import truncated
 from msplora_analysis.compute.linalg.spectra import (
     DEPENDENT,
     Array,
@@ -33,8 +34,6 @@ TOLERANCE = 1e-6
 
 Ten times the accuracy promised of small singular values.
 """
-
-TOP_K = 64  # directions of a large matrix that has no factors
 
 
 class Directions(NamedTuple):
@@ -107,12 +106,10 @@ def directions(file: TensorFile, matrices: Sequence[Matrix], top_k: int | None =
 
 def held(matrix: Matrix, top_k: int | None = None) -> int:
     """How many directions of an update ``directions`` gives."""
-    from msplora_analysis.compute.linalg.truncated import SMALL
-
     update = matrix.update
-    if isinstance(update, Sum) or min(update.rows, update.cols) <= SMALL:
+    if isinstance(update, Sum) or min(update.rows, update.cols) <= truncated.SMALL:
         return update.rank
-    return min(update.rank, top_k or TOP_K)
+    return min(update.rank, top_k or truncated.TOP_K)
 
 
 def _keep(
@@ -170,9 +167,7 @@ def _of_side(
     if not np.isfinite(whole).all():
         raise not_finite(file, update, matrix.name)
     if most is not None and most < update.rank:
-        from msplora_analysis.compute.linalg.truncated import largest_singular_triplets
-
-        found = largest_singular_triplets(whole, most)
+        found = truncated.largest_singular_triplets(whole, most)
         return found.sigma, found.left.T, found.right.T
     try:
         u, sigma, vt = np.linalg.svd(whole, full_matrices=False)

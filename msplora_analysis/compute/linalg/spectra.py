@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from msplora_analysis.compute.linalg.truncated import matrix_spectrum
 from msplora_analysis.errors import NotFiniteError
 from msplora_analysis.files.tensors import FloatArray, TensorFile
 from msplora_analysis.formats.updates import Factor, Kronecker, Matrix, Sum, Update, Whole
@@ -90,8 +91,6 @@ def _kronecker_sigma(file: TensorFile, update: Kronecker, name: str) -> Array:
 
 
 def _whole_spectrum(file: TensorFile, update: Whole, name: str, top_k: int | None) -> Spectrum:
-    from msplora_analysis.compute.linalg.truncated import matrix_spectrum
-
     with np.errstate(over="ignore", invalid="ignore"):
         whole = np.multiply(value(file, update.factor), update.scaling, dtype=np.float64)
     if not np.isfinite(whole).all():

@@ -79,21 +79,6 @@ def update_cosine(inner_out: Array, inner_in: Array, sigma_i: Array, sigma_j: Ar
     return np.clip(cosine, -1.0, 1.0)
 
 
-def principal_angles(x: Array, y: Array) -> Array:
-    """Angles between two subspaces in radians, descending, min(K, L) of them.
-
-    x: (..., K, d), y: (..., L, d), rows orthonormal. Small angles come from their sines, the others from their
-    cosines, so that all are exact to rounding. Source: Björck & Golub 1973; Knyazev & Argentati 2002.
-    """
-    if x.shape[-2] < y.shape[-2]:
-        x, y = y, x
-    inner = y @ np.swapaxes(x, -1, -2)  # (..., L, K), L <= K
-    cosines = np.linalg.svd(inner, compute_uv=False)[..., ::-1]  # ascending: descending angles
-    sines = np.linalg.svd(y - inner @ x, compute_uv=False)  # descending
-    angles: Array = np.where(cosines**2 < 0.5, np.arccos(np.clip(cosines, 0, 1)), np.arcsin(np.clip(sines, 0, 1)))
-    return angles
-
-
 def _unit(sigma: Array) -> Array:
     """Each row over its norm; NaN for a row of zeros."""
     largest = sigma.max(axis=-1, keepdims=True, initial=0)
