@@ -20,7 +20,7 @@ from msplora_analysis.adapters.opening import opened
 from msplora_analysis.compute.cache import Cache
 from msplora_analysis.compute.executors import cpus, executor_of
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
-from msplora_analysis.compute.results import Failure, Row, Spectra
+from msplora_analysis.compute.results import Failure, Result, Row, Spectra
 from msplora_analysis.errors import AnalysisError, NotFiniteError
 from msplora_analysis.formats.updates import Matrix
 from msplora_analysis.options import Options, Progress
@@ -63,7 +63,7 @@ def compute(
     dask: str | None = None,
     cache: Cache | None = None,
     progress: Progress | None = None,
-) -> Iterator[Spectra | Failure]:
+) -> Iterator[Result]:
     """The spectra of each adapter, in order, or what is wrong with it.
 
     Args:

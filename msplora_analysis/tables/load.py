@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.opening import unknown_text
@@ -19,6 +19,10 @@ from msplora_analysis.options import Execution, Options, Progress
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from msplora_analysis.compute.pairs import Redundancy
+
+T = TypeVar("T")
 
 
 class Tables(NamedTuple):
@@ -182,7 +186,7 @@ def spectra_of(
     said.give()
 
 
-def succeeding(results: Iterable[Spectra | Failure]) -> Iterator[Spectra]:
+def succeeding(results: Iterable[T | Failure]) -> Iterator[T]:
     """The results, as long as none is a failure: that raises AnalysisError."""
     for result in results:
         if isinstance(result, Failure):
@@ -196,7 +200,7 @@ class Warnings:
     def __init__(self) -> None:
         self._files: dict[str, list[Place]] = {}
 
-    def hear(self, result: Spectra) -> None:
+    def hear(self, result: Spectra | Redundancy) -> None:
         notes = list(result.notes)
         if result.unknown:
             notes.append(f"{unknown_text(result.unknown)} are left out")

@@ -175,7 +175,7 @@ def redundancy_of(
     results = compute_each(measure, adapters, options, workers=workers, dask=dask, progress=progress)
     for result in succeeding(results):
         said.hear(result)
-        found.append(result)  # type: ignore[arg-type]
+        found.append(result)
     if say:
         said.give()
     extra = DETAILS if details else {}
