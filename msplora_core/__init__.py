@@ -20,7 +20,7 @@ __all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__"]
 
 
 # PEFT takes seconds to import, and `msplora-train --help` must not wait for it: the method is
-# registered now if PEFT is loaded, else as soon as it is.
+# registered now if PEFT is loaded, else as soon as it is, which takes a finder of modules without wrapt.
 @wrapt.when_imported("peft")
 def _register(peft: Any) -> None:
     importlib.import_module("msplora_core.tuners.msplora")

@@ -126,6 +126,12 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
     return results
 
 
+class _InPlace(TrainingArguments):
+    """Arguments for a model whose parts are on their devices already."""
+
+    place_model_on_device = False
+
+
 def _collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     # The bare function: given the collator itself, Trainer would copy the tokenizer into every checkpoint.
     if not isinstance(task, InstructionTask):
@@ -160,7 +166,7 @@ def _training_arguments(settings: Settings, eval_on_start: bool) -> TrainingArgu
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(
+    arguments = (_InPlace if settings.shard_base else TrainingArguments)(
         output_dir=str(settings.output_dir),
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
