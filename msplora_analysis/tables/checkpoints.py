@@ -79,30 +79,30 @@ def one_per_epoch(matrices: pd.DataFrame) -> pd.DataFrame:
 
 
 def align(matrices: pd.DataFrame) -> pd.DataFrame:
-    """Within each variant, keep the epochs that all its runs share, and warn of what that leaves out.
+    """Within each method, keep the epochs that all its runs share, and warn of what that leaves out.
 
     Where the runs share none, each keeps its last checkpoint, without an epoch.
     """
-    return pd.concat([_align(str(variant), part) for variant, part in matrices.groupby("variant", sort=False)])
+    return pd.concat([_align(str(label), part) for label, part in matrices.groupby("variant", sort=False)])
 
 
-def _align(variant: str, part: pd.DataFrame) -> pd.DataFrame:
+def _align(label: str, part: pd.DataFrame) -> pd.DataFrame:
     epochs = {run: set(rows["epoch"].dropna()) for run, rows in part.groupby("run", sort=False)}
     timed = [run for run in epochs if epochs[run]]
     if not timed:
         return part
     if len(timed) < len(epochs):
         unknown = _listed([str(run) for run in epochs if not epochs[run]])
-        warnings.warn(f"{variant}: left out {unknown}, whose epochs are not known", stacklevel=5)
+        warnings.warn(f"{label}: left out {unknown}, whose epochs are not known", stacklevel=5)
         part = part[part["run"].isin(timed)]
     shared = set.intersection(*(epochs[run] for run in timed))
     if not shared:
-        warnings.warn(f"{variant}: its {len(timed)} runs share no epoch; only the last of each is drawn", stacklevel=5)
+        warnings.warn(f"{label}: its {len(timed)} runs share no epoch; only the last of each is drawn", stacklevel=5)
         last = part.groupby("run")["epoch"].transform("max")
         return part[part["epoch"] == last].assign(epoch=math.nan)
     if any(epochs[run] != shared for run in timed):
         span = f"{len(shared)} epochs that all share ({min(shared):g} to {max(shared):g})"
-        warnings.warn(f"{variant}: its {len(timed)} runs have different epochs; drawn are the {span}", stacklevel=5)
+        warnings.warn(f"{label}: its {len(timed)} runs have different epochs; drawn are the {span}", stacklevel=5)
     return part[part["epoch"].isin(shared)]
 
 
@@ -111,24 +111,24 @@ def epochs_of(matrices: pd.DataFrame) -> list[float]:
 
 
 def at_epoch(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
-    """The rows of one checkpoint per run: `epoch`, or else the last epoch that all variants in `matrices` share.
+    """The rows of one checkpoint per run: `epoch`, or else the last epoch that all methods in `matrices` share.
 
-    A variant whose epochs are not known has one checkpoint only, which is taken. Variants that share no epoch are
+    A method whose epochs are not known has one checkpoint only, which is taken. Methods that share no epoch are
     each taken at their own last one.
     """
-    have = {str(variant): epochs_of(part) for variant, part in matrices.groupby("variant", sort=False)}
+    have = {str(label): epochs_of(part) for label, part in matrices.groupby("variant", sort=False)}
     if epoch is not None:
-        for variant, epochs in have.items():
+        for label, epochs in have.items():
             if epoch not in epochs:
                 shared = ", ".join(f"{e:g}" for e in epochs) or "none"
-                raise AnalysisError(f"epoch {epoch:g} is not there for all runs of {variant}: choose one of {shared}")
+                raise AnalysisError(f"epoch {epoch:g} is not there for all runs of {label}: choose one of {shared}")
         return matrices[matrices["epoch"] == epoch]
-    timed = {variant: set(epochs) for variant, epochs in have.items() if epochs}
+    timed = {label: set(epochs) for label, epochs in have.items() if epochs}
     common = set.intersection(*timed.values()) if timed else set()
-    chosen = {variant: max(common or epochs) for variant, epochs in timed.items()}
+    chosen = {label: max(common or epochs) for label, epochs in timed.items()}
     if timed and not common:
         warnings.warn(f"{_listed(list(timed))} share no epoch: each is shown at its own last one", stacklevel=3)
-    elif any(chosen[variant] < max(timed[variant]) for variant in timed):
+    elif any(chosen[label] < max(timed[label]) for label in timed):
         warnings.warn(f"{_listed(list(timed))}: compared at epoch {max(common):g}, the last they share", stacklevel=3)
     return matrices[matrices["epoch"].isna() | (matrices["epoch"] == matrices["variant"].map(chosen))]
 

@@ -78,7 +78,7 @@ def read_spectra(path: StrPath) -> pd.DataFrame:
         raise AnalysisError(f"{path}: not a table; expected a .parquet or .csv file")
     if not path.is_file():
         raise AnalysisError(f"{path}: no such file")
-    types = {**KEYS, **VALUES}
+    types = KEYS | VALUES
     table = read_table(path, types, "spectra table", "spectra.parquet or spectra.csv of `msplora-analyze spectra`")
     required = ["run", "scale", "module", "name", "sigma"]
     if table.empty or table[required].isna().any(axis=None):
@@ -102,7 +102,7 @@ def read_table(
     Raises:
         AnalysisError: the file is something else.
     """
-    known = {**types, **(more or {})}
+    known = dict(types) | dict(more or {})
     try:
         table = _parquet(path) if path.suffix == ".parquet" else _csv(path, known)
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors

@@ -8,7 +8,7 @@ import pandas as pd
 from msplora_analysis.compute.measures.divergence import pairwise_kl
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.tables.checkpoints import at_epoch
-from msplora_analysis.tables.matrices import is_msplora, ks, prepare, variants
+from msplora_analysis.tables.matrices import is_msplora, ks, method_labels, prepare
 
 
 def mean_spectra(matrices: pd.DataFrame) -> pd.DataFrame:
@@ -28,10 +28,10 @@ def mean_spectra(matrices: pd.DataFrame) -> pd.DataFrame:
 
 
 def layers_of(matrices: pd.DataFrame, stack: str) -> dict[str, tuple[int, ...]]:
-    """Variant → the layers of a numbered stack that it adapts, for variants that adapt at least two."""
+    """Label of a method → the layers of a numbered stack that it adapts, for methods that adapt at least two."""
     parts = matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack)]
     layers = parts.groupby("variant")["group"].unique()
-    return {variant: tuple(sorted(layers[variant])) for variant in variants(parts) if len(layers[variant]) > 1}
+    return {label: tuple(sorted(layers[label])) for label in method_labels(parts) if len(layers[label]) > 1}
 
 
 def both_methods(matrices: pd.DataFrame, stack: str) -> list[tuple[str, str]]:
@@ -45,18 +45,18 @@ def both_methods(matrices: pd.DataFrame, stack: str) -> list[tuple[str, str]]:
     ]
 
 
-def numbers(matrices: pd.DataFrame, variants: list[str], stack: str, epoch: float | None = None) -> pd.DataFrame:
-    """D_KL(i‖j) of each variant: one row per variant and ordered pair of layers, all variants at one epoch.
+def numbers(matrices: pd.DataFrame, labels: list[str], stack: str, epoch: float | None = None) -> pd.DataFrame:
+    """D_KL(i‖j) of each method: one row per method and ordered pair of layers, all methods at one epoch.
 
     Source: MSPLoRA, arXiv 2503.21838, section on figure 4: spectra are averaged over modules and runs *first*.
     """
-    chosen = (matrices["scale"] == "layer") & (matrices["stack"] == stack) & matrices["variant"].isin(variants)
+    chosen = (matrices["scale"] == "layer") & (matrices["stack"] == stack) & matrices["variant"].isin(labels)
     parts = at_epoch(matrices[chosen], epoch)
     tables = []
-    for variant in variants:
-        part = parts[parts["variant"] == variant]
+    for label in labels:
+        part = parts[parts["variant"] == label]
         spectra = mean_spectra(part)
-        about = {"variant": variant, "stack": stack, "epoch": part["epoch"].iloc[0], "runs": part["run"].nunique()}
+        about = {"variant": label, "stack": stack, "epoch": part["epoch"].iloc[0], "runs": part["run"].nunique()}
         layers = spectra.index.to_numpy()
         pairs = {"layer_i": np.repeat(layers, len(layers)), "layer_j": np.tile(layers, len(layers))}
         tables.append(pd.DataFrame({**about, **pairs, "kl": pairwise_kl(spectra).ravel()}))
@@ -78,11 +78,11 @@ def kl_per_run(spectra: pd.DataFrame, epoch: float | None = None) -> pd.DataFram
 
 
 def kl_summary(spectra: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
-    """Mean KL between layers, one row per variant and stack.
+    """Mean KL between layers, one row per method and stack.
 
     `kl_all_pairs` and `kl_adjacent` come from spectra averaged over modules *and runs* first, as in figure 4. That
     average hides how runs differ, so `…_run_mean` and `…_run_std` give the mean and standard deviation (n − 1) of
-    `kl_per_run`. All variants stand at one epoch: the one given, or the last that they share.
+    `kl_per_run`. All methods stand at one epoch: the one given, or the last that they share.
     """
     return summary(prepare(spectra), epoch)
 
@@ -104,8 +104,8 @@ def _means(matrices: pd.DataFrame, by: list[str], epoch: float | None) -> pd.Dat
     """Mean KL of each group of `by`, its spectra averaged first."""
     layers = at_epoch(matrices[(matrices["scale"] == "layer") & matrices["stack"].notna()], epoch)
     rows = []
-    for variant in variants(layers):
-        for key, part in layers[layers["variant"] == variant].groupby(by):
+    for label in method_labels(layers):
+        for key, part in layers[layers["variant"] == label].groupby(by):
             divergence = pairwise_kl(mean_spectra(part))
             n = len(divergence)
             if n > 1:

@@ -1,4 +1,4 @@
-"""The tidy spectra table as every figure starts from it: one row per matrix, variants named, epochs aligned."""
+"""The tidy spectra table as every figure starts from it: one row per matrix, methods named, epochs aligned."""
 
 import re
 from collections.abc import Iterator
@@ -90,13 +90,14 @@ def prepare(spectra: pd.DataFrame) -> pd.DataFrame:
     A spectrum shorter than R is filled with zeros: a rank-r update has no more than r non-zero singular values, so a
     mean over matrices of several ranks stays the mean of their spectra.
 
-    `stack` is the dotted path of `name` before its first all-digit part (`roberta.encoder.layer`), None for a module
-    outside the numbered layers. All runs of a variant keep the same epochs (see `checkpoints.align`).
+    `variant` is the label of the run's method, such as 'LoRA r=8'. `stack` is the dotted path of `name` before its
+    first all-digit part (`roberta.encoder.layer`), None for a module outside the numbered layers. All runs of a method
+    keep the same epochs (see `checkpoints.align`).
     """
     keys, values = pivot(spectra)
     matrices = pd.concat([keys, pd.DataFrame(values, columns=range(1, values.shape[1] + 1))], axis=1)
     matrices["stack"] = stacks_of(matrices["name"]).where(matrices["group"].notna(), None)
-    matrices["variant"] = matrices["run"].map(_variants(matrices))
+    matrices["variant"] = matrices["run"].map(_labels(matrices))
     return align(one_per_epoch(matrices))
 
 
@@ -110,8 +111,8 @@ def sigma(matrices: pd.DataFrame) -> Array:
     return matrices[ks(matrices)].to_numpy(dtype=np.float64)
 
 
-def variants(matrices: pd.DataFrame) -> list[str]:
-    """Variants in reading order: LoRA first, ranks in the order of numbers."""
+def method_labels(matrices: pd.DataFrame) -> list[str]:
+    """The labels of the methods, in reading order: LoRA first, ranks in the order of numbers."""
     return sorted(matrices["variant"].unique(), key=_reading_order)
 
 
@@ -120,12 +121,12 @@ def stacks(matrices: pd.DataFrame) -> list[str]:
     return sorted(matrices.loc[matrices["scale"] == "layer", "stack"].dropna().unique())
 
 
-def is_msplora(variant: str) -> bool:
-    return variant.startswith("MSPLoRA")
+def is_msplora(label: str) -> bool:
+    return label.startswith("MSPLoRA")
 
 
 def choose(kind: str, value: str | None, candidates: list[str]) -> str:
-    """The variant or stack that was asked for, or the only one there is."""
+    """The method or stack that was asked for, or the only one there is."""
     if value is None and len(candidates) == 1:
         return candidates[0]
     if value in candidates:
@@ -142,7 +143,7 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text).strip("-")
 
 
-def _variants(matrices: pd.DataFrame) -> dict[str, str]:
+def _labels(matrices: pd.DataFrame) -> dict[str, str]:
     """Run → label from its scales and ranks: 'LoRA r=8', 'MSPLoRA 8/4/2'.
 
     Runs of one label that adapt other stacks, layers or modules are told apart by what differs, as in

@@ -33,20 +33,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _WHEN = {"run": "str", "step": "Int64", "epoch": "Float64"}
-_MEASURES = dict.fromkeys(
-    ("kl_ij", "kl_ji", "js", "wasserstein", "overlap_in", "overlap_out", "overlap_expected", "cosine"), "float64"
+MEASURES = ("kl_ij", "kl_ji", "js", "wasserstein", "overlap_in", "overlap_out", "overlap_expected", "cosine")
+_FLOATS = dict.fromkeys(MEASURES, "float64")
+_UNITS = {"group_i": "Int64", "group_j": "Int64"}
+PAIRS = _WHEN | {"scale": "str", "module": "str"} | _UNITS | _FLOATS
+SCALES = (
+    _WHEN | {"module": "str", "group": "Int64", "name": "str", "scale_i": "str", "scale_j": "str"} | _UNITS | _FLOATS
 )
-PAIRS = {**_WHEN, "scale": "str", "module": "str", "group_i": "Int64", "group_j": "Int64", **_MEASURES}
-SCALES = {
-    **_WHEN,
-    **{"module": "str", "group": "Int64", "name": "str", "scale_i": "str", "scale_j": "str"},
-    **{"group_i": "Int64", "group_j": "Int64"},
-    **_MEASURES,
-}
 DETAILS = {
-    **{"name_i": "str", "name_j": "str", "k": "Int64"},
-    **{"expected_in": "float64", "expected_out": "float64", "deviation_in": "float64", "deviation_out": "float64"},
-}
+    "name_i": "str", "name_j": "str", "k": "Int64", "expected_in": "float64", "expected_out": "float64",
+    "deviation_in": "float64", "deviation_out": "float64",
+}  # fmt: skip
 """Columns after these with ``details``: places, K, and chance on either side with its standard deviation."""
 
 
@@ -180,8 +177,8 @@ def redundancy_of(
         said.give()
     extra = DETAILS if details else {}
     return Tables(
-        table_of([(r.adapter, block) for r in found for block in r.pairs], {**PAIRS, **extra}),
-        table_of([(r.adapter, block) for r in found for block in r.scales], {**SCALES, **extra}),
+        table_of([(r.adapter, block) for r in found for block in r.pairs], PAIRS | extra),
+        table_of([(r.adapter, block) for r in found for block in r.scales], SCALES | extra),
     )
 
 

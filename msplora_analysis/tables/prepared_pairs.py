@@ -1,4 +1,4 @@
-"""The tables of redundancy as figures start from them: variants named, stacks told, epochs aligned."""
+"""The tables of redundancy as figures start from them: methods named, stacks told, epochs aligned."""
 
 from collections.abc import Mapping
 
@@ -7,18 +7,21 @@ import pandas as pd
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.tables.checkpoints import align, one_per_epoch
 from msplora_analysis.tables.matrices import stacks_of
+from msplora_analysis.tables.pairs import MEASURES
 from msplora_core.names import method_label
 
-MEASURES = ["kl_ij", "kl_ji", "js", "wasserstein", "overlap_in", "overlap_out", "overlap_expected", "cosine"]
 
+def prepare_pairs(table: pd.DataFrame, labels: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The table with `variant` and `stack`, all runs of a method at the same epochs (see `checkpoints.align`).
 
-def prepare_pairs(table: pd.DataFrame, variants: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """The table with `variant` and `stack`, all runs of a variant at the same epochs (see `checkpoints.align`).
+    Args:
+        table: What `load_pairs` or `load_scale_pairs` returns.
+        labels: The label of the method of each run; None: told from the table by method and, where there is a column
+            `k` (`details=True`), the rank of the layers' own factors.
 
-    table: what `load_pairs` or `load_scale_pairs` returns. variants: label of each run; without it, told from the
-    table by method and, where there is a column `k` (`details=True`), the rank of the layer parts. `stack` is empty
-    where the table has no names. Added too: `chance_in` and `chance_out`, what random subspaces give on either side, or
-    where the table lacks these details the mean of both.
+    Returns:
+        `stack` is empty where the table has no names. Added too: `chance_in` and `chance_out`, what random subspaces
+        give on either side, or where the table lacks these details the mean of both.
     """
     required = ["run", "step", "epoch", "module", "group_i", "group_j", *MEASURES]
     if missing := [column for column in required if column not in table.columns]:
@@ -28,7 +31,7 @@ def prepare_pairs(table: pd.DataFrame, variants: Mapping[str, str] | None = None
     names = table.get("name_i", pd.Series("", index=table.index))
     # By way of Float64, which takes NA in a column of objects too.
     when = {name: table[name].astype("Float64").astype("float64") for name in ("step", "epoch")}
-    labels = dict(variants) if variants is not None else _labels(table)
+    labels = _labels(table) if labels is None else labels
     if unknown := sorted(set(table["run"]) - set(labels)):
         raise AnalysisError(f"run {unknown[0]} has pairs, but no spectra: pass tables of the same runs")
     chance = {side: table.get(f"expected_{side}", table["overlap_expected"]) for side in ("in", "out")}

@@ -19,7 +19,7 @@ from msplora_analysis.tables.checkpoints import adapters_at
 from msplora_analysis.tables.files import read_spectra
 from msplora_analysis.tables.gather import stored_pairs, table_at
 from msplora_analysis.tables.load import read_tables
-from msplora_analysis.tables.matrices import prepare, variants
+from msplora_analysis.tables.matrices import method_labels, prepare
 from msplora_analysis.tables.pairs import redundancy_of
 
 
@@ -72,7 +72,7 @@ def side_of(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said again when they are compared
         matrices = prepare(spectra)
-    names = variants(matrices)
+    names = method_labels(matrices)
     if method is None and len(names) > 1:
         raise AnalysisError(
             f"{source}: holds several methods; choose one with method_a or method_b (--method or --with-method): "

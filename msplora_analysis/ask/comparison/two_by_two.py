@@ -13,7 +13,7 @@ from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.ask.comparison.statements import sentences
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.tables.matrices import variants
+from msplora_analysis.tables.matrices import method_labels
 
 MOST = 4
 """Most methods that are compared."""
@@ -40,7 +40,7 @@ def two_by_two(evidence: Evidence, matrices: pd.DataFrame) -> tuple[list[Compare
     Returns:
         The comparisons; and why there are none, or "".
     """
-    names = variants(matrices)
+    names = method_labels(matrices)
     if len(names) > MOST:
         return [], (
             f"{len(names)} methods are too many to compare two by two here; "

@@ -18,7 +18,7 @@ from msplora_analysis.show.drawing.style import DASHES
 from msplora_analysis.show.drawing.text import fit, label_epochs, legend_below, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of
-from msplora_analysis.tables.matrices import is_msplora, variants
+from msplora_analysis.tables.matrices import is_msplora, method_labels
 
 SHARED = ["variant", "scale", "epoch"]
 
@@ -31,7 +31,7 @@ def over_epochs(matrices: pd.DataFrame, quantities: dict[str, Array], scales: Se
     which is its total, stands there too. `scales` is their order.
     """
     table = matrices[["run", *SHARED]].assign(**quantities)
-    timed = [v for v in variants(matrices) if len(epochs_of(matrices[matrices["variant"] == v])) > 1]
+    timed = [v for v in method_labels(matrices) if len(epochs_of(matrices[matrices["variant"] == v])) > 1]
     table = table[table["variant"].isin(timed)]
     if (table["scale"] == "total").any():
         table = pd.concat([table, table[~table["variant"].map(is_msplora).astype(bool)].assign(scale="total")])

@@ -12,7 +12,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.style import settings
 from msplora_analysis.show.drawing.venues import style_of
-from msplora_analysis.tables.matrices import slug, variants
+from msplora_analysis.tables.matrices import method_labels, slug
 from msplora_core.atomic import replacing
 
 FORMATS = ("pdf", "png", "svg")
@@ -68,7 +68,7 @@ def each_method(
     layers = table[table["scale"] == "layer"]
     stacks = sorted(layers["stack"].dropna().unique())
     for stack in stacks:
-        for method in variants(layers[layers["stack"] == stack]):
+        for method in method_labels(layers[layers["stack"] == stack]):
             stem = "_".join([name, slug(method), *([slug(stack)] if len(stacks) > 1 else [])])
             yield Plot(stem, numbers(layers, method, stack, epoch), partial(draw, name_stack=len(stacks) > 1))
 

@@ -16,7 +16,7 @@ from msplora_analysis.show.drawing.text import title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
 from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, ks, prepare, stacks, variants
+from msplora_analysis.tables.matrices import choose, ks, method_labels, prepare, stacks
 
 TOP = 8
 
@@ -42,7 +42,7 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
 
 
 def drawable(matrices: pd.DataFrame, stack: str) -> list[str]:
-    return variants(matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack)])
+    return method_labels(matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack)])
 
 
 def numbers(matrices: pd.DataFrame, method: str, stack: str, epoch: float | None = None) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.checkpoints import at_epoch
 from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, variants
+from msplora_analysis.tables.matrices import choose, method_labels
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
 
 PANELS = {"kl": "KL of the spectra"} | {side: LABELS[side] for side in ("overlap_in", "overlap_out")}
@@ -44,7 +44,7 @@ def overlap_between_layers(
     table = layers_of(prepare_pairs(pairs, labels))
     stack = choose("stack", stack, sorted(table["stack"].unique()))
     table = table[table["stack"] == stack]
-    method = choose("method", method, variants(table))
+    method = choose("method", method, method_labels(table))
     return draw(numbers(table, method, stack, epoch), style)
 
 

@@ -18,7 +18,7 @@ from msplora_analysis.show.drawing.text import broken, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
 from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, prepare, sigma, stacks, variants
+from msplora_analysis.tables.matrices import choose, method_labels, prepare, sigma, stacks
 
 SHARES = (0.9, 0.99)
 LETTERS = 20  # of a module's name on one line
@@ -38,7 +38,7 @@ def rank_needed_map(
     a task needs no more is not shown by it.
     """
     matrices = prepare(spectra)
-    method = choose("method", method, variants(matrices))
+    method = choose("method", method, method_labels(matrices))
     stack = choose("stack", stack, stacks(matrices[matrices["variant"] == method]))
     return draw(numbers(matrices, method, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
 

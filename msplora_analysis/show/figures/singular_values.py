@@ -18,7 +18,7 @@ from msplora_analysis.show.drawing.style import runs_note, styled
 from msplora_analysis.show.drawing.text import fit, label_epochs, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of
-from msplora_analysis.tables.matrices import choose, is_msplora, ks, prepare, slug, variants
+from msplora_analysis.tables.matrices import choose, is_msplora, ks, method_labels, prepare, slug
 
 TOP = 8
 
@@ -40,8 +40,9 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
 
 
 def drawable(matrices: pd.DataFrame) -> list[str]:
-    """MSPLoRA methods of at least two epochs."""
-    return [v for v in variants(matrices) if is_msplora(v) and len(epochs_of(matrices[matrices["variant"] == v])) > 1]
+    """Labels of MSPLoRA with at least two epochs."""
+    ours = filter(is_msplora, method_labels(matrices))
+    return [label for label in ours if len(epochs_of(matrices[matrices["variant"] == label])) > 1]
 
 
 def numbers(matrices: pd.DataFrame, method: str) -> pd.DataFrame:
