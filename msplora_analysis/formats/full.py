@@ -1,4 +1,4 @@
-"""Full fine-tuning: a model's checkpoint and the model before training, by ``tensors.with_base``.
+"""Full fine-tuning: a model's checkpoint and the model before training, by ``files.with_base``.
 
 The update of a weight is its difference to the base's, whole. Weights are what has two axes of more than one element:
 linear layers and embeddings as they stand, convolutions (out, in, height, width) as (out, in height width). Biases,
