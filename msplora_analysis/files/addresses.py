@@ -15,16 +15,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Union, cast
+from typing import Any, NamedTuple, cast
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.remote import Remote, RemoteFile
 from msplora_core.names import PARTIAL
 
-if TYPE_CHECKING:
-    from msplora_analysis.files.remote import Remote
-
 StrPath = str | os.PathLike[str]
-Place = Union[Path, "Remote"]
+Place = Path | Remote
 
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:// is a drive
@@ -42,8 +40,6 @@ def parse(address: StrPath) -> Place:
     """The place that an address or a path names; nothing is looked up yet."""
     text = os.fspath(address)
     if _SCHEME.match(text):
-        from msplora_analysis.files.remote import Remote
-
         return Remote.parse(text)
     # abspath, not resolve(): runs are named by the folders that the user sees.
     return Path(os.path.abspath(text))
@@ -119,8 +115,6 @@ def _split(entries: Iterable[os.DirEntry[str]]) -> tuple[set[str], list[str]]:
 def open_binary(place: Place) -> io.RawIOBase:
     """A file open to read at any position. Raises AnalysisError if it cannot be."""
     if not isinstance(place, Path):
-        from msplora_analysis.files.remote import RemoteFile
-
         return RemoteFile(place)
     try:
         mode = os.stat(place).st_mode

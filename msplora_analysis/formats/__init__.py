@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
@@ -98,6 +98,8 @@ def added() -> tuple[Format, ...]:
     Raises:
         AnalysisError: One of them cannot be loaded; the message names its package.
     """
+    from importlib import metadata  # takes as long as all of ours
+
     formats = []
     for point in metadata.entry_points(group=ENTRY_POINTS):
         try:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, StrPath
 from msplora_analysis.formats.names import PREFIX
+from msplora_analysis.tables.files import write_table
 from msplora_analysis.write.source import Module, Source
 from msplora_core.names import CONFIG
 
@@ -122,8 +123,6 @@ def write_adapter(
         table: What ranks.csv holds.
         stored: Types of the tensors that are copied, as ``stored_dtypes`` gives them.
     """
-    from msplora_analysis.tables.files import write_table
-
     tensors: dict[str, Array] = {}
     kinds: dict[str, str] = {}
     for pair in pairs:
