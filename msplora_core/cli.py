@@ -64,10 +64,11 @@ def _parameters() -> Iterator[inspect.Parameter]:
 
 
 def _parameter(name: str, field: Field) -> inspect.Parameter:
-    type_ = str if field.option.parse else field.type
+    type_: Any = str if field.option.parse else field.type
     # the name alone: else typer makes a --no-... of every switch
     option = typer.Option(_spelled(name), help=field.option.help)
-    annotation = Annotated[type_ | None if field.default is None else type_, option]
+    type_ = type_ | None if field.default is None else type_
+    annotation: Any = Annotated[type_, option]
     default = inspect.Parameter.empty if field.default is ... else field.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

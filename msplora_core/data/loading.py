@@ -61,8 +61,10 @@ def load_splits(task: Task, data_dir: Path | None = None) -> dict[str, Split]:
             if path is None and split not in may_lack:
                 file = f"{task.name}_{split}.jsonl"
                 raise TrainingError(f"{data_dir}: there is no {file} or {file}.gz in it")
-        splits = {split: _read_file(task, path) for split, path in files.items() if path is not None}
-        return splits if "validation" in splits else _hold_out(task, splits["train"])
+        splits: dict[str, Split] = {split: _read_file(task, path) for split, path in files.items() if path is not None}
+        if isinstance(task, InstructionTask) and "validation" not in splits:
+            return _hold_out(task, splits["train"])
+        return splits
     if task.name == EMBEDDED_TASK:
         return {split: _generate(task, split) for split in SPLITS}
     return _download(task)

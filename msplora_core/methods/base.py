@@ -92,8 +92,9 @@ class Method:
         Raises:
             TrainingError: a value out of its range.
         """
-        values = {name: getattr(recipe, name, None) for name in options_of(type(self)) if getattr(self, name) is None}
-        if values.get("rank"):
+        missing = [name for name in options_of(type(self)) if getattr(self, name) is None]
+        values: dict[str, Any] = {name: getattr(recipe, name, None) for name in missing}
+        if "rank" in values:
             values["rank"] *= self.rank_factor
         filled = replace(self, **values)
         check_ranges(filled)

@@ -23,7 +23,7 @@ class BitFitConfig(TargetedConfig):
     ``target_modules`` are the modules whose biases to train; default all that have one.
     """
 
-    peft_type: str = PEFT_TYPE
+    peft_type: Any = PEFT_TYPE  # PEFT has a closed enumeration
 
 
 class BitFitLayer(nn.Module, BaseTunerLayer):

@@ -36,7 +36,7 @@ class BottleneckConfig(TargetedConfig):
 
     bottleneck: int = 16
     dropped_layers: int = 0
-    peft_type: str = PEFT_TYPE
+    peft_type: Any = PEFT_TYPE  # PEFT has a closed enumeration
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from msplora_core.names import SCALES, halved_ranks
 from msplora_core.tuners.strict import TargetedConfig
@@ -46,7 +47,7 @@ class MSPLoraConfig(TargetedConfig):
     bias: str = "none"
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    peft_type: str = PEFT_TYPE
+    peft_type: Any = PEFT_TYPE  # PEFT has a closed enumeration
 
     def __post_init__(self) -> None:
         super().__post_init__()
