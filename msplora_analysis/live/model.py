@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place
 from msplora_analysis.files.tensors import FloatArray, Shape
+
+if TYPE_CHECKING:
+    import torch
 
 _NOT_WHOLE = "the spectra of what is spread over processes cannot be computed while it trains; analyse its checkpoints"
 
@@ -17,7 +20,7 @@ _NOT_WHOLE = "the spectra of what is spread over processes cannot be computed wh
 class ModelTensors:
     """Tensors of a model as a ``TensorFile``. Each is brought to the CPU when it is read first, and kept."""
 
-    def __init__(self, name: str, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         self.path: Place = Path(f"adapter {name}")  # of no file: what messages call it
         self.shapes: dict[str, Shape] = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         self.metadata: dict[str, str] = {}
@@ -33,7 +36,7 @@ class ModelTensors:
     def prefetch(self, names: Iterable[str]) -> None:
         """Nothing: the tensors are in memory."""
 
-    def tensor(self, name: str) -> Any:
+    def tensor(self, name: str) -> torch.Tensor:
         """The torch tensor itself, where it is, cut off from the computation of gradients."""
         return self._tensors[name].detach()
 
@@ -58,8 +61,10 @@ class ModelAdapter(NamedTuple):
 def active_adapters(model: Any) -> list[ModelAdapter]:
     """The adapters that act in a model of PEFT, or in one of transformers with ``add_adapter``.
 
-    Nothing is copied yet, and nothing is gathered from other processes. Raises AnalysisError for a model without
-    adapters, and for adapters that this process does not hold as a whole.
+    Nothing is copied yet, and nothing is gathered from other processes.
+
+    Raises:
+        AnalysisError: For a model without adapters, and for adapters that this process does not hold as a whole.
     """
     from peft import get_peft_model_state_dict
 
@@ -94,7 +99,7 @@ def _active_names(model: Any) -> Iterator[str]:
     yield from dict.fromkeys(active() if callable(active) else active)
 
 
-def _elsewhere(tensor: Any) -> str | None:
+def _elsewhere(tensor: torch.Tensor) -> str | None:
     """Why this process does not hold all values of a tensor, if so."""
     if hasattr(tensor, "ds_id"):
         return "is sharded by DeepSpeed ZeRO-3"

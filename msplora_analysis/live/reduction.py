@@ -8,13 +8,16 @@ product a side, on the GPU, leaves matrices of r×r for the CPU, whatever the wi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from msplora_analysis.compute.linalg.spectra import Array, factor_blocks, load_factors, not_finite
 from msplora_analysis.formats.updates import Matrix, Sum, Update
 from msplora_analysis.live.model import ModelTensors
+
+if TYPE_CHECKING:
+    import torch
 
 _BLOCK = 2**27  # bytes of float64 factors held at once on the device, unless one matrix alone takes more
 
@@ -28,7 +31,7 @@ def can_be_reduced(update: Update) -> bool:
 
 def alike(tensors: ModelTensors, sums: Mapping[int, Sum]) -> Iterator[list[int]]:
     """Keys of sums of equal shape and ranks and on one device, as many at once as its memory is to hold."""
-    groups: dict[Any, dict[int, Sum]] = {}
+    groups: dict[torch.device | None, dict[int, Sum]] = {}
     for key, update in sums.items():
         groups.setdefault(_device(tensors, update), {})[key] = update
     for device, of_device in groups.items():
@@ -39,8 +42,10 @@ def small_factors(tensors: ModelTensors, matrices: Sequence[Matrix]) -> tuple[Ar
     """a (n, R, R) and b (n, R, R) with the inner products of the factors of n sums that are ``alike``.
 
     ``b[i] @ a[i]`` has the singular values of update i; R is the sum of the ranks of its products, whose factors are
-    concatenated, and scaled. Exact to about 1e-8 of each row's norm. Raises AnalysisError naming the tensor that holds
-    NaN or Inf.
+    concatenated, and scaled. Exact to about 1e-8 of each row's norm.
+
+    Raises:
+        AnalysisError: A tensor holds NaN or Inf; it names the tensor.
     """
     updates: list[Sum] = [matrix.update for matrix in matrices]  # type: ignore[misc]
     device = _device(tensors, updates[0])
@@ -61,13 +66,13 @@ def small_factors(tensors: ModelTensors, matrices: Sequence[Matrix]) -> tuple[Ar
     return _root(gram_a), _root(gram_b).transpose(0, 2, 1)
 
 
-def _device(tensors: ModelTensors, update: Sum) -> Any:
+def _device(tensors: ModelTensors, update: Sum) -> torch.device | None:
     """The device of the layer's own factors, to compute there; None for the CPU, where numpy is faster than torch."""
     device = tensors.tensor(update.products[-1].a.tensors[0]).device
     return device if device.type in ("cuda", "xpu") else None  # others lack float64
 
 
-def _gram_on(device: Any, tensors: ModelTensors, updates: Sequence[Sum], side: str) -> Array:
+def _gram_on(device: torch.device, tensors: ModelTensors, updates: Sequence[Sum], side: str) -> Array:
     """Inner products (n, R, R) of the rows of a, or the columns of b, of each of n updates."""
     import torch
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from msplora_analysis.formats.updates import SCALES
 from msplora_analysis.show.drawing.colours import PALETTE
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.style import DASHES
+from msplora_analysis.show.drawing.style import DASHES, Dash
 from msplora_analysis.show.drawing.text import fit, label_epochs, legend_below, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of
@@ -84,7 +83,7 @@ def draw_lines(
     return figure
 
 
-def _line(ax: Axes, line: pd.DataFrame, colour: str, dash: Any) -> None:
+def _line(ax: Axes, line: pd.DataFrame, colour: str, dash: Dash) -> None:
     marker = "o" if line["mean"].notna().sum() <= 12 else ""
     ax.plot(line["epoch"], line["mean"], color=colour, linestyle=dash, marker=marker, markersize=2, clip_on=False)
     if "chance" in line:

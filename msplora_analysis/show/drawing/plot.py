@@ -58,12 +58,8 @@ def each_method(
 ) -> Iterator[Plot]:
     """A figure of the layers of every numbered stack and method, named by the stack only where there are several.
 
-    Args:
-        name: With which the names of the files begin.
-        table: What `tables.matrices.prepare` or `prepare_pairs` makes.
-        numbers: Of the layers' rows, a method, a stack and the epoch.
-        draw: Of the numbers and a style.
-        epoch: See `tables.checkpoints.at_epoch`.
+    `table` is what `prepare` or `prepare_pairs` makes; `numbers` takes the rows of layers in it, a method,
+    a stack and the epoch, `draw` these numbers and a style.
     """
     layers = table[table["scale"] == "layer"]
     stacks = sorted(layers["stack"].dropna().unique())

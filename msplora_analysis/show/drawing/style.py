@@ -11,7 +11,9 @@ import pandas as pd
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.venues import DEFAULT, Style, style_of
 
-DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+Dash = str | tuple[float, tuple[float, ...]]
+
+DASHES: tuple[Dash, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 """Line styles, so that lines stay apart in greyscale. 4 and the 7 colours share no factor: 28 combinations."""
 
 SETTINGS: dict[str, Any] = {

@@ -27,10 +27,9 @@ def comparison_with_intervals(comparison: pd.DataFrame, *, style: str | None = N
 
     `comparison` is the table of `msplora_analysis.compare`. Divergences and overlaps have an axis each.
     """
-    rows = comparison[comparison["question"] == "difference"]
-    if rows.empty:
-        raise AnalysisError("the comparison table holds no differences: pass what compare returns")
-    return draw(rows, style)
+    for plot in plots(comparison):
+        return draw(plot.numbers, style)
+    raise AnalysisError("the comparison table holds no differences: pass what compare returns")
 
 
 @plots_of(comparison_with_intervals, order=10, needs="comparison", name="comparison")

@@ -24,7 +24,11 @@ def decoupling_over_epochs(
     """Subspace overlap on either side and cosine: rows; two scales of one layer: columns; methods: lines.
 
     Low means decoupled; the dotted line is what random subspaces would give. Computed for each layer and module, then
-    averaged. scales: of `load_scale_pairs`; labels: method of each run (see `pairs.prepare_pairs`).
+    averaged.
+
+    Args:
+        scales: Of `load_scale_pairs`.
+        labels: Method of each run (see `prepare_pairs`).
     """
     return draw(numbers(prepare_pairs(scales, labels)), style)
 

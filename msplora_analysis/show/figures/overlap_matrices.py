@@ -38,8 +38,12 @@ def overlap_between_layers(
     """Three squares, layer i down and layer j across: KL(i‖j) of the spectra, subspace overlap on either side.
 
     Of the `layer` parts; means over modules and runs of the measures of each pair. The mark on the colour bar of the
-    overlaps is what random subspaces would give; there are two where the sides differ in size. pairs: of `load_pairs`;
-    labels: method of each run (see `pairs.prepare_pairs`). Source of the overlap: Hu et al. 2021, arXiv 2106.09685.
+    overlaps is what random subspaces would give; there are two where the sides differ in size. Source of the
+    overlap: Hu et al. 2021, arXiv 2106.09685.
+
+    Args:
+        pairs: Of `load_pairs`.
+        labels: Method of each run (see `prepare_pairs`).
     """
     table = layers_of(prepare_pairs(pairs, labels))
     stack = choose("stack", stack, sorted(table["stack"].unique()))

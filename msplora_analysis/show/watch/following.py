@@ -53,9 +53,15 @@ class Point(NamedTuple):
 class Run:
     """What is known of the run in ``folder``: nothing, until ``update``.
 
-    points: its checkpoints, in order, those deleted meanwhile too. deleted: how many of them are. writing: names of
-    checkpoints that are not whole yet. problems: names of folders that cannot be read, and why. settings: what run.json
-    says, empty without one. history: what Trainer logged until the newest checkpoint, epochs: how many it trains.
+    Attributes:
+        points: Its checkpoints, in order, those deleted meanwhile too.
+        deleted: How many of them are.
+        writing: Names of checkpoints that are not whole yet.
+        problems: Names of folders that cannot be read, and why.
+        settings: What run.json says; empty without one.
+        history: What Trainer logged until the newest checkpoint.
+        epochs: How many it trains.
+        finished: Whether run.json has results.
     """
 
     def __init__(self, folder: Path, *, cache: bool = True) -> None:
@@ -75,7 +81,8 @@ class Run:
     def update(self) -> Iterator[Point]:
         """Read what is new, one checkpoint after another.
 
-        Raises AnalysisError if the folder holds several runs, or is none.
+        Raises:
+            AnalysisError: If the folder holds several runs.
         """
         self.writing = []
         folders = list(self._folders())

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 
 from msplora_analysis.errors import AnalysisError
@@ -25,12 +25,16 @@ _HINT = "q or Ctrl-C leaves"
 
 
 def watch(folder: Path, *, interval: float = 2.0, once: bool = False, cache: bool = True) -> None:
-    """Show the run in ``folder``, and its new checkpoints as they come.
+    """Show a run, and its new checkpoints as they come; where the output is no terminal, a line for every checkpoint.
 
-    interval: seconds between two looks at the folder. once: show what is there, and return.
+    Args:
+        folder: Of the run. One that will yet be made is waited for.
+        interval: Seconds between two looks at the folder.
+        once: Show what is there, and return.
+        cache: As in ``load_tables``.
 
-    Where the output is no terminal, a line is printed for every checkpoint. Raises AnalysisError if there is no such
-    run, or several; a run whose folder will yet be made is waited for.
+    Raises:
+        AnalysisError: If there is no such run, or several.
     """
     _check(folder)
     run = Run(folder, cache=cache)
@@ -62,7 +66,7 @@ def _show(run: Run, console: Console, wait: Wait, interval: float) -> None:
     findings: pd.DataFrame | None = None
     status = ""
 
-    def screen() -> Any:
+    def screen() -> Group:
         return render(run, findings, console, status, _HINT)
 
     try:
@@ -129,7 +133,7 @@ def _findings(run: Run) -> pd.DataFrame | None:
 def _ends_cleanly() -> Iterator[None]:
     """A request to end (kill, a closed terminal) leaves the terminal as it was too."""
 
-    def end(number: int, _: Any) -> None:
+    def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
