@@ -16,6 +16,8 @@ from msplora_analysis.tables.load import succeeding
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyarrow.csv import CSVWriter
+    from pyarrow.parquet import ParquetWriter
 
 
 @dataclass
@@ -68,7 +70,7 @@ def write_tables(
     from msplora_analysis.tables.files import table_writer
 
     with ExitStack() as stack:
-        writers = []
+        writers: list[ParquetWriter | CSVWriter] = []
         for batch in Columns(adapters, ks).batches(chain(first, wanted_results)):
             if not writers:  # files appear only if there is something in them
                 opening = zip(paths, batch, strict=True)
