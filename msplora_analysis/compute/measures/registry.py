@@ -93,20 +93,9 @@ def measure(
     def register(function: Callable[P, Array]) -> Callable[P, Array]:
         if name in _known and _known[name].function.__module__ != function.__module__:
             raise ValueError(f"{function.__module__}: there is a measure {name} already; choose another name")
-        _known[name] = Measure(
-            name,
-            label,
-            symbol or label,
-            axis or label,
-            unit,
-            formula,
-            source,
-            high,
-            shown if isinstance(shown, Mapping) else dict.fromkeys(shown, ()),
-            function,
-            parameter,
-            cut,
-        )
+        places = shown if isinstance(shown, Mapping) else dict.fromkeys(shown, ())
+        texts = (name, label, symbol or label, axis or label, unit, formula, source, high)
+        _known[name] = Measure(*texts, places, function, parameter, cut)
         return function
 
     return register
