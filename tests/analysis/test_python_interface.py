@@ -96,6 +96,8 @@ def test_tab_completion_offers_the_public_names_alone() -> None:
 
 @pytest.mark.parametrize("name", sorted(ma._MODULES))
 def test_every_name_is_there_with_signature_and_docstring(name: str) -> None:
+    if name == "SpectraCallback":
+        pytest.importorskip("transformers")
     value = getattr(ma, name)
     assert value is getattr(ma, name)
     assert not inspect.ismodule(value)
