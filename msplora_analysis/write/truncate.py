@@ -8,6 +8,7 @@ The update is never formed: QR of both factors in float64, and the decomposition
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,6 @@ from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Options
-from msplora_analysis.write.allocate import allocate
 from msplora_analysis.write.source import Source, factors, find_adapter, open_source, warn_of
 from msplora_analysis.write.write import (
     as_pair,
@@ -53,7 +53,7 @@ def compress(
         out: The folder to write.
         energy: Of every module, the least rank that keeps this share of the sum of sigma², in (0, 1].
         rank: Of every module this rank, or its own if that is lower.
-        budget: Parameters of the factors in all, heads not counted; the ranks have the least total squared error.
+        budget: Parameters of the factors in all, heads not counted; directions go by gain (sigma²) per parameter.
         dtype: Of the factors; None: float64 for an adapter in float64, else float32.
         overwrite: Replace an adapter that is in ``out``.
         semantics: See ``load_spectra``.
@@ -147,6 +147,26 @@ def _ranks(
     assert budget is not None
     costs = [module.update.rows + module.update.cols for module in source.modules]
     return allocate([sigma[:k] ** 2 for sigma, k in zip(spectra, present, strict=True)], costs, budget)
+
+
+def allocate(gains: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
+    """How many directions to keep of each module: by descending gain per parameter, passing over what does not fit.
+
+    Their sum of gains is within one gain, that of the first direction passed over, of the largest possible (Dantzig's
+    bound of the knapsack), and is the largest where all costs are equal.
+
+    Args:
+        gains: Of each module, (r_i,), descending.
+        costs: What each direction of a module costs.
+        budget: What all may cost.
+    """
+    ranks = [0] * len(gains)
+    directions = ((-gain / costs[i], i) for i, of_module in enumerate(gains) for gain in of_module)
+    for _, module in sorted(directions):
+        if costs[module] <= budget:
+            budget -= costs[module]
+            ranks[module] += 1
+    return ranks
 
 
 def _numerical_rank(sigma: Array, size: int) -> int:
