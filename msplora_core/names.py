@@ -30,7 +30,7 @@ METHOD_NAMES = {
     "dora": "DoRA", "adalora": "AdaLoRA", "dylora": "DyLoRA", "pissa": "PiSSA", "qlora": "QLoRA", "lily": "Lily",
     "msplora": "MSPLoRA",
 }  # fmt: skip
-"""How a method is written in text, where not as in ``--method``."""
+"""How a method is written in text, where not as in ``--method``; a new one needs no entry."""
 
 TASKS = ("cola", "mrpc", "stsb", "rte", "sst2", "qnli", "acceptability", "alpaca", "qqp", "mnli", "wnli")
 """The tasks that a run may be of; ``msplora-train`` has all but the last three."""

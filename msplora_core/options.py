@@ -40,12 +40,14 @@ class Option:
         range: The values that it may have; None: all.
         parse: Reads the text of the command line, where the type is not one of its own.
         decides: Whether the result of a run depends on it, so that run.json records it.
+        unrecorded: What a run had whose record is older than the option, if not the option's default.
     """
 
     help: str
     range: Range | None = None
     parse: Callable[[str], object] | None = None
     decides: bool = True
+    unrecorded: object = None
 
 
 class Field(NamedTuple):

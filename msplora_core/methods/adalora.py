@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msplora_core.methods.base import Training
 from msplora_core.methods.lora import Lora
+from msplora_core.options import NOT_NEGATIVE, Option
 
 if TYPE_CHECKING:
     from peft import AdaLoraModel, PeftConfig, PeftModel
@@ -19,10 +21,17 @@ _INITIAL_RANK = 1.5
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
+@dataclass(frozen=True)
 class AdaLora(Lora):
     """singular values, pruned to --rank of them on average"""
 
     name = "adalora"
+    defaults: ClassVar[dict[str, float]] = {"lora_alpha": 32}  # as most of its authors' scripts for GLUE
+
+    orthogonality: Annotated[
+        float,
+        Option("Weight of AdaLoRA's orthogonality term in the loss.", NOT_NEGATIVE, unrecorded=0.5),
+    ] = 0.1
 
     def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
         from peft import AdaLoraConfig
@@ -34,7 +43,13 @@ class AdaLora(Lora):
             base_model.config.model_type
         )
         # the schedule needs the number of steps: RankPruning gives the true one
-        return AdaLoraConfig(target_r=self.rank, init_r=math.ceil(_INITIAL_RANK * self.rank), total_step=1, **options)
+        return AdaLoraConfig(
+            target_r=self.rank,
+            init_r=math.ceil(_INITIAL_RANK * self.rank),
+            total_step=1,
+            orth_reg_weight=self.orthogonality,
+            **options,
+        )
 
     def training(self, model: PeftModel, seed: int) -> Training:
         return RankPruning(model)

@@ -59,8 +59,8 @@ class Method:
     """What ``--method`` calls it."""
     rank_factor: ClassVar[int] = 1
     """Default of the option ``rank``, as a multiple of that of the task's recipe."""
-    learning_rate: ClassVar[float | None] = None
-    """Default where the task's recipe, made for adapters, is of another order; the head's too."""
+    defaults: ClassVar[dict[str, float]] = {}
+    """Defaults of options, where the value of the task's recipe does not suit the method."""
     spectra: ClassVar[str | None] = ""
     """What follows ``msplora-analyze spectra RUN`` to read its checkpoints; None if they have no spectra."""
     skips_parameters: ClassVar[bool] = False
@@ -93,7 +93,7 @@ class Method:
             TrainingError: a value out of its range.
         """
         missing = [name for name in options_of(type(self)) if getattr(self, name) is None]
-        values: dict[str, Any] = {name: getattr(recipe, name, None) for name in missing}
+        values: dict[str, Any] = {name: self.defaults.get(name, getattr(recipe, name, None)) for name in missing}
         if "rank" in values:
             values["rank"] *= self.rank_factor
         filled = replace(self, **values)

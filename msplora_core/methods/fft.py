@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from msplora_core.methods.base import Method
 
@@ -14,7 +14,7 @@ class FullFineTuning(Method):
     """full fine-tuning"""
 
     name = "fft"
-    learning_rate = 2e-5
+    defaults: ClassVar[dict[str, float]] = {"learning_rate": 2e-5}  # recipes are made for adapters
     spectra = " --base {run}/checkpoint-0"
     skips_parameters = True
 

@@ -21,8 +21,8 @@ class Lora(RankedMethod):
     switches: ClassVar[dict[str, Any]] = {}
     """What else is given to PEFT's ``LoraConfig``."""
 
-    lora_alpha: Annotated[float, Option("[default: the task's recipe]", POSITIVE)] = FROM_RECIPE
-    lora_dropout: Annotated[float, Option("[default: the task's recipe]", FRACTION)] = FROM_RECIPE
+    lora_alpha: Annotated[float, Option("[default: the task's recipe; adalora: 32]", POSITIVE)] = FROM_RECIPE
+    lora_dropout: Annotated[float, Option("[default: the task's recipe; pissa: 0]", FRACTION)] = FROM_RECIPE
 
     def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
         from peft import LoraConfig

@@ -18,6 +18,8 @@ class Pissa(Lora):
     """LoRA from the weight's largest singular values on"""
 
     name = "pissa"
+    # it trains a part of the weight, which decay would shrink and dropout leave out
+    defaults: ClassVar[dict[str, float]] = {"weight_decay": 0.0, "lora_dropout": 0.0}
     switches: ClassVar[dict[str, Any]] = {"init_lora_weights": "pissa"}
 
     def training(self, model: PeftModel, seed: int) -> Training:

@@ -83,9 +83,10 @@ def _newest_checkpoint(settings: Settings) -> Path | None:
     if (folder / RECORD).is_file():
         recorded = read(folder)["settings"]
         asked = json.loads(json.dumps(settings.what_matters()))
-        own = options_of(Settings)  # their defaults stand for settings that came after the record
-        before = {name: recorded.get(name, own[name].default if name in own else None) for name in asked}
-        changed = [f"{name} {before[name]!r} -> {asked[name]!r}" for name in asked if asked[name] != before[name]]
+        own = options_of(Settings) | options_of(type(settings.method))
+        older = {n: f.default if f.option.unrecorded is None else f.option.unrecorded for n, f in own.items()}
+        before = older | recorded  # whatever came after the record is as it was then
+        changed = [f"{n} {before.get(n)!r} -> {value!r}" for n, value in asked.items() if value != before.get(n)]
         if changed:
             raise TrainingError(
                 f"{folder}: the run to resume has other settings ({'; '.join(changed)}); repeat its settings, "

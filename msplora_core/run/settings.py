@@ -59,7 +59,7 @@ class Settings:
     warmup_ratio: Annotated[
         float, Option(_RECIPE, Range("a fraction of the steps, from 0 to below 1", lambda value: 0 <= value < 1))
     ] = FROM_RECIPE
-    weight_decay: Annotated[float, Option(_RECIPE, NOT_NEGATIVE)] = FROM_RECIPE
+    weight_decay: Annotated[float, Option("[default: the task's recipe; pissa: 0]", NOT_NEGATIVE)] = FROM_RECIPE
     max_length: Annotated[int, Option("Tokens.  " + _RECIPE, COUNT)] = FROM_RECIPE
     precision: Annotated[str, Option(f"One of {', '.join(PRECISIONS)}.", one_of(PRECISIONS))] = "fp32"
     model_dtype: Annotated[
@@ -87,9 +87,8 @@ class Settings:
     def __post_init__(self) -> None:
         recipe = get_task(self.task).recipe
         filled: dict[str, Any] = {name: getattr(recipe, name, None) for name in options_of(Settings)}
-        ratio = recipe.head_learning_rate_ratio
-        if self.method.learning_rate is not None:
-            filled["learning_rate"], ratio = self.method.learning_rate, 1
+        filled |= {name: value for name, value in self.method.defaults.items() if name in filled}
+        ratio = 1 if "learning_rate" in self.method.defaults else recipe.head_learning_rate_ratio
         rate = filled["learning_rate"] if self.learning_rate is None else self.learning_rate
         filled["head_learning_rate"] = rate * ratio
         if recipe.micro_batch_size is not None:  # the largest that fits a batch size of the user's

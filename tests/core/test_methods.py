@@ -112,6 +112,8 @@ def test_every_method_has_its_count() -> None:
         ("msplora", {"rank": 8, "ranks": {"global": 8}}, "'rank' and 'ranks' .* exclude each other"),
         ("adapterdrop", {"bottleneck": 0}, "bottleneck=0: expected a whole number of at least 1"),
         ("adapterdrop", {"dropped_layers": -1}, "dropped_layers=-1: expected a whole number of at least 0"),
+        ("lora", {"orthogonality": 0.5}, "'orthogonality' is no option of the method lora.*belongs to adalora"),
+        ("adalora", {"orthogonality": -0.1}, "orthogonality=-0.1: expected a number of at least 0"),
         ("nope", {}, "unknown method 'nope'; .*lora, msplora"),
     ],
 )
@@ -127,6 +129,13 @@ def test_defaults(tmp_path: Path) -> None:
     assert (make("fft").learning_rate, make("fft").head_learning_rate) == (2e-5, 2e-5)
     assert make("fft", learning_rate=1e-5).head_learning_rate == 1e-5
     assert (make("lora").method.rank, make("lily").method.rank, make("adapterdrop").method.bottleneck) == (8, 32, 16)
+    adalora, pissa, lora = make("adalora"), make("pissa"), make("lora")
+    assert (adalora.method.lora_alpha, adalora.method.orthogonality, lora.method.lora_alpha) == (32, 0.1, 16)
+    assert adalora.method.adapt(make_bert(), "SEQ_CLS").peft_config["default"].orth_reg_weight == 0.1
+    assert (pissa.weight_decay, pissa.method.lora_dropout, pissa.method.lora_alpha) == (0, 0, 16)
+    assert (lora.weight_decay, lora.method.lora_dropout) == (0.1, 0.05)
+    assert make("pissa", lora_dropout=0.1, weight_decay=0.2).method.lora_dropout == 0.1
+    assert make("pissa", lora_dropout=0.1, weight_decay=0.2).weight_decay == 0.2
     of_others = make("bitfit").what_matters()  # which run.json has too
     assert (of_others["rank"], of_others["lora_alpha"], of_others["bottleneck"]) == (None, None, None)
 
