@@ -8,19 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from msplora_analysis.commands.shared.arguments import (
-    FigureFormat,
-    Format,
-    IgnoreUnknown,
-    Out,
-    StyleOption,
-    TableFormat,
-    UseCache,
-    Workers,
-    make_folder,
-)
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, progress_bar
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Execution, Options
 
@@ -69,8 +58,8 @@ def compare(
         list[str],
         typer.Option("--with", metavar="B...", help="Runs of the other, or a spectra table.", show_default=False),
     ],
-    out: Out,
-    format: Format = TableFormat.parquet,
+    out: arguments.Out,
+    format: arguments.Format = arguments.TableFormat.parquet,
     method: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Of A, take this method, such as 'LoRA r=8'.", show_default=False),
@@ -98,13 +87,13 @@ def compare(
     confidence: Annotated[float, typer.Option(metavar="P", help="Of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the resampling.")] = 0,
     figure: Annotated[
-        list[FigureFormat] | None,
+        list[arguments.FigureFormat] | None,
         typer.Option(metavar="pdf|png|svg", help="Also draw the differences; may be repeated.", show_default=False),
     ] = None,
-    style: StyleOption = None,
-    workers: Workers = None,
-    cache: UseCache = True,
-    ignore_unknown: IgnoreUnknown = False,
+    style: arguments.StyleOption = None,
+    workers: arguments.Workers = None,
+    cache: arguments.UseCache = True,
+    ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
     """Compare two methods by how much their layers differ, with bootstrap intervals and permutation tests.
 
@@ -123,8 +112,8 @@ def compare(
         style_of(style)
         if not figure:
             raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
-    make_folder(out)
-    with progress_bar("Reading") as progress:
+    arguments.make_folder(out)
+    with terminal.progress_bar("Reading") as progress:
         options, execution = Options(ignore_unknown), Execution(workers, cache=cache, progress=progress)
         sides = load_sides(paths, other, method, with_method, options, execution, epoch=epoch)
     table = compared(
@@ -142,6 +131,6 @@ def compare(
         from msplora_analysis.show.figures.comparison import plots
 
         written += [path for plot in plots(table) for path in plot.write(out, [kind.value for kind in figure], style)]
-    with closed_pipe_ignored():
+    with terminal.closed_pipe_ignored():
         print("\n\n".join(sentences(table)), end="\n\n")
-        print_paths(written)
+        terminal.print_paths(written)

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora_analysis.commands.shared.adapter import AdapterPath, Folder, Overwrite, by_module, span
-from msplora_analysis.commands.shared.arguments import IgnoreUnknown, Semantics, SemanticsChoice
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, plain_table, print_paths, printed_whole
 from msplora_analysis.options import Options
 
 if TYPE_CHECKING:
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
     ),
 )
 def compress(
-    adapter: AdapterPath,
-    out: Folder,
+    adapter: arguments.AdapterPath,
+    out: arguments.NewAdapter,
     energy: Annotated[
         float | None,
         typer.Option(metavar="E", help="Keep this share of the sum of sigma² of every module.", show_default=False),
@@ -43,17 +41,10 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|float16|bfloat16|float64",
-            help="Type of the factors.  [default: float32; float64 for an adapter in float64]",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: Overwrite = False,
-    semantics: SemanticsChoice = Semantics.paper,
-    ignore_unknown: IgnoreUnknown = False,
+    dtype: Annotated[str | None, arguments.factor_type("float32; float64 for an adapter in float64")] = None,
+    overwrite: arguments.Overwrite = False,
+    semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
+    ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
     """Write the best low-rank approximation of an adapter as a plain PEFT LoRA adapter.
 
@@ -68,17 +59,17 @@ def compress(
 
     options = Options(ignore_unknown, semantics.value)
     table, source, chosen = compressed(adapter, out, energy, rank, budget, dtype, overwrite, options)
-    with closed_pipe_ignored():
+    with terminal.closed_pipe_ignored():
         headers = ["module", "number", "rank", "rank\nkept", "parameters", "parameters\nkept", "energy\nkept", "error"]
-        with printed_whole() as console:
-            groups = [[name, *_cells(rows)] for name, rows in by_module(table)]
-            console.print(plain_table(headers, groups), end="\n\n")
+        with terminal.printed_whole() as console:
+            groups = [[name, *_cells(rows)] for name, rows in terminal.by_module(table)]
+            console.print(terminal.plain_table(headers, groups), end="\n\n")
         dropped = table.loc[table["rank"] == 0, "name"]
         if len(dropped):
             more = ", ..." if len(dropped) > 3 else ""
             print(f"left out, as rank 0 is kept of them ({len(dropped)}): {', '.join(dropped[:3])}{more}")
         print(f"parameters: {source.parameters:,} in the file, {table['parameters'].sum():,} kept ({chosen})")
-        print_paths([out])
+        terminal.print_paths([out])
 
 
 def _cells(rows: pd.DataFrame) -> list[str]:
@@ -88,8 +79,8 @@ def _cells(rows: pd.DataFrame) -> list[str]:
     share = lost / total if total else 0.0
     return [
         str(len(rows)),
-        span(rows["rank_before"]),
-        span(rows["rank"]),
+        terminal.span(rows["rank_before"]),
+        terminal.span(rows["rank"]),
         f"{rows['parameters_before'].sum():,}",
         f"{rows['parameters'].sum():,}",
         f"{1 - share:.2%}",

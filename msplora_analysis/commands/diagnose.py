@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora_analysis.commands.shared.arguments import IgnoreUnknown, Paths, UseCache, Workers
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, printed_whole, progress_bar
 from msplora_analysis.options import Execution, Options
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ _SHOWN = 4  # places named in full, of each finding
     ),
 )
 def diagnose(
-    paths: Paths,
+    paths: arguments.Paths,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per finding and place.")] = False,
     base: Annotated[
         str | None,
@@ -38,9 +37,9 @@ def diagnose(
             show_default=False,
         ),
     ] = None,
-    workers: Workers = None,
-    cache: UseCache = True,
-    ignore_unknown: IgnoreUnknown = False,
+    workers: arguments.Workers = None,
+    cache: arguments.UseCache = True,
+    ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
     """Say what in the adapters deserves a look, with the evidence and what to try.
 
@@ -50,10 +49,10 @@ def diagnose(
     from msplora_analysis.ask.evidence import gather
     from msplora_analysis.ask.findings import diagnose as findings_of
 
-    with progress_bar("Reading") as progress:
+    with terminal.progress_bar("Reading") as progress:
         execution = Execution(workers, cache=cache, progress=progress)
         found = findings_of(gather(paths, Options(ignore_unknown), execution, model=base))
-    with closed_pipe_ignored():
+    with terminal.closed_pipe_ignored():
         if as_json:
             print(json.dumps(as_objects(found), indent=2, ensure_ascii=False))
         else:
@@ -79,7 +78,7 @@ def print_findings(findings: pd.DataFrame) -> None:
 
     from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
 
-    with printed_whole() as console:
+    with terminal.printed_whole() as console:
         if findings.empty:
             console.print("No findings.")
         for (severity, kind), rows in findings.groupby(["severity", "id"], sort=False):

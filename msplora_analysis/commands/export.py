@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from msplora_analysis.commands.shared.adapter import AdapterPath, Folder, Overwrite, by_module, span
-from msplora_analysis.commands.shared.arguments import IgnoreUnknown, Semantics, SemanticsChoice
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, plain_table, print_paths, printed_whole
 from msplora_analysis.options import Options
 
 
@@ -21,19 +17,12 @@ from msplora_analysis.options import Options
     ),
 )
 def export(
-    adapter: AdapterPath,
-    out: Folder,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|float16|bfloat16|float64",
-            help="Type of the factors.  [default: the file's where that is exact, else float32]",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: Overwrite = False,
-    semantics: SemanticsChoice = Semantics.paper,
-    ignore_unknown: IgnoreUnknown = False,
+    adapter: arguments.AdapterPath,
+    out: arguments.NewAdapter,
+    dtype: Annotated[str | None, arguments.factor_type("the file's where that is exact, else float32")] = None,
+    overwrite: arguments.Overwrite = False,
+    semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
+    ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
     """Write an adapter as a plain PEFT LoRA adapter that computes the same.
 
@@ -44,14 +33,14 @@ def export(
     from msplora_analysis.write.concatenate import exported
 
     table, source, chosen = exported(adapter, out, dtype, overwrite, Options(ignore_unknown, semantics.value))
-    with closed_pipe_ignored():
+    with terminal.closed_pipe_ignored():
         groups = [
-            [module, str(len(rows)), span(rows["rank"]), f"{rows['parameters'].sum():,}"]
-            for module, rows in by_module(table)
+            [module, str(len(rows)), terminal.span(rows["rank"]), f"{rows['parameters'].sum():,}"]
+            for module, rows in terminal.by_module(table)
         ]
-        with printed_whole() as console:
-            console.print(plain_table(["module", "number", "rank", "parameters"], groups), end="\n\n")
+        with terminal.printed_whole() as console:
+            console.print(terminal.plain_table(["module", "number", "rank", "parameters"], groups), end="\n\n")
         print(
             f"parameters: {source.parameters:,} in the file, {table['parameters'].sum():,} as a plain LoRA ({chosen})"
         )
-        print_paths([out])
+        terminal.print_paths([out])

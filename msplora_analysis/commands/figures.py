@@ -6,18 +6,8 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.shared.arguments import (
-    FigureFormat,
-    IgnoreUnknown,
-    Out,
-    Paths,
-    StyleOption,
-    UseCache,
-    Workers,
-    make_folder,
-)
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, progress_bar
 from msplora_analysis.options import Execution, Options
 
 
@@ -31,41 +21,41 @@ from msplora_analysis.options import Execution, Options
     ),
 )
 def figures(
-    paths: Paths,
-    out: Out,
+    paths: arguments.Paths,
+    out: arguments.Out,
     format: Annotated[
-        list[FigureFormat] | None,
+        list[arguments.FigureFormat] | None,
         typer.Option(
             metavar="pdf|png|svg",
             help="File format; may be repeated.  [default: pdf and png]",
             show_default=False,
         ),
     ] = None,
-    style: StyleOption = None,
-    workers: Workers = None,
-    cache: UseCache = True,
-    ignore_unknown: IgnoreUnknown = False,
+    style: arguments.StyleOption = None,
+    workers: arguments.Workers = None,
+    cache: arguments.UseCache = True,
+    ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
     """Draw what the adapters show: figures 3 and 4 of the MSPLoRA paper, and more.
 
     PATH may also be a table that `msplora-analyze spectra` wrote (spectra.parquet or spectra.csv),
     or the folder that holds it: nothing is then computed again.
     """
-    formats = tuple(f.value for f in format or (FigureFormat.pdf, FigureFormat.png))
+    formats = tuple(f.value for f in format or (arguments.FigureFormat.pdf, arguments.FigureFormat.png))
     from msplora_analysis.tables.gather import gather_redundancy, gather_spectra
 
     if style is not None:
         from msplora_analysis.show.drawing.venues import style_of
 
         style_of(style)
-    make_folder(out)
+    arguments.make_folder(out)
     options = Options(ignore_unknown)
-    with progress_bar("Reading") as progress:
+    with terminal.progress_bar("Reading") as progress:
         table = gather_spectra(paths, options, Execution(workers, cache=cache, progress=progress))
-    with progress_bar("Comparing") as progress:
+    with terminal.progress_bar("Comparing") as progress:
         pairs, scales = gather_redundancy(paths, options, Execution(workers, progress=progress))
     from msplora_analysis.show.figures import write_figures
 
     written = write_figures(table, out, formats, pairs=pairs, scales=scales, style=style)
-    with closed_pipe_ignored():
-        print_paths(written)
+    with terminal.closed_pipe_ignored():
+        terminal.print_paths(written)

@@ -7,27 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msplora_analysis.commands.shared.arguments import (
-    Base,
-    Dask,
-    Format,
-    IgnoreUnknown,
-    Out,
-    Paths,
-    Semantics,
-    SemanticsChoice,
-    TableFormat,
-    Workers,
-    make_folder,
-)
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import (
-    closed_pipe_ignored,
-    plain_table,
-    print_paths,
-    printed_whole,
-    progress_bar,
-)
 from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -51,8 +32,8 @@ _SHOWN = {  # column -> its header on the terminal
     ),
 )
 def redundancy(
-    paths: Paths,
-    out: Out,
+    paths: arguments.Paths,
+    out: arguments.Out,
     top_k: Annotated[
         int | None,
         typer.Option(
@@ -66,12 +47,12 @@ def redundancy(
         bool,
         typer.Option("--details", help="Add columns: places, K, and chance on either side with its deviation."),
     ] = False,
-    format: Format = TableFormat.parquet,
-    workers: Workers = None,
-    dask: Dask = None,
-    base: Base = None,
-    semantics: SemanticsChoice = Semantics.paper,
-    ignore_unknown: IgnoreUnknown = False,
+    format: arguments.Format = arguments.TableFormat.parquet,
+    workers: arguments.Workers = None,
+    dask: arguments.Dask = None,
+    base: arguments.Base = None,
+    semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
+    ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
     """Compare the weight updates of every two layers, and of the scales within each layer.
 
@@ -79,12 +60,12 @@ def redundancy(
     directions beside what chance gives, cosine) and, for MSPLoRA, DIR/scales.FORMAT (one row per layer and pair of
     scales); prints means of the last checkpoint of each run.
     """
-    make_folder(out)
+    arguments.make_folder(out)
     from msplora_analysis.tables.files import write_table
     from msplora_analysis.tables.pair_means import summary
     from msplora_analysis.tables.pairs import Tables, load_redundancy
 
-    with progress_bar("Comparing") as progress:
+    with terminal.progress_bar("Comparing") as progress:
         tables = load_redundancy(
             paths,
             top_k=top_k,
@@ -104,9 +85,9 @@ def redundancy(
     written = [out / f"{name}.{format.value}" for name in Tables._fields]
     for table, path in zip(tables, written, strict=True):
         write_table(table, path)
-    with closed_pipe_ignored():
+    with terminal.closed_pipe_ignored():
         _print(summary(tables.pairs, tables.scales))
-        print_paths(written)
+        terminal.print_paths(written)
 
 
 def _print(means: pd.DataFrame) -> None:
@@ -114,7 +95,7 @@ def _print(means: pd.DataFrame) -> None:
 
     from msplora_analysis.tables.labels import when
 
-    with printed_whole() as console:
+    with terminal.printed_whole() as console:
         for run, rows in means.groupby("run", sort=False):
             at = when(rows.iloc[0].to_dict())
             console.print(f"[bold]{escape(str(run))}[/bold]: means over pairs and modules{at and f', {at}'}")
@@ -122,4 +103,4 @@ def _print(means: pd.DataFrame) -> None:
                 [row["between"], str(row["pairs"]), *("-" if math.isnan(row[n]) else f"{row[n]:.3g}" for n in _SHOWN)]
                 for row in rows.to_dict("records")
             ]
-            console.print(plain_table(["between", "pairs", *_SHOWN.values()], cells), end="\n\n")
+            console.print(terminal.plain_table(["between", "pairs", *_SHOWN.values()], cells), end="\n\n")

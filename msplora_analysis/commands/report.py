@@ -7,16 +7,8 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.shared.arguments import (
-    IgnoreUnknown,
-    Paths,
-    Semantics,
-    SemanticsChoice,
-    UseCache,
-    Workers,
-)
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, progress_bar
 
 
 @command(
@@ -28,12 +20,12 @@ from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print
     ),
 )
 def report(
-    paths: Paths,
+    paths: arguments.Paths,
     out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),
-    workers: Workers = None,
-    cache: UseCache = True,
-    ignore_unknown: IgnoreUnknown = False,
-    semantics: SemanticsChoice = Semantics.paper,
+    workers: arguments.Workers = None,
+    cache: arguments.UseCache = True,
+    ignore_unknown: arguments.IgnoreUnknown = False,
+    semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
 ) -> None:
     """Write all that the adapters show on one page: findings, charts to explore, tables that sort and filter.
 
@@ -43,7 +35,7 @@ def report(
     """
     from msplora_analysis.show.report import report as write_report
 
-    with progress_bar("Reading") as progress:
+    with terminal.progress_bar("Reading") as progress:
         written = write_report(
             paths,
             out,
@@ -53,5 +45,5 @@ def report(
             semantics=semantics.value,
             progress=progress,
         )
-    with closed_pipe_ignored():
-        print_paths([written])
+    with terminal.closed_pipe_ignored():
+        terminal.print_paths([written])

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.shared.arguments import make_folder
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import closed_pipe_ignored, print_paths, printed_whole
 
 
 class At(str, Enum):
@@ -55,7 +54,7 @@ def results(
     runs = table["runs"][table["metric"] != "average"]
     counts = f"{runs.min()}" if runs.min() == runs.max() else f"{runs.min()} to {runs.max()}"
     caption = f"mean and standard deviation over seeds ({counts} a cell), {epoch}."
-    with closed_pipe_ignored(), printed_whole() as console:
+    with terminal.closed_pipe_ignored(), terminal.printed_whole() as console:
         for grid in grids(table):
             console.print(f"[bold]{escape(grid.model)}[/bold]: {caption}", soft_wrap=True)
             shown = Table(box=None, pad_edge=False)
@@ -68,10 +67,10 @@ def results(
     for folder in table.attrs["unfinished"]:
         print(f"left out: {folder} has no results yet (continue it with msplora-train --resume)")
     if out is not None:
-        make_folder(out)
+        arguments.make_folder(out)
         written = [out / name for name in ("results.csv", "results.md", "results.tex")]
         write_table(table, written[0])
         for path, text in zip(written[1:], (markdown(table, caption), latex(table, caption)), strict=True):
             with replacing(path) as beside:
                 beside.write_text(text, encoding="utf-8")
-        print_paths(written)
+        terminal.print_paths(written)

@@ -7,29 +7,8 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.shared.arguments import (
-    Base,
-    Dask,
-    Format,
-    IgnoreUnknown,
-    Out,
-    Paths,
-    Semantics,
-    SemanticsChoice,
-    TableFormat,
-    UseCache,
-    Workers,
-    make_folder,
-)
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import (
-    Summary,
-    closed_pipe_ignored,
-    interruptible,
-    print_paths,
-    progress_bar,
-    with_options,
-)
 from msplora_analysis.options import Execution, Options
 
 
@@ -42,9 +21,9 @@ from msplora_analysis.options import Execution, Options
     ),
 )
 def spectra(
-    paths: Paths,
-    out: Out,
-    format: Format = TableFormat.parquet,
+    paths: arguments.Paths,
+    out: arguments.Out,
+    format: arguments.Format = arguments.TableFormat.parquet,
     k: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,14 +32,14 @@ def spectra(
             show_default=False,
         ),
     ] = None,
-    workers: Workers = None,
-    dask: Dask = None,
+    workers: arguments.Workers = None,
+    dask: arguments.Dask = None,
     keep_going: Annotated[
         bool,
         typer.Option("--keep-going", help="Leave adapters out that cannot be read; list them at the end (status 1)."),
     ] = False,
-    cache: UseCache = True,
-    base: Base = None,
+    cache: arguments.UseCache = True,
+    base: arguments.Base = None,
     top_k: Annotated[
         int | None,
         typer.Option(
@@ -70,8 +49,8 @@ def spectra(
             show_default=False,
         ),
     ] = None,
-    semantics: SemanticsChoice = Semantics.paper,
-    ignore_unknown: IgnoreUnknown = False,
+    semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
+    ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
     """Write the singular values of every adapter, and measures of each matrix.
 
@@ -84,10 +63,10 @@ def spectra(
     from msplora_analysis.tables.load import KS, spectra_of
     from msplora_analysis.tables.stream import write_tables
 
-    make_folder(out)
+    arguments.make_folder(out)
     adapters = discover(paths, full=base is not None)
-    summary = Summary()
-    with interruptible() as stopped, progress_bar("Reading") as progress:
+    summary = terminal.Summary()
+    with terminal.interruptible() as stopped, terminal.progress_bar("Reading") as progress:
         written = write_tables(
             adapters,
             spectra_of(adapters, options, Execution(workers, dask, cache, progress)),
@@ -99,11 +78,11 @@ def spectra(
             seen=summary.add,
         )
         interrupted = stopped()
-    with closed_pipe_ignored():
+    with terminal.closed_pipe_ignored():
         summary.print()
-        print_paths(written.paths)
+        terminal.print_paths(written.paths)
     for failure in written.failures:
-        print(f"error: {with_options(failure.error)}", file=sys.stderr)
+        print(f"error: {terminal.with_options(failure.error)}", file=sys.stderr)
     if written.failures:
         print(f"error: {len(written.failures)} of {len(adapters)} adapters are left out", file=sys.stderr)
     if interrupted:

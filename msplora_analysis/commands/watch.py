@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from msplora_analysis.commands.shared.arguments import UseCache
+from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.commands.shared.terminal import closed_pipe_ignored
 
 
 @command(
@@ -26,7 +25,7 @@ def watch(
         float, typer.Option(min=0.1, metavar="SECONDS", help="Time between two looks at the folder.")
     ] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show what is there now, and end.")] = False,
-    cache: UseCache = True,
+    cache: arguments.UseCache = True,
 ) -> None:
     """Follow a run in the terminal: its new checkpoints as they come, and what deserves a look.
 
@@ -36,5 +35,5 @@ def watch(
     """
     from msplora_analysis.show.watch.watch import watch as follow
 
-    with closed_pipe_ignored():
+    with terminal.closed_pipe_ignored():
         follow(run.absolute(), interval=interval, once=once, cache=cache)

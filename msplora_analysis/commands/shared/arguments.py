@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -88,6 +88,28 @@ Base = Annotated[
         show_default=False,
     ),
 ]
+
+
+AdapterPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Adapter folder or file, or a folder with one adapter; local, hf://owner/name, or any fsspec address.",
+        show_default=False,
+    ),
+]
+
+NewAdapter = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter; it is made.", show_default=False)
+]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in DIR.")]
+
+
+def factor_type(default: str) -> Any:
+    """The option ``--dtype`` of a new adapter; ``default``: what its help says of the default."""
+    about = f"Type of the factors.  [default: {default}]"
+    return typer.Option(metavar="float32|float16|bfloat16|float64", help=about, show_default=False)
 
 
 def make_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
     from rich.console import Console
     from rich.table import Table
@@ -119,6 +120,18 @@ def plain_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*map(escape, row))
     return table
+
+
+def by_module(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each module type, and of all if there are several."""
+    groups = [(str(name), rows) for name, rows in table.groupby("module", sort=False)]
+    return groups if len(groups) == 1 else [*groups, ("all", table)]
+
+
+def span(values: pd.Series[int]) -> str:
+    """ "8", or "2-8" for values that differ."""
+    low, high = values.min(), values.max()
+    return str(low) if low == high else f"{low}-{high}"
 
 
 class Summary:
