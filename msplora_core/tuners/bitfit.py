@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora_core.tuners.strict import StrictTuner, TargetedConfig, register, unadapted_modules
-
-PEFT_TYPE = "BITFIT"
+from msplora_core.tuners.strict import AdapterLayer, StrictTuner, TargetedConfig, register, unadapted_modules
 
 
 @dataclass
@@ -23,10 +19,10 @@ class BitFitConfig(TargetedConfig):
     ``target_modules`` are the modules whose biases to train; default all that have one.
     """
 
-    peft_type: Any = PEFT_TYPE  # PEFT has a closed enumeration
+    peft_type: Any = "BITFIT"  # PEFT has a closed enumeration
 
 
-class BitFitLayer(nn.Module, BaseTunerLayer):
+class BitFitLayer(AdapterLayer):
     """A module that adds its bias last (linear layer, ``Conv1D``, layer norm), with trained changes of that bias.
 
     The change, zero at the start, is trained instead of the bias itself: gradients are the same, the base
@@ -39,57 +35,29 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("bitfit_bias",)
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.bitfit_bias = nn.ParameterDict()
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
 
-    def add_adapter(self, adapter_name: str, trainable: bool) -> None:
+    def add_adapter(self, adapter_name: str, config: BitFitConfig, trainable: bool) -> None:
         """Attach one adapter: a change of the bias, zero."""
-        bias: Any = self.get_base_layer().bias
-        self.bitfit_bias[adapter_name] = nn.Parameter(torch.zeros(bias.shape), requires_grad=trainable)
+        zero = torch.zeros(self.get_base_weight().shape)
+        self.bitfit_bias[adapter_name] = nn.Parameter(zero, requires_grad=trainable)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Base module's output plus the active adapters' changes; the output is (..., features)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.bitfit_bias:
-                result = result + self.bitfit_bias[adapter_name].to(result.dtype)
-        return result
+    def _adapted(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return result + self.bitfit_bias[adapter_name].to(result.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' changes to the bias.
+    def get_base_weight(self) -> torch.Tensor:
+        """The bias: what the adapters change."""
+        return self.get_base_layer().bias
 
-        Args:
-            safe_merge: Leave the bias alone and raise if the result is not finite.
-            adapter_names: Which adapters; default the active ones.
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Replace the bias."""
+        self.get_base_weight().data = weight_data
 
-        Raises:
-            ValueError: with safe_merge, a change that is not finite.
-        """
-        bias: Any = self.get_base_layer().bias
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.bitfit_bias:
-                continue
-            change = self.bitfit_bias[adapter_name]
-            if safe_merge and not torch.isfinite(change).all():
-                raise ValueError(f"merging the adapter '{adapter_name}' gives biases that are not finite")
-            bias.data += change.to(bias.dtype)
-            self.merged_adapters.append(adapter_name)
-
-    def unmerge(self) -> None:
-        """Take the merged changes out of the bias again."""
-        if not self.merged:
-            warnings.warn("no adapter is merged: nothing to unmerge", stacklevel=2)
-        bias: Any = self.get_base_layer().bias
-        while self.merged_adapters:
-            bias.data -= self.bitfit_bias[self.merged_adapters.pop()].to(bias.dtype)
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The change of the bias."""
+        return self.bitfit_bias[adapter_name]
 
 
 class BitFitModel(StrictTuner):
@@ -115,8 +83,7 @@ class BitFitModel(StrictTuner):
             if not peft_config.target_modules:
                 raise ValueError("BitFit trains biases, and this model has none; choose another method")
 
-    def _layer(self, target: nn.Module, name: str) -> BitFitLayer:
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    def _layer(self, target: nn.Module, base_layer: nn.Module, name: str) -> BitFitLayer:
         if not _has_bias(base_layer):
             raise ValueError(
                 f"the target module '{name}' is a {type(base_layer).__name__} without a bias; BitFit "
@@ -124,15 +91,10 @@ class BitFitModel(StrictTuner):
             )
         return BitFitLayer(target)
 
-    def _add_adapter(
-        self, layer: BitFitLayer, adapter_name: str, config: BitFitConfig, name: str, trainable: bool
-    ) -> None:
-        layer.add_adapter(adapter_name, trainable)
-
 
 def _has_bias(module: nn.Module) -> bool:
     """Whether a module adds a bias to its output, last."""
     return isinstance(module, (nn.Linear, nn.LayerNorm, Conv1D)) and module.bias is not None
 
 
-register(PEFT_TYPE, BitFitConfig, BitFitModel)
+register(BitFitConfig, BitFitModel)

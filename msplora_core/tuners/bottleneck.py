@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_target_module_exists
+from peft.tuners.tuners_utils import _get_in_out_features, check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 
-from msplora_core.tuners.strict import StrictTuner, TargetedConfig, register
-
-PEFT_TYPE = "BOTTLENECK"
+from msplora_core.tuners.strict import AdapterLayer, StrictTuner, TargetedConfig, register
 
 
 @dataclass
@@ -36,17 +34,16 @@ class BottleneckConfig(TargetedConfig):
 
     bottleneck: int = 16
     dropped_layers: int = 0
-    peft_type: Any = PEFT_TYPE  # PEFT has a closed enumeration
+    peft_type: Any = "BOTTLENECK"  # PEFT has a closed enumeration
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bottleneck < 1:
-            raise ValueError(f"bottleneck={self.bottleneck!r} must be a whole number of at least 1")
-        if self.dropped_layers < 0:
-            raise ValueError(f"dropped_layers={self.dropped_layers!r} must be a whole number of at least 0")
+        for name, least in (("bottleneck", 1), ("dropped_layers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least {least}")
 
 
-class BottleneckLinear(nn.Module, BaseTunerLayer):
+class BottleneckLinear(AdapterLayer):
     """A linear layer whose output h becomes h + W_up relu(W_down h + b_down) + b_up.
 
     Args:
@@ -58,20 +55,17 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
 
     def __init__(self, base_layer: nn.Module, features: int, number: int) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.features = features
         self.number = number
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
         self.is_dropped = False
         """Whether training leaves the adapters out, for now; evaluation never does."""
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
 
-    def add_adapter(self, adapter_name: str, bottleneck: int, trainable: bool) -> None:
+    def add_adapter(self, adapter_name: str, config: BottleneckConfig, trainable: bool) -> None:
         """Attach one adapter, which changes nothing before training."""
-        down, up = nn.Linear(self.features, bottleneck), nn.Linear(bottleneck, self.features)
+        down, up = nn.Linear(self.features, config.bottleneck), nn.Linear(config.bottleneck, self.features)
         nn.init.normal_(down.weight, std=0.02)  # as the weights of BERT
         for zero in (down.bias, up.weight, up.bias):
             nn.init.zeros_(zero)
@@ -79,25 +73,16 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
         self.bottleneck_up[adapter_name] = up.requires_grad_(trainable)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Base layer's output through the active adapters; x is (..., in_features)."""
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or (self.is_dropped and self.training):
+    def _adapted(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        if self.is_dropped and self.training:
             return result
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.bottleneck_down:
-                down: Any = self.bottleneck_down[adapter_name]
-                up = self.bottleneck_up[adapter_name]
-                hidden = F.relu(down(self._cast_input_dtype(result, down.weight.dtype)))
-                result = result + up(hidden).to(result.dtype)
-        return result
+        down: Any = self.bottleneck_down[adapter_name]
+        hidden = F.relu(down(self._cast_input_dtype(result, down.weight.dtype)))
+        return result + self.bottleneck_up[adapter_name](hidden).to(result.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Not possible: the adapter is not linear."""
         raise NotImplementedError("bottleneck adapters are not linear and cannot be merged into a weight")
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
 
 
 class BottleneckModel(StrictTuner):
@@ -129,8 +114,7 @@ class BottleneckModel(StrictTuner):
             )
         peft_config.target_modules = kept or peft_config.target_modules
 
-    def _layer(self, target: nn.Module, name: str) -> BottleneckLinear:
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    def _layer(self, target: nn.Module, base_layer: nn.Module, name: str) -> BottleneckLinear:
         _, features = _get_in_out_features(base_layer)
         if features is None:
             raise ValueError(
@@ -139,15 +123,10 @@ class BottleneckModel(StrictTuner):
             )
         return BottleneckLinear(target, features, layer_number(name))
 
-    def _add_adapter(
-        self, layer: BottleneckLinear, adapter_name: str, config: BottleneckConfig, name: str, trainable: bool
-    ) -> None:
-        layer.add_adapter(adapter_name, config.bottleneck, trainable)
-
 
 def layer_number(name: str) -> int:
     """Number of the layer that a module is in: the first part of its name that is a number; 0 without one."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), 0)
 
 
-register(PEFT_TYPE, BottleneckConfig, BottleneckModel)
+register(BottleneckConfig, BottleneckModel)

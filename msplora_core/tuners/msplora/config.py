@@ -9,8 +9,6 @@ from typing import Any
 from msplora_core.names import SCALES, halved_ranks
 from msplora_core.tuners.strict import TargetedConfig
 
-PEFT_TYPE = "MSPLORA"
-
 
 @dataclass
 class MSPLoraConfig(TargetedConfig):
@@ -47,7 +45,7 @@ class MSPLoraConfig(TargetedConfig):
     bias: str = "none"
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    peft_type: Any = PEFT_TYPE  # PEFT has a closed enumeration
+    peft_type: Any = "MSPLORA"  # PEFT has a closed enumeration
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from msplora_core.names import SCALES
+from msplora_core.tuners.strict import AdapterLayer
 
 
 class LowRankPair(nn.Module):
@@ -30,7 +30,7 @@ class LowRankPair(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as LoRA initialises its A
 
 
-class MSPLoraLinear(nn.Module, BaseTunerLayer):
+class MSPLoraLinear(AdapterLayer):
     """A linear layer (``nn.Linear``, transformers' ``Conv1D``, or a quantised one) with MSPLoRA adapters.
 
     Args:
@@ -42,8 +42,7 @@ class MSPLoraLinear(nn.Module, BaseTunerLayer):
     other_param_names = ("scaling", "msplora_dropout")
 
     def __init__(self, base_layer: nn.Module, quantization_backend: QuantizationBackend | None = None) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.quantization_backend = quantization_backend
         features: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = features
@@ -52,8 +51,6 @@ class MSPLoraLinear(nn.Module, BaseTunerLayer):
         self.msplora_layer = nn.ModuleDict()
         self.msplora_dropout = nn.ModuleDict()
         self.scaling: dict[str, dict[str, float]] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
 
     def pairs(self, scale: str) -> Any:
         """The pairs of one scale, by adapter name."""
@@ -82,23 +79,12 @@ class MSPLoraLinear(nn.Module, BaseTunerLayer):
         B = torch.cat([pair.B.to(device) * scaling[scale] for scale, pair in pairs.items()], dim=1)
         return A, B
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Base layer's output plus the active adapters'; x is (..., in_features)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        output_dtype = result.dtype
+    def _adapted(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter_name in self.active_adapters:
-            if adapter_name not in self.scaling:  # an adapter of other modules only
-                continue
-            A, B = self.concatenated_factors(adapter_name, x.device)
-            inputs = self.msplora_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-            result = result + F.linear(F.linear(inputs, A), B)
-        return result.to(output_dtype)
+        A, B = self.concatenated_factors(adapter_name, x.device)
+        inputs = self.msplora_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
+        return result + F.linear(F.linear(inputs, A), B)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The update dW in the base weight's own layout: (out, in), for ``Conv1D`` (in, out)."""
@@ -106,35 +92,6 @@ class MSPLoraLinear(nn.Module, BaseTunerLayer):
         A, B = self.concatenated_factors(adapter_name, base_layer.weight.device)
         delta = B.float() @ A.float()  # half precision products are slow or missing on some processors
         return delta.T if isinstance(base_layer, Conv1D) else delta
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' updates to the base weight.
-
-        Args:
-            safe_merge: Leave the weight alone and raise if the result is not finite.
-            adapter_names: Which adapters; default the active ones.
-
-        Raises:
-            ValueError: with safe_merge, an update that is not finite.
-        """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.scaling:
-                continue
-            weight = self.get_base_weight()
-            merged = (weight.float() + self.get_delta_weight(adapter_name)).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging the adapter '{adapter_name}' gives weights that are not finite")
-            self.set_base_weight(merged)
-            self.merged_adapters.append(adapter_name)
-
-    def unmerge(self) -> None:
-        """Take the merged updates out of the base weight again."""
-        if not self.merged:
-            warnings.warn("no adapter is merged: nothing to unmerge", stacklevel=2)
-        while self.merged_adapters:
-            weight = self.get_base_weight()
-            delta = self.get_delta_weight(self.merged_adapters.pop())
-            self.set_base_weight((weight.float() - delta).to(weight.dtype))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Yes: the update is a low-rank product."""

@@ -12,7 +12,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora_core.tuners.msplora.config import PEFT_TYPE, MSPLoraConfig
+from msplora_core.tuners.msplora.config import MSPLoraConfig
 from msplora_core.tuners.msplora.layer import LowRankPair, MSPLoraLinear
 from msplora_core.tuners.msplora.pyramid import assign_owners
 from msplora_core.tuners.strict import StrictTuner, register, unadapted_modules
@@ -58,7 +58,7 @@ class MSPLoraModel(StrictTuner):
     def _quantization_backend(self, base_layer: nn.Module) -> Any:
         return resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
 
-    def _layer(self, target: nn.Module, name: str) -> MSPLoraLinear:
+    def _layer(self, target: nn.Module, base_layer: nn.Module, name: str) -> MSPLoraLinear:
         return MSPLoraLinear(target, self._quantization_backend(target))
 
     def _add_adapter(
@@ -116,4 +116,4 @@ def _keys_of_pairs(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return keys
 
 
-register(PEFT_TYPE, MSPLoraConfig, MSPLoraModel)
+register(MSPLoraConfig, MSPLoraModel)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 
-@dataclass(frozen=True)
-class ModuleAddress:
+class ModuleAddress(NamedTuple):
     """Where a module stands: ``bert.encoder.layer.3.attention.self.query`` is stack
     ``bert.encoder.layer``, layer 3, module ``query``."""
 
@@ -40,9 +41,8 @@ def parse_module_name(name: str) -> ModuleAddress:
             "name; leave it out with exclude_modules, or train it in full with modules_to_save"
         )
     types = [text for text in components if not text.isdecimal()]
-    return ModuleAddress(
-        stack=".".join(components[: numbers[0]]), layer=int(components[numbers[0]]), module=types[-1] if types else ""
-    )
+    first = numbers[0]
+    return ModuleAddress(".".join(components[:first]), int(components[first]), types[-1] if types else "")
 
 
 def contiguous_groups(layers: Sequence[int], groups: int) -> dict[int, int]:
@@ -55,12 +55,8 @@ def contiguous_groups(layers: Sequence[int], groups: int) -> dict[int, int]:
         The group's number, from 0, of every layer.
     """
     ordered = sorted(set(layers))
-    size, longer = divmod(len(ordered), min(groups, len(ordered)))
-    boundary = longer * (size + 1)
-    return {
-        layer: position // (size + 1) if position < boundary else longer + (position - boundary) // size
-        for position, layer in enumerate(ordered)
-    }
+    runs = np.array_split(ordered, min(groups, len(ordered)))
+    return {int(layer): group for group, run in enumerate(runs) for layer in run}
 
 
 def assign_owners(shapes: Mapping[str, tuple[int, int]], mid_groups: int) -> dict[str, dict[str, str]]:
