@@ -23,12 +23,10 @@ from msplora_analysis.adapters.layouts import (
     adapters_in,
     describe,
     missing_config,
-    models_in,
-    read_json,
 )
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.files.addresses import Folder, Place, StrPath, identity, natural_key, parse, parts, walk
-from msplora_analysis.files.sharded import FULL_NAMES
+from msplora_analysis.files.addresses import Place, StrPath, identity, natural_key, parse, parts, read_json, walk
+from msplora_analysis.files.opening import FULL_NAMES
 from msplora_core.names import CONFIG
 
 __all__ = ["Adapter", "as_paths", "discover"]
@@ -80,7 +78,7 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
         if _is_weights(root, full):
             files = [root]
         elif root.is_dir():
-            files = [file for folder in walk(root, visited) for file in _weights_in(folder, full)]
+            files = [file for folder in walk(root, visited) for file in adapters_in(folder, full=full)]
         else:
             raise _no_such(root, full)
         for file in files:
@@ -110,10 +108,6 @@ def as_paths(source: Any) -> list[StrPath]:
         given = wrong[0] if wrong else "no path is"
         raise AnalysisError(f"{given} given; expected a path, or a list of paths, of adapters")
     return paths
-
-
-def _weights_in(folder: Folder, full: bool) -> list[Place]:
-    return list(adapters_in(folder)) or (list(models_in(folder)) if full else [])
 
 
 def _is_weights(place: Place, full: bool) -> bool:

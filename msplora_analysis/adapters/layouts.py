@@ -8,17 +8,13 @@ LyCORIS (``<name>-<epoch>.safetensors``, ``<name>-step<step>.safetensors``, ``<n
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_bytes
-from msplora_analysis.files.opening import open_tensors
-from msplora_analysis.files.sharded import FULL_NAMES
+from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_json
+from msplora_analysis.files.opening import FULL_NAMES, open_tensors
 from msplora_analysis.formats import looks_like_adapter
 from msplora_core.names import CONFIG, STATE, WEIGHTS
 
@@ -33,8 +29,6 @@ _CHECKPOINT = re.compile(r"(checkpoint|step|epoch)[-_]([0-9]{1,18})")
 _NUMBERED = re.compile(r"adapter_([0-9]{1,18})\.pt")
 _KOHYA = re.compile(r"(.+)-(?:step([0-9]{8})|([0-9]{6}))")
 _MODEL = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors|optimizer.*|\..*")  # never adapters: not looked into
-_KEPT_JSON = 2**15  # bytes
-_LARGEST_JSON = 32 * 2**20  # bytes; parsed, the worst takes twenty times as much
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,12 @@ class Saved:
     epoch: int | float | None
 
 
-def adapters_in(folder: Folder) -> Iterator[Place]:
-    """The adapters of a folder, each once. Raises AnalysisError for one that is incomplete."""
+def adapters_in(folder: Folder, *, full: bool = False) -> list[Place]:
+    """The adapters of a folder, each once; with ``full``, of a folder without any the checkpoint of a whole model.
+
+    Raises:
+        AnalysisError: An adapter is incomplete.
+    """
     place, files, _ = folder
     peft = next((name for name in PEFT_NAMES if name in files), None)
     if peft in NEED_CONFIG and CONFIG not in files:
@@ -72,12 +70,9 @@ def adapters_in(folder: Folder) -> Iterator[Place]:
             f"{place / CONFIG}: no weights beside it; expected "
             f"{' or '.join(NEED_CONFIG)}; remove the folder if its saving was cut off"
         )
-    return (place / name for name in found)
-
-
-def models_in(folder: Folder) -> Iterator[Place]:
-    """The full checkpoint of a folder: its file, or the index of its files."""
-    return (folder.place / name for name in [name for name in FULL_NAMES if name in folder.files][:1])
+    if full and not found:
+        found = [name for name in FULL_NAMES if name in files][:1]
+    return [place / name for name in found]
 
 
 def missing_config(file: Place) -> AnalysisError:
@@ -142,18 +137,10 @@ def _number(path: Place, content: dict[str, Any], key: str) -> int | float | Non
     return int(value) if value == int(value) else value
 
 
-def read_json(path: Place) -> dict[str, Any]:
-    """A JSON object. Raises AnalysisError if the file holds anything else."""
-    try:
-        content = read_bytes(path, _LARGEST_JSON)
-        value = (_parse if len(content) < _KEPT_JSON else _parse.__wrapped__)(content)
-    except AnalysisError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise AnalysisError(f"{path}: not valid JSON: {error}; save the adapter again") from None
-    if not isinstance(value, dict):
-        raise AnalysisError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+def settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What a run was trained with, by its run.json: task, seed, method, ...; empty where it does not say."""
+    settings = record.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def nearest_json(file: Place, name: str) -> dict[str, Any]:
@@ -164,15 +151,3 @@ def nearest_json(file: Place, name: str) -> dict[str, Any]:
             return read_json(folder / name)
         folder = folder.parent
     return {}
-
-
-@lru_cache(maxsize=16)
-def _parse(content: bytes) -> Any:
-    """A run's checkpoints have one configuration: kept once, it does not fill the memory. Not to be changed."""
-    return json.loads(content, parse_int=_parse_int)
-
-
-def _parse_int(digits: str) -> int:
-    if len(digits) > 300:
-        raise ValueError(f"a number of {len(digits)} digits, more than float64 has")
-    return int(digits)

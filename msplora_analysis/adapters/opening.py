@@ -9,9 +9,8 @@ from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.magnitude import magnitude_note
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import parse
-from msplora_analysis.files.sharded import open_checkpoint
+from msplora_analysis.files.opening import PairedFile, open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.files.with_base import PairedFile
 from msplora_analysis.formats import looks_like_adapter, read_contents
 from msplora_analysis.formats.updates import Contents
 from msplora_analysis.options import Options

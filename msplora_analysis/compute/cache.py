@@ -21,7 +21,7 @@ import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.compute.results import Row, Spectra
-from msplora_analysis.files.sharded import INDEX_SUFFIX
+from msplora_analysis.files.opening import INDEX_SUFFIX
 from msplora_analysis.options import Options
 
 DIRECTORY_VARIABLE = "MSPLORA_CACHE"  # a folder; empty: no cache

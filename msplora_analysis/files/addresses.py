@@ -8,14 +8,16 @@ Hub; ``s3://``, ``gs://``, ``https://``, ``github://``, ``memory://`` and others
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.remote import Remote, RemoteFile
@@ -24,7 +26,8 @@ from msplora_core.names import PARTIAL
 StrPath = str | os.PathLike[str]
 Place = Path | Remote
 
-
+_KEPT_JSON = 2**15  # bytes
+_LARGEST_JSON = 32 * 2**20  # bytes; parsed, the worst takes twenty times as much
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:// is a drive
 
 
@@ -126,17 +129,36 @@ def open_binary(place: Place) -> io.RawIOBase:
         raise AnalysisError(f"{place}: cannot be opened: {error.strerror}") from None
 
 
-def read_bytes(place: Place, limit: int) -> bytes:
-    """The content of a small file. Raises AnalysisError if it has more than ``limit`` bytes."""
+def read_json(place: Place) -> dict[str, Any]:
+    """A JSON object. Raises AnalysisError if the file holds anything else."""
     with open_binary(place) as file:
         try:
             size = file.seek(0, os.SEEK_END)
-            if size > limit:
-                raise AnalysisError(f"{place}: it has {size} bytes; expected at most {limit}")
+            if size > _LARGEST_JSON:
+                raise AnalysisError(f"{place}: it has {size} bytes; expected at most {_LARGEST_JSON}")
             file.seek(0)
-            return cast(bytes, file.read())
+            content = file.readall()
         except OSError as error:
             raise AnalysisError(f"{place}: cannot be read: {error.strerror}") from None
+    try:
+        value = (_parse if size < _KEPT_JSON else _parse.__wrapped__)(content)
+    except (ValueError, RecursionError) as error:
+        raise AnalysisError(f"{place}: not valid JSON: {error}; save or copy it again") from None
+    if not isinstance(value, dict):
+        raise AnalysisError(f"{place}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+@lru_cache(maxsize=16)
+def _parse(content: bytes) -> Any:
+    """A run's checkpoints have one configuration: kept once, it does not fill the memory. Not to be changed."""
+    return json.loads(content, parse_int=_parse_int)
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits)} digits, more than float64 has")
+    return int(digits)
 
 
 @contextmanager

@@ -1,13 +1,106 @@
-"""Open a file of tensors by its suffix."""
+"""Open tensors: one file by its suffix, the shards of a whole model by their index, a model beside its base.
+
+An index (``model.safetensors.index.json``, ``pytorch_model.bin.index.json``), as transformers and diffusers write it,
+is a JSON object whose ``weight_map`` says which shard, a file beside it, holds each tensor.
+"""
 
 from __future__ import annotations
 
-from msplora_analysis.files.addresses import Place
+from pathlib import Path
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import Place, read_json
 from msplora_analysis.files.safetensors import SafetensorsFile
-from msplora_analysis.files.tensors import TensorFile
+from msplora_analysis.files.tensors import FloatArray, TensorFile
 from msplora_analysis.files.torch_file import TorchFile
+
+INDEX_SUFFIX = ".index.json"
+_SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+FULL_NAMES = tuple(name + suffix for name in _SINGLE for suffix in ("", INDEX_SUFFIX))  # in order of preference
+BASE = "base:"  # tensors of the base are named with it
 
 
 def open_tensors(path: Place) -> TensorFile:
     """Open a file of tensors by its suffix."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def open_checkpoint(path: Place) -> TensorFile:
+    """Open a model's weights: a file, an index of shards, or the folder of either."""
+    file = path if path.is_file() else next((path / name for name in FULL_NAMES if (path / name).is_file()), None)
+    if file is None and path.is_dir():
+        raise AnalysisError(f"{path}: no model in this folder; expected one of {', '.join(FULL_NAMES)}")
+    if file is None:
+        raise AnalysisError(f"{path}: no such file or folder; expected a model's weights, or their folder")
+    return ShardedFile(file) if file.name.endswith(INDEX_SUFFIX) else open_tensors(file)
+
+
+class ShardedFile(TensorFile):
+    """The shards of an index as one file. One shard is open at a time: read in the order of ``shapes``."""
+
+    def __init__(self, path: Place) -> None:
+        self.path, self.metadata, self.shapes = path, {}, {}
+        self._opened: TensorFile | None = None
+        shards = read_json(path).get("weight_map")
+        # A shard is a file beside the index: no path may lead elsewhere.
+        if not isinstance(shards, dict) or not all(
+            isinstance(shard, str) and shard and Path(shard).name == shard for shard in shards.values()
+        ):
+            raise AnalysisError(f"{path}: its weight_map is not of tensor names and file names; save or copy it again")
+        self._shards: dict[str, str] = shards
+        try:
+            for shard in dict.fromkeys(shards.values()):
+                shapes = self._open(shard).shapes
+                for name in (name for name, at in shards.items() if at == shard):
+                    if name not in shapes:
+                        raise AnalysisError(f"{path}: tensor {name} is not in its shard {shard}; save or copy it again")
+                    self.shapes[name] = shapes[name]
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._opened is not None:
+            self._opened.__exit__()
+        self._opened = None
+
+    def read(self, name: str) -> FloatArray:
+        return self._open(self._shards[name]).read(name)
+
+    def _open(self, shard: str) -> TensorFile:
+        if self._opened is None or self._opened.path.name != shard:
+            self.__exit__()
+            file = self.path.parent / shard
+            if not file.is_file():
+                raise AnalysisError(f"{self.path}: its shard {shard} is missing; copy it there")
+            self._opened = open_tensors(file)
+        return self._opened
+
+
+class PairedFile(TensorFile):
+    """A model's checkpoint, and the model it was trained from with ``base:`` before the names of its tensors.
+
+    Errors of reading name the file that they are about; ``path`` is the checkpoint's.
+
+    Args:
+        tuned: The open checkpoint; it is closed with this file, and where the base cannot be opened.
+        base: A file, an index of shards, or the folder of either.
+    """
+
+    def __init__(self, tuned: TensorFile, base: Place) -> None:
+        try:
+            self._tuned, self._base = tuned, open_checkpoint(base)
+        except BaseException:
+            tuned.__exit__()
+            raise
+        self.path, self.metadata = tuned.path, tuned.metadata
+        self.shapes = tuned.shapes | {BASE + name: shape for name, shape in self._base.shapes.items()}
+
+    def __exit__(self, *_: object) -> None:
+        self._tuned.__exit__()
+        self._base.__exit__()
+
+    def read(self, name: str) -> FloatArray:
+        if name.startswith(BASE):
+            return self._base.read(name.removeprefix(BASE))
+        return self._tuned.read(name)

@@ -17,7 +17,7 @@ import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
-from msplora_analysis.files.tensors import FloatArray, Shape
+from msplora_analysis.files.tensors import FloatArray, Shape, TensorFile, is_text
 
 # The safetensors library takes 100 MB. A tensor needs 100 bytes or so, and an adapter of every expert of the largest
 # models has fewer than 200,000; parsed, the worst header takes twenty times its size.
@@ -52,7 +52,7 @@ class _Malformed(ValueError):
     """What is wrong with a header."""
 
 
-class SafetensorsFile:
+class SafetensorsFile(TensorFile):
     """A safetensors file. A tensor is read when it is asked for, so memory stays flat."""
 
     def __init__(self, path: Place) -> None:
@@ -66,9 +66,6 @@ class SafetensorsFile:
         self._entries, self.shapes, self.metadata = header
         self._prefetched: dict[str, int] = {}  # where a tensor begins in the window
         self._window = np.empty(0, dtype=np.uint8)
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -187,22 +184,13 @@ def _entry(name: str, value: Any) -> _Entry:
     # What numpy cannot make an array of, which an axis of length 0 would hide below.
     if len(shape) > _MAX_AXES or math.prod(n or 1 for n in shape) >= 2**59:
         raise _Malformed(f"tensor {name} has shape {shape}, which is too large")
-    if not name.isascii() and not _is_text(name):
+    if not is_text(name):
         raise _Malformed(f"the name of tensor {name} is not valid Unicode")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise _Malformed(f"tensor {name} is of unknown type {dtype!r}")
     if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
         raise _Malformed(f"tensor {name} of type {dtype} and shape {shape} cannot take {end - begin} bytes")
     return _Entry(dtype, tuple(shape), begin, end)
-
-
-def _is_text(name: str) -> bool:
-    """Whether there are no lone surrogates, which JSON can express and no table can hold."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ Shape = tuple[int, ...]
 FloatArray = NDArray[np.floating[Any]]
 
 
-class TensorFile(Protocol):
+class TensorFile:
     """An open file of named tensors."""
 
     path: Place
@@ -27,20 +26,22 @@ class TensorFile(Protocol):
 
     def read(self, name: str) -> FloatArray:
         """One tensor, float16/32/64 (bfloat16 widened to float32), or int32/64 of one element. Not to be changed."""
-        ...
+        raise NotImplementedError
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Say which tensors will be read next, so that those that lie side by side are read at once.
 
-        They are good until the next call of this file's ``prefetch``.
+        They are good until the next call of this file's ``prefetch``. Nothing is done where the tensors are in memory
+        already, or are too large to be held together.
         """
-        ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+
+
+def is_text(name: str) -> bool:
+    """Whether there are no lone surrogates, which JSON and pickle can express and no table can hold."""
+    return name.isascii() or name.encode(errors="ignore").decode() == name

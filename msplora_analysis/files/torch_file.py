@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
-from collections.abc import Iterable
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, local_copy
-from msplora_analysis.files.tensors import FloatArray, Shape
+from msplora_analysis.files.tensors import FloatArray, TensorFile, is_text
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ _BYTES = b"\nbytearray\n"  # the one function PyTorch allows that makes as much 
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "adapter", "lora")
 
 
-class TorchFile:
+class TorchFile(TensorFile):
     """A ``.bin`` or ``.pt`` file: a dictionary of tensors, or one of a few names in a dictionary of more."""
 
     def __init__(self, path: Place) -> None:
@@ -46,18 +45,11 @@ class TorchFile:
         except BaseException:
             self._stack.close()
             raise
-        self.shapes: dict[str, Shape] = {n: tuple(t.shape) for n, t in self._tensors.items()}
-        self.metadata: dict[str, str] = {}
-
-    def __enter__(self) -> TorchFile:
-        return self
+        self.shapes, self.metadata = {n: tuple(t.shape) for n, t in self._tensors.items()}, {}
 
     def __exit__(self, *_: object) -> None:
         self._tensors = {}
         self._stack.close()
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Nothing to do: the file is mapped into memory."""
 
     def read(self, name: str) -> FloatArray:
         import torch
@@ -131,10 +123,8 @@ class TorchFile:
         import torch
 
         for name, tensor in tensors.items():
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                raise self._error(f"the name of tensor {name} is not valid Unicode") from None
+            if not is_text(name):
+                raise self._error(f"the name of tensor {name} is not valid Unicode")
             if tensor.layout != torch.strided or tensor.device.type != "cpu":
                 continue  # a type that ``read`` refuses
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

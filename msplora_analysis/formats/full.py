@@ -1,4 +1,4 @@
-"""Full fine-tuning: a model's checkpoint and the model before training, by ``files.with_base``.
+"""Full fine-tuning: a model's checkpoint and the model before training, by ``files.opening``.
 
 The update of a weight is its difference to the base's, whole. Weights are what has two axes of more than one element:
 linear layers and embeddings as they stand, convolutions (out, in, height, width) as (out, in height width). Biases,
@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.opening import BASE
 from msplora_analysis.files.tensors import FloatArray, TensorFile
-from msplora_analysis.files.with_base import BASE
 from msplora_analysis.formats.helpers.parts import trained_in_full
 from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format

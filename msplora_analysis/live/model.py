@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import Place
-from msplora_analysis.files.tensors import FloatArray, Shape
+from msplora_analysis.files.tensors import FloatArray, TensorFile
 
 if TYPE_CHECKING:
     import torch
@@ -17,24 +16,17 @@ if TYPE_CHECKING:
 _NOT_WHOLE = "the spectra of what is spread over processes cannot be computed while it trains; analyse its checkpoints"
 
 
-class ModelTensors:
-    """Tensors of a model as a ``TensorFile``. Each is brought to the CPU when it is read first, and kept."""
+class ModelTensors(TensorFile):
+    """Tensors of a model. Each is brought to the CPU when it is read first, and kept."""
 
     def __init__(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.path: Place = Path(f"adapter {name}")  # of no file: what messages call it
-        self.shapes: dict[str, Shape] = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        self.metadata: dict[str, str] = {}
+        self.path, self.metadata = Path(f"adapter {name}"), {}  # of no file: what messages call it
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         self._tensors = tensors
         self._arrays: dict[str, FloatArray] = {}
 
-    def __enter__(self) -> ModelTensors:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._arrays.clear()
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Nothing: the tensors are in memory."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """The torch tensor itself, where it is, cut off from the computation of gradients."""
@@ -81,7 +73,8 @@ def active_adapters(model: Any) -> list[ModelAdapter]:
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     found = []
-    for name in _active_names(model):
+    active = model.active_adapters  # a method in transformers' models, a property in PEFT's
+    for name in dict.fromkeys(active() if callable(active) else active):
         # Anything but False may ask the model hub about the embeddings.
         tensors = get_peft_model_state_dict(
             model, state_dict=everything, adapter_name=name, save_embedding_layers=False
@@ -91,12 +84,6 @@ def active_adapters(model: Any) -> list[ModelAdapter]:
                 raise AnalysisError(f"adapter {name}: tensor {key} {reason}: {_NOT_WHOLE}")
         found.append(ModelAdapter(name, _as_saved(model.peft_config[name]), ModelTensors(name, tensors)))
     return found
-
-
-def _active_names(model: Any) -> Iterator[str]:
-    """PEFT's models have a property, those of transformers a method."""
-    active = model.active_adapters
-    yield from dict.fromkeys(active() if callable(active) else active)
 
 
 def _elsewhere(tensor: torch.Tensor) -> str | None:

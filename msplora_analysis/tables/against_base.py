@@ -18,8 +18,7 @@ from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.compute.linalg.spectra import value
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.opening import open_tensors
-from msplora_analysis.files.sharded import open_checkpoint
+from msplora_analysis.files.opening import open_checkpoint, open_tensors
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import read_contents
 from msplora_analysis.formats.full import align

@@ -15,8 +15,7 @@ import msplora_analysis as ma
 from msplora_analysis import AnalysisError
 from msplora_analysis.adapters.magnitude import magnitude_change
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
-from msplora_analysis.files.sharded import ShardedFile, open_checkpoint
-from msplora_analysis.files.with_base import PairedFile
+from msplora_analysis.files.opening import PairedFile, ShardedFile, open_checkpoint
 from msplora_analysis.formats import full
 from msplora_analysis.options import Options
 
@@ -305,8 +304,8 @@ def spoil_index(change):
             "its weight_map is not of tensor names",
         ),
         (spoil_index(lambda names: names.update(extra=1)), "its weight_map is not of tensor names"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "expected a JSON object with a"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "expected a JSON object with a"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "expected a JSON object, got list"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "not valid JSON: "),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "no model in this folder; expected one of"),
         (shutil.rmtree, "no such file or folder; expected a model's weights, or their folder"),
     ],

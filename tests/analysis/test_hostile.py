@@ -23,9 +23,9 @@ from fuzz import fuzz
 
 from msplora_analysis import AnalysisError, load_tables
 from msplora_analysis.adapters.discovery import discover
-from msplora_analysis.adapters.layouts import read_json
 from msplora_analysis.cli import app
 from msplora_analysis.errors import printable
+from msplora_analysis.files.addresses import read_json
 from msplora_analysis.files.opening import open_tensors
 
 torch.set_num_threads(1)

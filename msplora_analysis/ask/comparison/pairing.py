@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter
-from msplora_analysis.adapters.record import record_of, settings_of
+from msplora_analysis.adapters.layouts import nearest_json, settings_of
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
-from msplora_core.names import TASKS
+from msplora_core.names import RECORD, TASKS
 
 _SEED = re.compile(r"(?:^|[/_.-])seed[-_=]?([0-9]{1,9})(?![0-9])")
 
@@ -34,7 +34,7 @@ def units(runs: Iterable[str], adapters: Sequence[Adapter] = ()) -> list[Unit]:
     files = {adapter.run: adapter.file for adapter in adapters}
     found = []
     for run in runs:
-        settings = settings_of(record_of(files[run])) if run in files else {}
+        settings = settings_of(nearest_json(files[run], RECORD)) if run in files else {}
         task, seed = settings.get("task"), settings.get("seed")
         match = _SEED.search(run)
         names = [re.sub("[^a-z0-9]", "", part.lower()) for part in run.split("/")]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msplora_analysis.adapters.record import read_record
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import read_json
 from msplora_core.names import RECORD, method_label
 
 # Of runs recorded before run.json named its metric.
@@ -75,7 +75,7 @@ def read_score(folder: Path, at: str) -> Score | None:
 
     Raises AnalysisError if run.json is not what msplora-train writes.
     """
-    record = read_record(folder)
+    record = read_json(folder / RECORD)
     try:
         settings, results = record["settings"], record.get("results")
         if not results:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from msplora_analysis.adapters.discovery import Adapter
-from msplora_analysis.adapters.layouts import nearest_json
-from msplora_analysis.adapters.record import record_of, settings_of
+from msplora_analysis.adapters.layouts import nearest_json, settings_of
 from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import printable
 from msplora_analysis.tables.checkpoints import newest
-from msplora_core.names import STATE
+from msplora_core.names import RECORD, STATE
 
 POINTS = 400
 """Most points of a curve: more cannot be told apart on a screen."""
@@ -46,7 +45,7 @@ def about(run: str, adapters: Sequence[Adapter]) -> About:
     if not adapters:
         return About(run, "", _facts(unit.task, unit.seed, {}, {}, 0), {}, {})
     (last,) = newest(adapters)
-    record = record_of(last.file)
+    record = nearest_json(last.file, RECORD)
     curve = _curves(nearest_json(last.file, STATE).get("log_history"), _in_log)
     curve = curve or _curves(record.get("results"), _RESULTS.get)
     longest = max(map(len, curve.values()), default=0)

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter, discover
-from msplora_analysis.adapters.layouts import DIFFUSERS_NAMES, adapters_in, describe, read_json
-from msplora_analysis.adapters.record import read_record, settings_of
+from msplora_analysis.adapters.layouts import DIFFUSERS_NAMES, adapters_in, describe, settings_of
 from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.measures.registry import columns, measures
 from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import compute
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import Folder, Place, walk
+from msplora_analysis.files.addresses import Folder, Place, read_json, walk
 from msplora_analysis.options import Execution, Options
 from msplora_core.names import RECORD, STATE
 
@@ -147,7 +146,7 @@ class Run:
             signature = ((file.name, status.st_ino, status.st_size, status.st_mtime_ns),)
             if self._known.get(file) == signature:
                 return
-            record = read_record(self.folder)
+            record = read_json(file)
         except (OSError, AnalysisError):  # there is none, or it is being written
             return
         self._known[file] = signature
