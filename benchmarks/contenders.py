@@ -54,12 +54,12 @@ def msplora(files: list[str], workers: int) -> Run:
     from msplora_analysis.adapters.discovery import discover
     from msplora_analysis.compute.results import Spectra as Found
     from msplora_analysis.compute.tasks import compute
-    from msplora_analysis.options import Options
+    from msplora_analysis.options import Execution, Options
 
     folder = os.path.commonpath([os.path.dirname(file) for file in files])
 
     def run() -> Callable[[], Spectra]:
-        results = list(compute(discover(folder), Options(), workers=workers))
+        results = list(compute(discover(folder), Options(), Execution(workers, cache=False)))
 
         def spectra() -> Spectra:
             last = results[-1]

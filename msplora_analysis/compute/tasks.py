@@ -12,18 +12,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.opening import opened
-from msplora_analysis.compute.cache import Cache
+from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.executors import cpus, executor_of
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.compute.results import Failure, Result, Row, Spectra
 from msplora_analysis.errors import AnalysisError, NotFiniteError
 from msplora_analysis.formats.updates import Matrix
-from msplora_analysis.options import Options, Progress
+from msplora_analysis.options import Execution, Options
 
 if TYPE_CHECKING:
     from typing import Self
@@ -51,51 +52,29 @@ class Part(Protocol):
 
 
 T = TypeVar("T", bound=Part)
+
+
+class Store(Protocol[T]):
+    """What keeps results."""
+
+    def get(self, adapter: Adapter, options: Options) -> T | None: ...
+
+    def put(self, adapter: Adapter, options: Options, result: T, /) -> None: ...
+
+
 Work = Callable[[Piece, Options], T]  # what a worker does with a piece: a function of a module
 Results = list[T | Failure]
 
 
-def compute(
-    adapters: Sequence[Adapter],
-    options: Options,
-    *,
-    workers: int | None = None,
-    dask: str | None = None,
-    cache: Cache | None = None,
-    progress: Progress | None = None,
-) -> Iterator[Result]:
-    """The spectra of each adapter, in order, or what is wrong with it.
-
-    Args:
-        cache: Where results are looked up and kept.
-        adapters, options, workers, dask, progress: As of ``compute_each``.
-
-    Raises:
-        AnalysisError: The cluster cannot be reached, or a worker dies.
-    """
-
-    def known(adapter: Adapter) -> Spectra | None:
-        return cache.get(adapter, options) if cache is not None else None
-
-    def keep(adapter: Adapter, spectra: Spectra) -> None:
-        if cache is not None:
-            cache.put(adapter, options, spectra)
-
-    return compute_each(
-        _spectra, adapters, options, workers=workers, dask=dask, progress=progress, known=known, keep=keep
-    )
+def compute(adapters: Sequence[Adapter], options: Options, execution: Execution) -> Iterator[Result]:
+    """The spectra of each adapter, by way of the user's cache if that may be used; see ``compute_each``."""
+    cache = open_cache() if execution.cache else None
+    with nullcontext() if cache is None else closing(cache):
+        yield from compute_each(_spectra, adapters, options, execution, cache)
 
 
 def compute_each(
-    work: Work[T],
-    adapters: Sequence[Adapter],
-    options: Options,
-    *,
-    workers: int | None = None,
-    dask: str | None = None,
-    progress: Progress | None = None,
-    known: Callable[[Adapter], T | None] = lambda adapter: None,
-    keep: Callable[[Adapter, T], None] = lambda adapter, result: None,
+    work: Work[T], adapters: Sequence[Adapter], options: Options, execution: Execution, store: Store[T] | None = None
 ) -> Iterator[T | Failure]:
     """The result of ``work`` for each adapter, in order, or the Failure that says what is wrong with it.
 
@@ -103,28 +82,27 @@ def compute_each(
         work: What is done with every piece of an adapter.
         adapters: What to read.
         options: How.
-        workers: Processes on this machine; None: one for each CPU, if there is enough to do.
-        dask: Address of a Dask scheduler whose workers compute instead. They see the same paths.
-        progress: Called after each piece of work.
-        known: The result of an adapter that need not be computed, or None.
-        keep: Called with each result that was computed.
+        execution: Who does it. Dask's workers see the same paths.
+        store: Where results are looked up and kept.
 
     Raises:
         AnalysisError: The cluster cannot be reached, or a worker dies.
     """
+    workers, progress = execution.workers, execution.progress
     sizes = [_size(adapter) for adapter in adapters]
     if workers is None:
         workers = cpus() if sum(sizes) > _WORTH_PROCESSES else 1
-    with executor_of(workers, dask) as executor:
+    with executor_of(workers, execution.dask) as executor:
         parts: Results[T] = []
+        known = (store.get(adapter, options) if store else None for adapter in adapters)
         tasks = _tasks(adapters, sizes, workers, known)
         for piece, result in _in_order(executor, tasks, options, work):
             parts.append(result)
             if piece.part == piece.parts - 1:
                 whole = _joined(parts)
                 parts = []
-                if not piece.is_cached and not isinstance(whole, Failure):
-                    keep(piece.adapter, whole)
+                if store and not piece.is_cached and not isinstance(whole, Failure):
+                    store.put(piece.adapter, options, whole)
                 yield whole
             if progress:
                 progress(piece.number + (piece.part + 1) / piece.parts, len(adapters))
@@ -134,14 +112,13 @@ Task = tuple[list[Piece], T | None]  # what to compute, and the result if it is 
 
 
 def _tasks(
-    adapters: Sequence[Adapter], sizes: Sequence[int], workers: int, known: Callable[[Adapter], T | None]
+    adapters: Sequence[Adapter], sizes: Sequence[int], workers: int, known: Iterable[T | None]
 ) -> Iterator[Task[T]]:
     """Pieces of about equal work, in order."""
     most = min(_TASK, max(sum(sizes) // (4 * workers), 1))
     batch: list[Piece] = []
     filled = 0
-    for index, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
-        result = known(adapter)
+    for index, (adapter, size, result) in enumerate(zip(adapters, sizes, known, strict=True)):
         if batch and (result is not None or filled + size > most):
             yield batch, None
             batch, filled = [], 0

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.opening import unknown_text
-from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.measures.metrics import KS
 from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import compute
@@ -174,15 +172,10 @@ def spectra_of(
     The user's cache is used; what results must be read with is a warning at the end.
     """
     said = Warnings()
-    with ExitStack() as stack:
-        opened = open_cache() if execution.cache else None
-        if opened is not None:
-            stack.enter_context(closing(opened))
-        workers, dask, progress = execution.workers, execution.dask, execution.progress
-        for result in compute(adapters, options, workers=workers, dask=dask, cache=opened, progress=progress):
-            if isinstance(result, Spectra):
-                said.hear(result)
-            yield result
+    for result in compute(adapters, options, execution):
+        if isinstance(result, Spectra):
+            said.hear(result)
+        yield result
     said.give()
 
 

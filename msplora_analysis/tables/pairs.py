@@ -168,9 +168,7 @@ def redundancy_of(
 
     said = Warnings()
     found: list[Redundancy] = []
-    workers, dask, progress = execution.workers, execution.dask, execution.progress
-    results = compute_each(measure, adapters, options, workers=workers, dask=dask, progress=progress)
-    for result in succeeding(results):
+    for result in succeeding(compute_each(measure, adapters, options, execution)):
         said.hear(result)
         found.append(result)
     if say:

@@ -18,7 +18,7 @@ from msplora_analysis.adapters.discovery import discover
 from msplora_analysis.compute import tasks as engine
 from msplora_analysis.compute.cache import Cache, open_cache
 from msplora_analysis.compute.results import Failure, Spectra
-from msplora_analysis.options import Options
+from msplora_analysis.options import Execution, Options
 
 MAIN = "from msplora_analysis.cli import main; main()"
 NAMES = [f"layer.{layer}.{module}" for layer in range(3) for module in ("query", "value")]
@@ -114,7 +114,7 @@ def test_a_broken_adapter_is_a_result_of_its_own(runs):
     broken = runs / "a" / "checkpoint-3" / "adapter_model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-5])
     for workers in (1, 2):
-        results = list(engine.compute(discover(runs), Options(), workers=workers))
+        results = list(engine.compute(discover(runs), Options(), Execution(workers)))
         assert [type(r) for r in results] == [Failure if i == 3 else Spectra for i in range(14)]
         assert results[3].message.startswith(f"{broken}: not a complete safetensors file")
 
@@ -336,7 +336,7 @@ def test_notes_and_left_out_tensors_are_told_from_the_cache_too(tmp_path, cache)
 def test_the_cache_itself_gives_back_what_was_put(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("msplora_analysis.compute.cache._SETTLED", -1)
     (adapter, *_), options = discover(runs), Options()
-    (result,) = engine.compute([adapter], options)
+    (result,) = engine.compute([adapter], options, Execution())
     store = Cache(tmp_path / "c.sqlite")
     assert store.get(adapter, options) is None
     store.put(adapter, options, result)

@@ -19,7 +19,7 @@ from msplora_analysis.compute.measures.metrics import (
     participation_ratio,
     stable_rank,
 )
-from msplora_analysis.compute.measures.registry import columns, measure, measures
+from msplora_analysis.compute.measures.registry import Measure, columns, measures
 
 RATIOS = [effective_rank, stable_rank, participation_ratio, lambda s: m_eff(s, 1), lambda s: m_eff(s, 9)]
 
@@ -90,9 +90,9 @@ def test_batches_over_leading_axes():
 
 
 NEW = """
-    from msplora_analysis.compute.measures.registry import measure
+    from msplora_analysis.compute.measures.registry import Measure
 
-    @measure("spread", label="spread", formula="sigma_1 - sigma_r", source="nobody", high="broad", {more})
+    @Measure("spread", label="spread", formula="sigma_1 - sigma_r", source="nobody", high="broad", {more})
     def spread(sigma):
         return sigma[..., 0] - sigma.min(axis=-1)
 """
@@ -125,7 +125,7 @@ def test_a_new_measure_is_one_file(tmp_path, more, shown):
 
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="frobenius"):
-        measure("frobenius", label="", formula="", source="", high="")(lambda sigma: sigma)
+        Measure("frobenius", label="", formula="", source="", high="")(lambda sigma: sigma)
 
 
 def test_where_only_the_largest_values_are_known():

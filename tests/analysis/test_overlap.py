@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import subspace_angles
 
 from msplora_analysis.compute.linalg.directions import singular_directions
-from msplora_analysis.compute.linalg.truncated import largest_singular_triplets
+from msplora_analysis.compute.linalg.truncated import largest
 from msplora_analysis.compute.measures.overlap import (
     expected_overlap,
     inner_products,
@@ -69,7 +69,7 @@ def test_triplets_of_a_large_matrix():
     rng = np.random.default_rng(1)
     matrix = rng.standard_normal((1700, 40)) * np.logspace(0, -2, 40) @ rng.standard_normal((40, 1600))
     for given in (matrix, matrix.T):
-        found = largest_singular_triplets(given, 5)
+        found = largest(given, 5, vectors=True)
         np.testing.assert_allclose(given @ found.right, found.left * found.sigma, atol=1e-4 * found.sigma[0])
         np.testing.assert_allclose(found.left.T @ found.left, np.eye(5), atol=1e-10)
 

@@ -167,7 +167,7 @@ def _of_side(
     if not np.isfinite(whole).all():
         raise not_finite(file, update, matrix.name)
     if most is not None and most < update.rank:
-        found = truncated.largest_singular_triplets(whole, most)
+        found = truncated.largest(whole, most, vectors=True)
         return found.sigma, found.left.T, found.right.T
     try:
         u, sigma, vt = np.linalg.svd(whole, full_matrices=False)

@@ -39,10 +39,14 @@ class Spectrum(NamedTuple):
     whole: bool
 
 
-class Triplets(NamedTuple):
-    """The largest singular values (k,) of a matrix, with left (rows, k) and right (cols, k) singular vectors."""
+class Largest(NamedTuple):
+    """The k largest singular values (k,) of a matrix, descending, and bounds of their errors (k,).
+
+    left: (rows, k), and right: (cols, k), singular vectors; empty where they cost and are not wanted.
+    """
 
     sigma: Array
+    bound: Array
     left: Array
     right: Array
 
@@ -54,47 +58,32 @@ def matrix_spectrum(matrix: Array, top_k: int | None = None) -> Spectrum:
     """
     small = min(matrix.shape)
     k = min(small, top_k or (small if small <= SMALL else TOP_K))
-    sigma, bound = largest_singular_values(matrix, k)
+    sigma, bound, *_ = largest(matrix, k)
     scale = float(np.abs(matrix).max(initial=0))
     frobenius = scale * float(np.linalg.norm(matrix / scale)) if scale else 0.0
     return Spectrum(sigma, bound, frobenius, k == small)
 
 
-def largest_singular_values(matrix: Array, k: int, tolerance: float = 1e-5) -> tuple[Array, Array]:
-    """The k largest singular values (k,), descending, and bounds of their errors (k,).
+def largest(matrix: Array, k: int, tolerance: float = 1e-5, *, vectors: bool = False) -> Largest:
+    """The k largest singular values.
 
     matrix: (rows, cols), float64, finite. Each bound is at most ``tolerance`` times its value, or
     times a hundredth of the largest. The same matrix gives the same values.
     """
-    sigma, bound, *_ = _largest(matrix, k, tolerance, vectors=False)
-    return sigma, bound
-
-
-def largest_singular_triplets(matrix: Array, k: int, tolerance: float = 1e-5) -> Triplets:
-    """The k largest singular values (k,) with left (rows, k) and right (cols, k) singular vectors.
-
-    For the arguments see ``largest_singular_values``.
-    """
-    sigma, _, left, right = _largest(matrix, k, tolerance, vectors=True)
-    return Triplets(sigma, left, right)
-
-
-def _largest(matrix: Array, k: int, tolerance: float, *, vectors: bool) -> tuple[Array, Array, Array, Array]:
-    """Values, bounds of their errors, left and right vectors; these are empty where they cost and are not wanted."""
     if matrix.shape[0] < matrix.shape[1]:
-        sigma, bound, right, left = _largest(matrix.T, k, tolerance, vectors=vectors)
-        return sigma, bound, left, right
+        sigma, bound, right, left = largest(matrix.T, k, tolerance, vectors=vectors)
+        return Largest(sigma, bound, left, right)
     a = matrix
     scale = float(np.abs(a).max(initial=0))
     if scale == 0:
-        return np.zeros(k), np.zeros(k), np.eye(len(a), k), np.eye(a.shape[1], k)
+        return Largest(np.zeros(k), np.zeros(k), np.eye(len(a), k), np.eye(a.shape[1], k))
     n = a.shape[1]
     width = k + _OVERSAMPLING
     if n <= SMALL or n <= 12 * width:  # LAPACK is about as fast
         return _dense(a, k, vectors)
     if not 1e-140 < scale < 1e140:  # squares are taken
-        sigma, bound, left, right = _largest(a / scale, k, tolerance, vectors=vectors)
-        return sigma * scale, bound * scale, left, right
+        sigma, bound, left, right = largest(a / scale, k, tolerance, vectors=vectors)
+        return Largest(sigma * scale, bound * scale, left, right)
 
     basis = np.empty((n, width), order="F")
     basis[:, :] = _orthonormal(a.T @ (a @ np.random.default_rng(0).standard_normal((n, width))))
@@ -104,11 +93,11 @@ def _largest(matrix: Array, k: int, tolerance: float, *, vectors: bool) -> tuple
         block = basis[:, len(projected) :]
         image = a.T @ (a @ block)
         coefficients = basis.T @ image
-        projected = _bordered(projected, coefficients)
+        above, corner = np.split(coefficients, [len(projected)])
+        projected = np.block([[projected, above], [above.T, corner]])
         if len(projected) >= check or len(projected) + width > n:
             found = _ritz(a, basis @ np.linalg.eigh(projected)[1][:, -k:])
-            sigma, bound, *_ = found
-            if (bound <= tolerance * np.maximum(sigma, sigma[0] / 100)).all():
+            if (found.bound <= tolerance * np.maximum(found.sigma, found.sigma[0] / 100)).all():
                 return found
             if len(projected) + width > n // 2:
                 return _dense(a, k, vectors)  # the basis nears the whole space: no cheaper
@@ -118,13 +107,13 @@ def _largest(matrix: Array, k: int, tolerance: float, *, vectors: bool) -> tuple
         basis = np.concatenate([basis, _orthonormal(image, basis)], axis=1)
 
 
-def _dense(a: Array, k: int, vectors: bool) -> tuple[Array, Array, Array, Array]:
+def _dense(a: Array, k: int, vectors: bool) -> Largest:
     """LAPACK's values, and its error: rounding."""
     if vectors:
         u, sigma, vt = np.linalg.svd(a, full_matrices=False)
     else:
         u, sigma, vt = np.empty((0, 0)), np.linalg.svd(a, compute_uv=False), np.empty((0, 0))
-    return sigma[:k], np.full(k, min(a.shape) * _EPS * float(sigma[0])), u[:, :k], vt[:k].T
+    return Largest(sigma[:k], np.full(k, min(a.shape) * _EPS * float(sigma[0])), u[:, :k], vt[:k].T)
 
 
 def _orthonormal(block: Array, beside: Array | None = None) -> Array:
@@ -134,17 +123,7 @@ def _orthonormal(block: Array, beside: Array | None = None) -> Array:
     return q
 
 
-def _bordered(projected: Array, coefficients: Array) -> Array:
-    """The symmetric matrix ``projected`` (d, d) grown by columns ``coefficients`` (d + b, b)."""
-    d, total = len(projected), len(coefficients)
-    grown = np.empty((total, total))
-    grown[:d, :d] = projected
-    grown[:, d:] = coefficients
-    grown[d:, :d] = coefficients[:d].T
-    return grown
-
-
-def _ritz(a: Array, directions: Array) -> tuple[Array, Array, Array, Array]:
+def _ritz(a: Array, directions: Array) -> Largest:
     """Ritz values of ``a`` (m, n) in the span of ``directions`` (n, k), bounds of their errors, Ritz vectors."""
     v = np.linalg.qr(directions)[0]
     u, sigma, rotation = np.linalg.svd(a @ v, full_matrices=False)
@@ -152,4 +131,4 @@ def _ritz(a: Array, directions: Array) -> tuple[Array, Array, Array, Array]:
     residuals = a.T @ u - right * sigma
     squares = np.einsum("ij,ij->j", residuals, residuals)
     # Rounding of the products themselves; far below any tolerance.
-    return sigma, np.sqrt(np.cumsum(squares)) + len(v) * _EPS * sigma[0], u, right
+    return Largest(sigma, np.sqrt(np.cumsum(squares)) + len(v) * _EPS * sigma[0], u, right)

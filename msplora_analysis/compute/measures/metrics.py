@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from msplora_analysis.compute.measures.registry import measure
+from msplora_analysis.compute.measures.registry import Measure
 
 Array = NDArray[np.float64]
 
@@ -19,7 +19,7 @@ KS = (1, 2, 4)  # M_eff-k is always given for these
 _NORMS = "Golub & Van Loan, Matrix Computations, § 2.3 and 2.4"
 
 
-@measure(
+@Measure(
     "sigma_1",
     label="largest singular value",
     symbol="σ₁",
@@ -35,7 +35,7 @@ def sigma_1(sigma: ArrayLike) -> Array:
     return np.asarray(sigma, dtype=np.float64)[..., 0]
 
 
-@measure(
+@Measure(
     "frobenius",
     label="Frobenius norm",
     symbol="norm",
@@ -53,7 +53,7 @@ def frobenius(sigma: ArrayLike) -> Array:
     return largest[..., 0] * np.sqrt((scaled**2).sum(axis=-1))  # squares stay in range
 
 
-@measure(
+@Measure(
     "nuclear",
     label="nuclear norm",
     formula=r"\lVert \Delta W \rVert_* = \textstyle\sum_k \sigma_k",
@@ -65,7 +65,7 @@ def nuclear(sigma: ArrayLike) -> Array:
     return np.asarray(sigma, dtype=np.float64).sum(axis=-1)
 
 
-@measure(
+@Measure(
     "stable_rank",
     label="stable rank",
     formula=r"\operatorname{srank} = \frac{\lVert \Delta W \rVert_F^2}{\lVert \Delta W \rVert_2^2}"
@@ -82,7 +82,7 @@ def stable_rank(sigma: ArrayLike) -> Array:
     return (scaled**2).sum(axis=-1)
 
 
-@measure(
+@Measure(
     "effective_rank",
     label="effective rank",
     formula=r"\operatorname{erank} = \exp\left(-\sum_k p_k \ln p_k\right)",
@@ -98,7 +98,7 @@ def effective_rank(sigma: ArrayLike) -> Array:
     return np.exp(-(p * logarithm).sum(axis=-1))
 
 
-@measure(
+@Measure(
     "participation_ratio",
     label="participation ratio",
     formula=r"\operatorname{PR} = \frac{\left(\sum_k \sigma_k^2\right)^2}{\sum_k \sigma_k^4}",
@@ -112,7 +112,7 @@ def participation_ratio(sigma: ArrayLike) -> Array:
     return (scaled**2).sum(axis=-1) ** 2 / (scaled**4).sum(axis=-1)
 
 
-@measure(
+@Measure(
     "m_eff_{k}",
     label="M_eff-{k}",
     axis=r"$M_\mathrm{eff}$-{k}",

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from msplora_analysis.compute.measures.metrics import normalised
-from msplora_analysis.compute.measures.registry import measure
+from msplora_analysis.compute.measures.registry import Measure
 
 SHARE = 0.99
 
 
-@measure(
+@Measure(
     "rank_needed_{percent}",
     label="directions for {percent} % of Σσ²",
     symbol="k{percent}",

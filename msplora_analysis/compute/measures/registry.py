@@ -1,6 +1,6 @@
 """The measures of a spectrum: each is one function, with all that is said of it beside it.
 
-A file of this folder with a function under ``@measure(...)`` is all that a new one takes: tables, reports, live values
+A file of this folder with a function under ``@Measure(...)`` is all that a new one takes: tables, reports, live values
 and the check of docs/metrics.md find it here.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal, ParamSpec
 
@@ -26,36 +26,48 @@ Place = Literal["metrics", "report", "matrices", "watch", "live"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of a spectrum, or a family of them, such as M_eff-k.
+    """A measure of a spectrum, or a family of them, such as M_eff-k: the decorator of the function that computes it.
 
-    Attributes:
+    Args:
         name: Its column; of a family with the parameter in braces: ``m_eff_{k}``.
         label: What a text calls it.
-        symbol: The same, as short as it gets.
-        axis: The label in figures, as matplotlib sets it.
-        unit: Empty for a plain number.
         formula: In LaTeX; docs/metrics.md has it too.
         source: Where it comes from; docs/metrics.md has it too.
         high: What a high value says: "broad", "concentrated", "large".
         shown: Where, and of a family for which values of its parameter.
-        function: Of singular values (..., r), descending, padded with zeros (and of the parameter); returns (...).
+        symbol: The label as short as it gets; empty: the label.
+        axis: The label in figures, as matplotlib sets it; empty: the label.
+        unit: Empty for a plain number.
         parameter: Of a family: the name of its whole number.
         cut: The measure (n,) where only the largest singular values (n, r) and the Frobenius norm (n,) of a matrix are
             known; None if it needs all.
+        function: What is decorated: of singular values (..., r), descending, padded with zeros (and of the parameter);
+            returns (...).
+
+    Raises:
+        ValueError: Another function has the name.
     """
 
     name: str
+    _: KW_ONLY
     label: str
-    symbol: str
-    axis: str
-    unit: str
     formula: str
     source: str
     high: str
-    shown: Mapping[Place, Sequence[int]]
-    function: Callable[..., Array]
+    shown: tuple[Place, ...] | Mapping[Place, Sequence[int]] = ("metrics",)
+    symbol: str = ""
+    axis: str = ""
+    unit: str = ""
     parameter: str = ""
     cut: Callable[[Array, Array], Array] | None = None
+    function: Callable[..., Array] = np.asarray
+
+    def __call__(self, function: Callable[P, Array]) -> Callable[P, Array]:
+        if self.name in _known and _known[self.name].function.__module__ != function.__module__:
+            raise ValueError(f"{function.__module__}: there is a measure {self.name} already; choose another name")
+        symbol, axis = self.symbol or self.label, self.axis or self.label
+        _known[self.name] = replace(self, function=function, symbol=symbol, axis=axis)
+        return function
 
     def of(self, value: int) -> Measure:
         """The one of a family whose parameter is ``value``."""
@@ -66,39 +78,6 @@ class Measure:
 
 
 _known: dict[str, Measure] = {}
-
-
-def measure(
-    name: str,
-    *,
-    label: str,
-    formula: str,
-    source: str,
-    high: str,
-    shown: Sequence[Place] | Mapping[Place, Sequence[int]] = ("metrics",),
-    symbol: str = "",
-    axis: str = "",
-    unit: str = "",
-    parameter: str = "",
-    cut: Callable[[Array, Array], Array] | None = None,
-) -> Callable[[Callable[P, Array]], Callable[P, Array]]:
-    """Make a function of singular values a measure; for the arguments see ``Measure``.
-
-    Without ``symbol`` and ``axis`` the label stands for them.
-
-    Raises:
-        ValueError: Another function has the name.
-    """
-
-    def register(function: Callable[P, Array]) -> Callable[P, Array]:
-        if name in _known and _known[name].function.__module__ != function.__module__:
-            raise ValueError(f"{function.__module__}: there is a measure {name} already; choose another name")
-        places = shown if isinstance(shown, Mapping) else dict.fromkeys(shown, ())
-        texts = (name, label, symbol or label, axis or label, unit, formula, source, high)
-        _known[name] = Measure(*texts, places, function, parameter, cut)
-        return function
-
-    return register
 
 
 @cache
@@ -120,8 +99,11 @@ def measures(place: Place, ks: Iterable[int] | None = None) -> list[Measure]:
     found = []
     for family in families():
         if place in family.shown:
-            chosen = ks if ks is not None and family.parameter == "k" else family.shown[place]
-            found += [family.of(value) for value in chosen] if family.parameter else [family]
+            if isinstance(family.shown, Mapping):
+                chosen = ks if ks is not None and family.parameter == "k" else family.shown[place]
+                found += [family.of(value) for value in chosen]
+            else:
+                found.append(family)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +12,6 @@ import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.layouts import DIFFUSERS_NAMES, adapters_in, describe, settings_of
-from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.measures.registry import columns, measures
 from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import compute
@@ -92,22 +90,18 @@ class Run:
             signature = _signature(place, files)
             if signature and signature != self._known.get(place):
                 fresh += [(adapter, place, signature) for adapter in self._adapters(place, files, signature)]
-        with ExitStack() as stack:
-            cache = open_cache() if self._cache else None
-            if cache is not None:
-                stack.enter_context(closing(cache))
-            fresh.sort(key=lambda item: _order(item[0]))
-            results = compute([adapter for adapter, *_ in fresh], _OPTIONS, workers=1, cache=cache)
-            for (adapter, place, signature), result in zip(fresh, results, strict=True):
-                if isinstance(result, Failure) and not result.not_finite:
-                    self._not_read(place, signature, result.message)
-                    continue
-                self._known[place] = signature
-                self.problems.pop(self._name(place), None)
-                means = _means(result) if isinstance(result, Spectra) else {}
-                point = Point(adapter, result, means)
-                self._keep(point)
-                yield point
+        fresh.sort(key=lambda item: _order(item[0]))
+        results = compute([adapter for adapter, *_ in fresh], _OPTIONS, Execution(cache=self._cache))
+        for (adapter, place, signature), result in zip(fresh, results, strict=True):
+            if isinstance(result, Failure) and not result.not_finite:
+                self._not_read(place, signature, result.message)
+                continue
+            self._known[place] = signature
+            self.problems.pop(self._name(place), None)
+            means = _means(result) if isinstance(result, Spectra) else {}
+            point = Point(adapter, result, means)
+            self._keep(point)
+            yield point
 
     def findings(self) -> pd.DataFrame:
         """What ``diagnose`` says of the checkpoints known; layers and scales are compared at the newest."""
