@@ -57,8 +57,9 @@ for candidate in python3.10 ~/.pyenv/versions/3.10.*/bin/python3; do
     "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && old=$candidate && break
 done
 if [ -n "$old" ]; then
+    # The lowest matplotlib warns of the newest pyparsing.
     # shellcheck disable=SC2046
-    part "analysis, lowest" "$old" "$analysis" $(lowest project) $(lowest report)
+    part "analysis, lowest" "$old" "$analysis" 'pyparsing<3.3' $(lowest project) $(lowest report)
 else
     echo "analysis, lowest: skipped, as there is no Python 3.10"
 fi

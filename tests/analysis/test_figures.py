@@ -394,20 +394,20 @@ def test_write_figures_writes_all_that_the_table_allows(tmp_path):
 
 def test_csv_holds_the_numbers_of_the_figure(tmp_path, spectra):
     write_figures(spectra, tmp_path, [])
-    figure3_ = pd.read_csv(tmp_path / "figure3_msplora-8-4-2.csv")
+    figure3_ = pd.read_csv(tmp_path / "figure3_msplora-8-4-2.csv", float_precision="round_trip")
     assert figure3_.columns.tolist() == ["variant", "scale", "epoch", "k", "sigma", "rank", "runs", "matrices"]
     ours = of_method(spectra, "msplora-8-4-2")
     for (scale, epoch), rows in figure3_.groupby(["scale", "epoch"]):
         np.testing.assert_allclose(rows["sigma"], mean_spectrum(ours, scale=scale, epoch=epoch))
     assert figure3_.groupby("scale")["matrices"].first().to_dict() == {"global": 8, "mid": 24, "layer": 48}
 
-    figure4_ = pd.read_csv(tmp_path / "figure4_msplora-8-4-2_minus_lora-8.csv")
+    figure4_ = pd.read_csv(tmp_path / "figure4_msplora-8-4-2_minus_lora-8.csv", float_precision="round_trip")
     square = figure4_.pivot(index="layer_i", columns="layer_j", values="difference").to_numpy()
     (mesh,) = meshes(figure4(spectra, "MSPLoRA 8/4/2"))
     np.testing.assert_allclose(square, np.asarray(mesh.get_array()), rtol=1e-14)
     assert set(figure4_["epoch_lora"]) == {3}
 
-    summary = pd.read_csv(tmp_path / "kl_summary.csv")
+    summary = pd.read_csv(tmp_path / "kl_summary.csv", float_precision="round_trip")
     pd.testing.assert_frame_equal(summary, kl_summary(spectra), check_dtype=False)
 
 
