@@ -148,38 +148,27 @@ def test_summary_of_many_runs_is_cut(tmp_path, capsys, monkeypatch):
 # figures
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Calls of write_figures, which draws nothing here."""
-    calls = []
-
-    def write_figures(spectra, out, formats, *, pairs, scales, style):
-        calls.append((spectra, out, formats))
-        return [Path(out) / f"figure3_x.{name}" for name in formats]
-
-    module = type(sys)("msplora_analysis.show.figures")
-    module.write_figures = write_figures
-    monkeypatch.setitem(sys.modules, "msplora_analysis.show.figures", module)
-    return calls
-
-
-@pytest.mark.parametrize("source", ["runs", "table", "folder"])
-def test_figures_of_runs_and_of_tables(runs, tmp_path, capsys, monkeypatch, drawn, source):
-    path = runs
-    if source != "runs":
-        run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "tables")
-        path = tmp_path / "tables" if source == "folder" else tmp_path / "tables" / "spectra.parquet"
-    out = tmp_path / "new" / "figures"
-    status, stdout, stderr = run(capsys, monkeypatch, "figures", path, "--out", out)
-    assert (status, stdout, stderr) == (0, f"{out}/figure3_x.pdf\n{out}/figure3_x.png\n", "")
-    spectra, folder, formats = drawn[0]
-    pd.testing.assert_frame_equal(spectra, ma.load_spectra(runs))
-    assert (folder, formats) == (out, ("pdf", "png"))
+@pytest.mark.slow
+def test_figures_of_runs_and_of_tables_are_the_same(runs, tmp_path, capsys, monkeypatch):
+    run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "tables")
+    numbers = []
+    for i, path in enumerate((runs, tmp_path / "tables", tmp_path / "tables" / "spectra.parquet")):
+        out = tmp_path / "new" / str(i)
+        status, stdout, stderr = run(capsys, monkeypatch, "figures", path, "--out", out, "--format", "svg")
+        assert (status, stderr) == (0, "")
+        assert sorted(stdout.splitlines()) == sorted(map(str, out.iterdir()))
+        assert {file.suffix for file in out.iterdir()} == {".csv", ".svg"}
+        numbers.append({file.name: file.read_bytes() for file in out.glob("*.csv")})
+    assert "m_eff_over_epochs.csv" in numbers[1]
+    assert numbers[1] == numbers[2]
+    assert numbers[1].items() <= numbers[0].items()  # adapters give figures of pairs too
 
 
-def test_figure_formats(runs, tmp_path, capsys, monkeypatch, drawn):
-    run(capsys, monkeypatch, "figures", runs, "--out", tmp_path, "--format", "svg", "--format", "pdf")
-    assert drawn[0][2] == ("svg", "pdf")
+def test_figures_are_pdf_and_png(tmp_path, capsys, monkeypatch):
+    folder = write_adapter(tmp_path / "a", lora_tensors("layer.0.q"))
+    status, _, stderr = run(capsys, monkeypatch, "figures", folder, "--out", tmp_path / "out")
+    assert (status, stderr) == (0, "")
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".csv", ".pdf", ".png"}
 
 
 # Exit status
@@ -216,12 +205,13 @@ def test_out_that_is_no_folder(runs, tmp_path, capsys, monkeypatch, command, out
     assert result == (1, "", f"error: --out {tmp_path / out}: not a folder; give another path\n")
 
 
-def test_nothing_to_draw(runs, tmp_path, capsys, monkeypatch, drawn):
-    def write_figures(*_, **__):
-        raise ma.AnalysisError("nothing to draw")
-
-    monkeypatch.setattr(sys.modules["msplora_analysis.show.figures"], "write_figures", write_figures)
-    assert run(capsys, monkeypatch, "figures", runs, "--out", tmp_path) == (1, "", "error: nothing to draw\n")
+def test_nothing_to_draw(tmp_path, capsys, monkeypatch):
+    folder = write_adapter(tmp_path / "a", lora_tensors("query"))  # of no numbered layer, at one time
+    status, stdout, stderr = run(capsys, monkeypatch, "figures", folder, "--out", tmp_path / "out")
+    assert (status, stdout) == (1, "")
+    assert stderr.startswith("error: nothing to draw")
+    assert "checkpoints" in stderr
+    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
