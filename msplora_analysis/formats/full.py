@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import BASE
 from msplora_analysis.files.tensors import FloatArray, TensorFile
-from msplora_analysis.formats.helpers.parts import trained_in_full
-from msplora_analysis.formats.names import module_of, stack_and_layer
+from msplora_analysis.formats.helpers.parts import layer_matrix, trained_in_full
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Shape, Whole, contents
 from msplora_analysis.options import Options
@@ -56,10 +55,8 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
             continue
         if base[other] != shape:
             notes.append(_resized(name, shape, base[other]))
-        path = name.removesuffix(".weight")
-        _, layer = stack_and_layer(path)
         update = _difference(name, BASE + other, shape, base[other])
-        matrices.append(Matrix("layer", layer, module_of(path), path, update))
+        matrices.append(layer_matrix(name.removesuffix(".weight"), update))
     if heads:
         notes.append(f"not in the base, or of another shape there, and left out: {', '.join(heads)}")
     if missing := [name for name in base if name not in of_base.values()]:

@@ -8,13 +8,15 @@ Edalati et al. 2022, arXiv 2212.10650; Yeh et al. 2023, arXiv 2309.14859.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import Parts, group_parts, layer_matrix, leading, required
 from msplora_analysis.formats.helpers.settings import peft_scaling
-from msplora_analysis.formats.helpers.structures import kronecker, low_rank, tucker, whole
+from msplora_analysis.formats.helpers.structures import low_rank, tucker, whole
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import Config, Contents, Kronecker, Product, Shapes, Whole, contents
+from msplora_analysis.formats.updates import Config, Contents, Kronecker, Shapes, Sum, Whole, contents
 from msplora_analysis.options import Options
 
 _PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -38,20 +40,22 @@ def rank(parts: Parts, shapes: Shapes) -> int | None:
 
 def update(parts: Parts, shapes: Shapes, scaling: float = 1.0) -> Kronecker:
     """The update of a module from its parts; raises AnalysisError naming one that is missing."""
-    return kronecker(_half(parts, shapes, 1), _half(parts, shapes, 2), scaling)
+    return Kronecker(_half(parts, shapes, 1, scaling), _half(parts, shapes, 2))
 
 
-def _half(parts: Parts, shapes: Shapes, number: int) -> Product | Whole:
+def _half(parts: Parts, shapes: Shapes, number: int, scaling: float = 1.0) -> Sum | Whole:
     if matrix := parts.get(f"lokr_w{number}"):
         if other := parts.get(f"lokr_w{number}_a") or parts.get(f"lokr_w{number}_b"):
             raise AnalysisError(f"tensors {matrix} and {other} are the same matrix, whole and as factors")
-        return whole(matrix, shapes)
+        return whole(matrix, shapes, scaling)
     if f"lokr_w{number}_a" not in parts and f"lokr_w{number}_b" not in parts:
         required(parts, f"lokr_w{number}")
     up, down = required(parts, f"lokr_w{number}_a", f"lokr_w{number}_b")
     if number == 2 and "lokr_t2" in parts:
-        return tucker(parts["lokr_t2"], down, up, shapes, up_transposed=True)
-    return low_rank(down, up, shapes)
+        product = tucker(parts["lokr_t2"], down, up, shapes, up_transposed=True)
+    else:
+        product = low_rank(down, up, shapes)
+    return Sum((replace(product, scaling=scaling),))
 
 
 FORMAT = Format(

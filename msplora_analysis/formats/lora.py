@@ -28,10 +28,8 @@ from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shape, Shapes, Sum, contents
 from msplora_analysis.options import Options
 
-_FACTOR = re.compile(
-    r"(?P<name>.+)\.(?:lora_(?P<linear>[AB])(?:\.[^.]+)?\.weight"
-    r"|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
-)
+# Factors of an embedding are parameters, all others are modules with a weight.
+_FACTOR = r"(?P<name>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.[^.]+)?(?(embedding)|\.weight)"
 # Tensors that act in training only: the sampler of MonteCLoRA, the projection of VeLoRA.
 _TRAINING_ONLY = {
     "monteclora_config": r"(?P<name>.+)\.lora_monteclora_sampler\..+",
@@ -69,7 +67,8 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         if config.get(key):
             raise AnalysisError(f"adapter_config.json: {key}: {reason}")
     settings = _settings(config)
-    pairs, unknown = pair_factors(file.shapes, config, _parse)
+    found, unknown = pair_factors(file.shapes, config, _FACTOR)
+    pairs = {name: pair for (name, _), pair in found.items()}
     magnitudes = magnitude_vectors(unknown)
     known = {key for name, key in magnitudes.items() if name in pairs}
     for option, pattern in _TRAINING_ONLY.items():
@@ -102,11 +101,6 @@ def magnitude_vectors(names: Iterable[str]) -> dict[str, str]:
 def _module(pattern: str, key: str) -> str | None:
     match = re.fullmatch(pattern, key.removeprefix(PREFIX))
     return match["name"] if match else None
-
-
-def _parse(name: str) -> tuple[str, str] | None:
-    match = _FACTOR.fullmatch(name)
-    return (match["name"], match["linear"] or match["embedding"]) if match else None
 
 
 class _Settings(NamedTuple):

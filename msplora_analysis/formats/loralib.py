@@ -32,7 +32,7 @@ from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shapes, Sum, contents
 from msplora_analysis.options import Options
 
-_FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])")
+_FACTOR = r"(?P<name>.+)\.lora_(?P<factor>[AB])"
 _NO_ALPHA = (
     "a loralib file does not hold lora_alpha: the spectra are of B A, without the factor lora_alpha / r; to have it, "
     'put {"lora_alpha": ..., "r": ...} into an adapter_config.json beside the file'
@@ -40,27 +40,22 @@ _NO_ALPHA = (
 
 
 def _recognises(config: Config, file: TensorFile) -> bool:
-    return not config.get("peft_type") and any(map(_FACTOR.fullmatch, file.shapes))
+    return not config.get("peft_type") and any(re.fullmatch(_FACTOR, name) for name in file.shapes)
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per adapted module, or part of a MergedLinear, all of scale "layer"."""
-    pairs, unknown = pair_factors(file.shapes, config, _parse)
+    pairs, unknown = pair_factors(file.shapes, config, _FACTOR)
     # lora_state_dict(model, bias=...) keeps the biases that were trained.
     unknown = [key for key in unknown if key.rpartition(".")[2] != "bias"]
     matrices = []
-    for name, (a, b) in pairs.items():
+    for (name, _), (a, b) in pairs.items():
         products = list(_products(a, b, file.shapes, config))
         _, layer = stack_and_layer(name)
         for part, product in enumerate(products):
             suffix = f".{part}" if len(products) > 1 else ""
             matrices.append(Matrix("layer", layer, module_of(name) + suffix, name + suffix, Sum((product,))))
     return contents(matrices, unknown, [] if "lora_alpha" in config else [_NO_ALPHA])
-
-
-def _parse(name: str) -> tuple[str, str] | None:
-    match = _FACTOR.fullmatch(name)
-    return (match["name"], match["factor"]) if match else None
 
 
 def _products(a: str, b: str, shapes: Shapes, config: Config) -> Iterator[Product]:

@@ -8,7 +8,6 @@ one numbered stack. The update of a module is the sum over scales of lora_alpha 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import SCALES, Config, Contents, Matrix, Product, Sum, contents
 from msplora_analysis.options import Options
 
-_FACTOR = re.compile(r"(?P<name>.+)\.msplora_(?P<scale>global|mid|layer)\.(?P<factor>[AB])")
+_FACTOR = r"(?P<name>.+)\.msplora_(?P<scale>global|mid|layer)\.(?P<factor>[AB])"
 
 
 class _Pyramid(NamedTuple):
@@ -40,7 +39,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
 
     An adapter without a layer scale has no total: which modules it adapts is then not on disk.
     """
-    pairs, unknown = pair_factors(file.shapes, config, _parse)
+    pairs, unknown = pair_factors(file.shapes, config, _FACTOR)
     ranks = _ranks(config)
     alpha = number(config, "lora_alpha")
     pyramids: dict[tuple[str, str, int, int], _Pyramid] = {}
@@ -67,11 +66,6 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         if len(ranks) > 1:
             matrices += _totals(pyramid)
     return contents(matrices, unknown)
-
-
-def _parse(name: str) -> tuple[tuple[str, str], str] | None:
-    match = _FACTOR.fullmatch(name)
-    return ((match["name"], match["scale"]), match["factor"]) if match else None
 
 
 def _ranks(config: Config) -> dict[str, int | None]:

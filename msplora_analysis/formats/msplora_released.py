@@ -20,22 +20,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import natural_key
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import make_product, pair_factors
+from msplora_analysis.formats.helpers.parts import layer_matrix, make_product, pair_factors
 from msplora_analysis.formats.helpers.settings import check_rank
 from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Matrix, Product, Sum, contents
 from msplora_analysis.options import Options
 
-_FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?_(?P<scale>[0-9]{1,3})\.weight")
+_FACTOR = r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?_(?P<scale>0|[1-9][0-9]{0,2})\.weight"
 
 _NOTES = {
     "paper": "written by the released MSPLoRA code, where a shared part acts only in the first layer of its group; "
@@ -44,55 +42,46 @@ _NOTES = {
 }
 
 
-class _Shared(NamedTuple):
-    """One scale's pairs that are shared, among the modules of a pyramid."""
-
-    scale: str
-    products: dict[str, tuple[Product, ...]]  # owner -> its pairs; several where there are several mid scales
-    stored: dict[str, str]  # module name -> owner of the pair saved under it
-
-
 def _recognises(config: Config, file: TensorFile) -> bool:
     return config.get("peft_type") == "MSPLORA" and (
-        isinstance(config.get("r"), list) or any(map(_FACTOR.fullmatch, file.shapes))
+        isinstance(config.get("r"), list) or any(re.fullmatch(_FACTOR, name) for name in file.shapes)
     )
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """Matrices of every scale, and "total" where there is more than one."""
-    pairs, unknown = pair_factors(file.shapes, config, _parse)
+    pairs, unknown = pair_factors(file.shapes, config, _FACTOR)
     scales = _scales(config)
     between = {"global": range(1), "mid": range(1, len(scales) - 1)}  # the numbers of the shared scales
     modules: dict[str, dict[int, Product]] = {}
     for (name, scale), (a, b) in pairs.items():
-        modules.setdefault(name, {})[scale] = _product(a, b, scale, file, scales)
+        modules.setdefault(name, {})[int(scale)] = _product(a, b, int(scale), file, scales)
 
     pyramids: dict[str, list[str]] = {}
     for name in sorted(modules, key=natural_key):
         pyramids.setdefault(_pyramid_of(name), []).append(name)
     matrices: list[Matrix] = []
-    misplaced = 0
+    paper, misplaced, last = options.semantics == "paper", 0, len(scales) - 1
     for names in pyramids.values():
-        pyramid = {name: modules[name] for name in names}
-        shared = [_shared(pyramid, scale, numbers, file) for scale, numbers in between.items()]
-        matrices += _single_scales(pyramid, shared, len(scales) - 1)
-        if options.semantics == "paper":
-            acting = [_acting(names, part) for part in shared]
-            misplaced += sum(
-                owner != part.stored.get(name, owner)
-                for part, owners in zip(shared, acting, strict=True)
-                for name, owner in owners.items()
-            )
-        else:
-            acting = [{owner: owner for owner in part.products} for part in shared]
-        if len(scales) > 1:
-            matrices += _totals(pyramid, shared, acting, len(scales) - 1)
+        acting: dict[str, list[Product]] = {name: [] for name in names}
+        for scale, numbers in between.items():
+            products, stored = _shared({name: modules[name] for name in names}, scale, numbers, file)
+            for group, (name, owned) in enumerate(products.items()):
+                matrices.append(Matrix(scale, group, module_of(name), name, Sum(tuple(owned))))
+            owner = None  # by the paper, the last one that is not after a module
+            for name in names:
+                owner = name if name in products else owner
+                if owner is not None and (paper or owner == name):
+                    acting[name] += products[owner]
+                    misplaced += paper and owner != stored.get(name, owner)
+        for name in names if last else ():
+            if last in modules[name]:
+                acting[name].append(modules[name][last])
+                matrices.append(layer_matrix(name, Sum((modules[name][last],))))
+            if acting[name]:
+                whole = Sum(tuple(acting[name]))
+                matrices.append(Matrix("total", stack_and_layer(name)[1], module_of(name), name, whole))
     return contents(matrices, unknown, _notes(scales, misplaced, options))
-
-
-def _parse(name: str) -> tuple[tuple[str, int], str] | None:
-    match = _FACTOR.fullmatch(name)
-    return ((match["name"], int(match["scale"])), match["factor"]) if match else None
 
 
 def _scales(config: Config) -> list[tuple[int, float]]:
@@ -125,8 +114,11 @@ def _pyramid_of(name: str) -> str:
     return name if layer is None else f"{stack}.*.{name.removeprefix(f'{stack}.{layer}.')}"
 
 
-def _shared(pyramid: dict[str, dict[int, Product]], scale: str, numbers: range, file: TensorFile) -> _Shared:
-    products: dict[str, tuple[Product, ...]] = {}
+def _shared(
+    pyramid: dict[str, dict[int, Product]], scale: str, numbers: range, file: TensorFile
+) -> tuple[dict[str, list[Product]], dict[str, str]]:
+    """Owner -> its pairs (several where there are several mid scales); module -> owner of the pair saved under it."""
+    products: dict[str, list[Product]] = {}
     stored: dict[str, str] = {}
     for number in numbers:
         owners: dict[bytes, str] = {}
@@ -135,7 +127,7 @@ def _shared(pyramid: dict[str, dict[int, Product]], scale: str, numbers: range, 
             owner = owners.setdefault(_digest(pyramid[name][number], file), name)
             stored[name] = owner
             if owner == name:
-                products[owner] = (*products.get(owner, ()), pyramid[owner][number])
+                products.setdefault(owner, []).append(pyramid[owner][number])
         # All layers have it, or the owners alone, if copies were left out in saving; else some were lost.
         if len(having) not in (len(owners), len(pyramid)):
             lost = next(name for name in pyramid if name not in having)
@@ -147,7 +139,7 @@ def _shared(pyramid: dict[str, dict[int, Product]], scale: str, numbers: range, 
                 f"the layers of {_pyramid_of(having[0])} have {len(owners)} different global pairs where they should "
                 "share one; are the tensors of several adapters mixed?"
             )
-    return _Shared(scale, products, stored)
+    return products, stored
 
 
 def _digest(product: Product, file: TensorFile) -> bytes:
@@ -155,41 +147,6 @@ def _digest(product: Product, file: TensorFile) -> bytes:
     for factor in (product.a, product.b):
         digest.update(np.ascontiguousarray(file.read(factor.tensors[0])).data)
     return digest.digest()
-
-
-def _acting(names: list[str], part: _Shared) -> dict[str, str]:
-    """The owner of the pair that acts in each module by the paper: the last one that is not after it."""
-    acting, owner = {}, None
-    for name in names:
-        owner = name if name in part.products else owner
-        if owner is not None:
-            acting[name] = owner
-    return acting
-
-
-def _single_scales(pyramid: dict[str, dict[int, Product]], shared: list[_Shared], last: int) -> Iterator[Matrix]:
-    for part in shared:
-        for group, (name, products) in enumerate(part.products.items()):
-            yield Matrix(part.scale, group, module_of(name), name, Sum(products))
-    for name, scales in pyramid.items():
-        if last and last in scales:
-            yield Matrix("layer", stack_and_layer(name)[1], module_of(name), name, Sum((scales[last],)))
-
-
-def _totals(
-    pyramid: dict[str, dict[int, Product]], shared: list[_Shared], acting: list[dict[str, str]], last: int
-) -> Iterator[Matrix]:
-    for name, scales in pyramid.items():
-        products = [
-            product
-            for part, owners in zip(shared, acting, strict=True)
-            if name in owners
-            for product in part.products[owners[name]]
-        ]
-        if last in scales:
-            products.append(scales[last])
-        if products:
-            yield Matrix("total", stack_and_layer(name)[1], module_of(name), name, Sum(tuple(products)))
 
 
 def _notes(scales: list[tuple[int, float]], misplaced: int, options: Options) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
 from msplora_analysis.errors import AnalysisError
@@ -39,50 +39,43 @@ def group_parts(
         AnalysisError: A needed part is missing, or one is there twice.
     """
     needed = tuple(needed)
-    pattern = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join((*needed, *optional))})(?:\.[^.]+)?")
-
-    def parse(name: str) -> tuple[str, str] | None:
-        match = pattern.fullmatch(name)
-        return (match["module"], match["part"]) if match else None
-
-    modules, unknown = _sorted(shapes, config, parse)
-    for parts in modules.values():
+    units, unknown = _sorted(shapes, config, rf"(?P<name>.+)\.(?P<part>{'|'.join((*needed, *optional))})(?:\.[^.]+)?")
+    for parts in units.values():
         required(parts, *needed)
-    return modules, unknown
+    return {name: parts for (name, _), parts in units.items()}, unknown
 
 
 def pair_factors(
-    shapes: Shapes, config: Config, parse: Callable[[str], tuple[Unit, str] | None]
-) -> tuple[dict[Unit, tuple[str, str]], list[str]]:
-    """The tensor names of A and B of everything that is adapted, and the names that nothing explains.
+    shapes: Shapes, config: Config, pattern: str
+) -> tuple[dict[tuple[str, str], tuple[str, str]], list[str]]:
+    """The factors A and B of everything that is adapted.
 
     Args:
         shapes: Of the file's tensors.
         config: The parsed adapter_config.json, which says what is trained in full.
-        parse: Gives, of a tensor name without PREFIX, what it belongs to and "A" or "B"; None if it is no factor.
+        pattern: What the name of a factor is without PREFIX, with the groups name, factor (A or B), and scale if any.
+
+    Returns:
+        Module name and scale ("" if none) to the tensor names of A and B; and the tensor names that nothing explains.
 
     Raises:
         AnalysisError: A factor is alone or there twice.
     """
-
-    def factor(name: str) -> tuple[Unit, str] | None:
-        parsed = parse(name)
-        return parsed and (parsed[0], f"factor {parsed[1]}")
-
-    units, unknown = _sorted(shapes, config, factor)
+    units, unknown = _sorted(shapes, config, pattern)
     pairs = {unit: required(parts, "factor A", "factor B") for unit, parts in units.items()}
     return {unit: (a, b) for unit, (a, b) in pairs.items()}, unknown
 
 
-def _sorted(
-    shapes: Shapes, config: Config, parse: Callable[[str], tuple[Unit, str] | None]
-) -> tuple[dict[Unit, Parts], list[str]]:
-    units: dict[Unit, Parts] = {}
+def _sorted(shapes: Shapes, config: Config, pattern: str) -> tuple[dict[tuple[str, str], Parts], list[str]]:
+    """Module name and scale to the parts, and the tensor names that nothing explains."""
+    units: dict[tuple[str, str], Parts] = {}
     unknown = []
     for key in shapes:
         name = key.removeprefix(PREFIX)
-        if parsed := parse(name):
-            add_part(units, *parsed, key)
+        if match := re.fullmatch(pattern, name):
+            found = match.groupdict()
+            part = found.get("part") or f"factor {found['factor']}"
+            add_part(units, (found["name"], found.get("scale", "")), part, key)
         elif not trained_in_full(name, config):
             unknown.append(key)
     return units, unknown

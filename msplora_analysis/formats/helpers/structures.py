@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats.helpers.flattened import dotted
 from msplora_analysis.formats.helpers.parts import leading, make_product
-from msplora_analysis.formats.updates import Factor, Kronecker, Matrix, Product, Shapes, Sum, Whole
+from msplora_analysis.formats.updates import Factor, Matrix, Product, Shapes, Sum, Whole
 
 Array = NDArray[np.float64]
 
@@ -85,12 +84,6 @@ def hadamard(left: Product, right: Product, scaling: float) -> Sum | Whole:
         b = _joined((left.b, right.b), left.rows, left.rank * right.rank, _column_products)
         return Sum((Product(a, b, scaling),))
     return Whole(_joined((left.a, left.b, right.a, right.b), left.rows, left.cols, _hadamard), scaling)
-
-
-def kronecker(left: Product | Whole, right: Product | Whole, scaling: float) -> Kronecker:
-    """``scaling * left ⊗ right``."""
-    left = replace(left, scaling=left.scaling * scaling)
-    return Kronecker(*(Sum((part,)) if isinstance(part, Product) else part for part in (left, right)))
 
 
 def rows_scaled(values: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float64]:
