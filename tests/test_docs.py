@@ -247,7 +247,7 @@ def test_every_finding_is_named() -> None:
 
 def test_every_figure_has_how_to_read_it() -> None:
     text = (DOCS / "figures.md").read_text(encoding="utf-8")
-    from msplora_analysis.show.drawing.catalogue import KINDS
+    from msplora_analysis.show.drawing.plot import KINDS
 
     sections = dict(re.findall(r"^## [^\n]*\{ #(\w+) \}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
     assert {name.removesuffix("_over_epochs") for name in KINDS} == sections.keys()

@@ -13,9 +13,8 @@ from scipy.stats import entropy
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show import figures
-from msplora_analysis.show.drawing import catalogue
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.plot import KINDS, Plot, plots_of
 from msplora_analysis.show.figures import (
     draw_figures,
     effective_rank_over_epochs,
@@ -500,12 +499,12 @@ def test_no_pyplot_and_no_seaborn():
 
 
 def test_a_figure_declares_itself_and_is_written_with_the_others(tmp_path, spectra, monkeypatch):
-    monkeypatch.setitem(catalogue.KINDS, "largest_values", None)  # taken away at the end
+    monkeypatch.setitem(KINDS, "largest_values", None)  # taken away at the end
 
     def largest_values(table):
         return draw(table, None)
 
-    @catalogue.plots_of(largest_values, order=0)
+    @plots_of(largest_values, order=0)
     def plots(matrices, epoch=None):
         yield Plot("largest_values", matrices[["run", "epoch"]].assign(sigma=matrices[1]), draw)
 

@@ -18,8 +18,7 @@ from test_figures import meshes, spectra_of
 
 import msplora_analysis as ma
 from msplora_analysis.show import figures
-from msplora_analysis.show.drawing.catalogue import all_plots
-from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.plot import Plot, all_plots
 from msplora_analysis.show.drawing.style import SERIF, SETTINGS
 from msplora_analysis.show.drawing.venues import VENUES, style_of
 from msplora_analysis.show.figures.singular_values import draw as draw_figure3

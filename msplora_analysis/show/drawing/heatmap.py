@@ -25,9 +25,27 @@ _LARGEST = 4.6  # inches that a square of few layers may be wide
 _STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def draw_cells(ax: Axes, x_edges: Array, y_edges: Array, values: Array, norm: Normalize, cmap: str) -> QuadMesh:
-    """Cells of one colour each, the first row at the top; NaN is grey."""
+def colour_scale(highest: float, lowest: float = 0) -> Normalize:
+    """Colours that reach from `lowest` to `highest`, or to 1 if that is not positive."""
+    return Normalize(lowest, highest if highest > 0 else 1)
+
+
+def draw_cells(
+    ax: Axes, values: Array, norm: Normalize, cmap: str, *, x_edges: Array | None = None, first_row: float = 0
+) -> QuadMesh:
+    """Cells of one colour each, the first row at the top; NaN is grey.
+
+    Args:
+        ax: Where to draw.
+        values: Shape (rows, columns).
+        norm: Of `colour_scale`; panels that share a colour bar share it.
+        cmap: Name of a colour map.
+        x_edges: Shape (columns + 1); without it, column j is centred on j.
+        first_row: Where the first row is centred.
+    """
     ax.set_facecolor(NO_DATA)
+    x_edges = edges(values.shape[1]) if x_edges is None else x_edges
+    y_edges = edges(len(values), first_row)
     # Edges in the colour of the face hide the hairlines that viewers leave between neighbouring cells.
     cells = ax.pcolormesh(x_edges, y_edges, values, norm=norm, cmap=cmap, edgecolors="face", linewidth=0.1)
     ax.set_ylim(y_edges[-1], y_edges[0])

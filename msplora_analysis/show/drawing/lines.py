@@ -13,7 +13,7 @@ from msplora_analysis.formats.updates import SCALES
 from msplora_analysis.show.drawing.colours import PALETTE
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.style import DASHES, Dash
+from msplora_analysis.show.drawing.style import DASHES, Dash, styled
 from msplora_analysis.show.drawing.text import fit, label_epochs, legend_below, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of
@@ -43,13 +43,14 @@ def over_epochs(matrices: pd.DataFrame, quantities: dict[str, Array], scales: Se
     return result.astype({"variant": str, "scale": str, "quantity": str})
 
 
+@styled
 def draw_lines(
     numbers: pd.DataFrame,
     style: Style,
+    *,
     heading: str,
     quantities: Sequence[str],
     order: Sequence[str] = SCALES,
-    *,
     least: float = 1.0,
 ) -> Figure:
     """Panels of `numbers` as `over_epochs` gives them, one row for each of the quantities.

@@ -1,10 +1,10 @@
-"""A figure with its numbers and its name, and how both reach the disk."""
+"""A figure with its numbers and its name, how both reach the disk, and every kind of figure that a file declares."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import pandas as pd
 
@@ -12,7 +12,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.style import settings
 from msplora_analysis.show.drawing.venues import style_of
-from msplora_analysis.tables.matrices import method_labels, slug
+from msplora_analysis.tables.matrices import choose, method_labels, slug, stacks
 from msplora_core.atomic import replacing
 
 FORMATS = ("pdf", "png", "svg")
@@ -49,6 +49,90 @@ class Plot:
         return paths
 
 
+Plots = Callable[[pd.DataFrame, float | None], Iterator[Plot]]
+_Plots = TypeVar("_Plots", bound=Plots)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of figure.
+
+    Attributes:
+        name: What its files are called, or what their names begin with.
+        order: Its place among the others.
+        needs: The table it is drawn of: "spectra", "pairs", "scales" or "comparison".
+        plots: From that table, prepared, and an epoch or None: all figures of this kind that can be drawn.
+        function: Draws one of them, for Python.
+    """
+
+    name: str
+    order: int
+    needs: str
+    plots: Plots
+    function: Callable[..., Figure]
+
+
+KINDS: dict[str, Kind] = {}
+"""Name -> kind, of all that were declared."""
+
+
+def plots_of(
+    function: Callable[..., Figure], *, order: int, needs: str = "spectra", name: str | None = None
+) -> Callable[[_Plots], _Plots]:
+    """Declare a kind of figure: a decorator of what yields a `Plot` for each figure of the kind that can be drawn.
+
+    What is decorated gets the table that the kind needs, prepared, and an epoch or None.
+
+    Args:
+        function: Draws one of the figures, for Python.
+        order: Its place among the others: files are written and listed in this order.
+        needs: "spectra" (as `prepare` makes it), "pairs" or "scales" (as `prepare_pairs` makes them), or "comparison".
+        name: What the names of its files begin with. Default: the name of the function.
+    """
+
+    def declare(plots: _Plots) -> _Plots:
+        kind = Kind(name or function.__name__, order, needs, plots, function)
+        KINDS[kind.name] = kind
+        return plots
+
+    return declare
+
+
+def all_plots(tables: Mapping[str, pd.DataFrame], epoch: float | None = None) -> list[Plot]:
+    """All figures that the tables allow, in order; one without numbers is none.
+
+    Args:
+        tables: What kinds of figures may need, prepared, by name (see `Kind.needs`).
+        epoch: Of the figures of one checkpoint; None: see `tables.checkpoints.at_epoch`.
+    """
+    kinds = sorted(KINDS.values(), key=lambda kind: kind.order)
+    plots = (plot for kind in kinds if kind.needs in tables for plot in kind.plots(tables[kind.needs], epoch))
+    return [plot for plot in plots if len(plot.numbers)]
+
+
+def of_one_method(
+    table: pd.DataFrame,
+    method: str | None,
+    stack: str | None,
+    epoch: float | None,
+    numbers: Callable[..., pd.DataFrame],
+    draw: Callable[..., Figure],
+    style: str | None,
+) -> Figure:
+    """The figure of the layers of one method and stack; either may be left out if there is only one.
+
+    Args:
+        table: What `prepare` or `prepare_pairs` makes.
+        numbers: Of the rows of layers in it, a method, a stack and the epoch.
+        draw: Of these numbers and a style.
+    """
+    layers = table[table["scale"] == "layer"]
+    label = method and choose("method", method, method_labels(layers))
+    stack = choose("stack", stack, stacks(layers[layers["variant"] == label] if label else layers))
+    label = choose("method", label, method_labels(layers[layers["stack"] == stack]))
+    return draw(numbers(layers, label, stack, epoch), style, name_stack=len(stacks(layers)) > 1)
+
+
 def each_method(
     name: str,
     table: pd.DataFrame,
@@ -56,17 +140,13 @@ def each_method(
     draw: Callable[..., Figure],
     epoch: float | None,
 ) -> Iterator[Plot]:
-    """A figure of the layers of every numbered stack and method, named by the stack only where there are several.
-
-    `table` is what `prepare` or `prepare_pairs` makes; `numbers` takes the rows of layers in it, a method,
-    a stack and the epoch, `draw` these numbers and a style.
-    """
+    """A figure as `of_one_method` draws it of every numbered stack and method, named by a stack only if of several."""
     layers = table[table["scale"] == "layer"]
-    stacks = sorted(layers["stack"].dropna().unique())
-    for stack in stacks:
+    several = len(stacks(layers)) > 1
+    for stack in stacks(layers):
         for method in method_labels(layers[layers["stack"] == stack]):
-            stem = "_".join([name, slug(method), *([slug(stack)] if len(stacks) > 1 else [])])
-            yield Plot(stem, numbers(layers, method, stack, epoch), partial(draw, name_stack=len(stacks) > 1))
+            stem = "_".join([name, slug(method), *([slug(stack)] if several else [])])
+            yield Plot(stem, numbers(layers, method, stack, epoch), partial(draw, name_stack=several))
 
 
 def check_formats(formats: Sequence[str]) -> list[str]:

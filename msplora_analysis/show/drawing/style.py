@@ -81,12 +81,3 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def settings(style: Style = DEFAULT) -> AbstractContextManager[None]:
     """matplotlib's defaults (not the user's matplotlibrc) with ours over them, for the length of a `with`."""
     return mpl_style.context(["default", SETTINGS, SERIF if style.serif else {}])
-
-
-def runs_note(counts: list[int]) -> str:
-    """'1 run', 'mean over 9 runs', 'mean over 9 runs each', 'mean over 9 and 3 runs'."""
-    each = " each" if len(counts) > 1 and len(set(counts)) == 1 else ""
-    if max(counts) == 1:
-        return f"1 run{each}"
-    numbers = str(counts[0]) if each else " and ".join(str(count) for count in counts)
-    return f"mean over {numbers} runs{each}"

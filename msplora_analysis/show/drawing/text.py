@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 
+import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from msplora_analysis.errors import printable
 from msplora_analysis.show.drawing.labels import LABELS
+from msplora_analysis.tables.labels import epoch_note
 
 _EDGE = 6.0  # points between a text and the edge of the figure, at least
 
@@ -29,6 +31,33 @@ def title(figure: Figure, heading: str, *notes: str, math: bool = False) -> None
         lines = [_broken(text, part, room) for part in (heading, note) if part]
         text.set_text("\n".join(lines))
         _grow(figure, text.get_text().count("\n") * 1.2 * float(text.get_fontsize()))
+
+
+def title_of_layers(
+    figure: Figure, heading: str, numbers: pd.DataFrame, runs: list[int], *notes: str, name_stack: bool
+) -> None:
+    """The title of a figure of layers at one checkpoint: the heading, then the stack, the epoch and how many runs.
+
+    Args:
+        figure: The figure.
+        heading: What it shows.
+        numbers: Its numbers, with the column `stack` and one or more columns `epoch...`.
+        runs: The number of runs of each method.
+        notes: What else stands in the brackets.
+        name_stack: Whether to name the stack, as where a model has several.
+    """
+    epochs = pd.concat([numbers[name] for name in numbers.columns if name.startswith("epoch")])
+    stack = str(numbers["stack"].iloc[0]) if name_stack else ""
+    title(figure, heading, stack, epoch_note(epochs), runs_note(runs), *notes)
+
+
+def runs_note(counts: list[int]) -> str:
+    """'1 run', 'mean over 9 runs', 'mean over 9 runs each', 'mean over 9 and 3 runs'."""
+    each = " each" if len(counts) > 1 and len(set(counts)) == 1 else ""
+    if max(counts) == 1:
+        return f"1 run{each}"
+    numbers = str(counts[0]) if each else " and ".join(str(count) for count in counts)
+    return f"mean over {numbers} runs{each}"
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Figures: one file each, which declares itself (see `drawing.catalogue.plots_of`), found here by being in this folder.
+"""Figures: one file each, which declares itself (see `drawing.plot.plots_of`), found here by being in this folder.
 
     from msplora_analysis import load_spectra
     from msplora_analysis.show.figures import figure3, write_figures
@@ -26,9 +26,8 @@ import pandas as pd
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Execution, Options, Progress
-from msplora_analysis.show.drawing.catalogue import KINDS, all_plots
 from msplora_analysis.show.drawing.figure import Figure, Figures
-from msplora_analysis.show.drawing.plot import FORMATS, Plot, check_formats
+from msplora_analysis.show.drawing.plot import FORMATS, KINDS, Plot, all_plots, check_formats
 from msplora_analysis.show.drawing.venues import style_of
 from msplora_analysis.tables.gather import gather_redundancy, gather_spectra
 from msplora_analysis.tables.matrices import prepare

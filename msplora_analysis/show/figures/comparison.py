@@ -7,12 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.colours import PALETTE
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.heatmap import NARROW
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot
+from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.text import fit, legend_below, title
 from msplora_analysis.show.drawing.venues import Style

@@ -1,17 +1,15 @@
 """How decoupled the scales of MSPLoRA are, over the epochs."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import combinations
 
 import pandas as pd
 
 from msplora_analysis.formats.updates import SCALES
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.lines import draw_lines, over_epochs
-from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
 
 QUANTITIES = ["overlap_in", "overlap_out", "cosine"]
@@ -36,9 +34,7 @@ def decoupling_over_epochs(
 @plots_of(decoupling_over_epochs, order=9, needs="scales")
 def plots(scales: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     """scales: of `prepare_pairs`."""
-    table = numbers(scales)
-    if len(table):
-        yield Plot("decoupling_over_epochs", table, draw)
+    yield Plot("decoupling_over_epochs", numbers(scales), draw)
 
 
 def numbers(scales: pd.DataFrame) -> pd.DataFrame:
@@ -49,8 +45,10 @@ def numbers(scales: pd.DataFrame) -> pd.DataFrame:
     return result.merge(chances.stack().rename("chance").reset_index(), on=["variant", "scale", "quantity"], how="left")
 
 
-@styled
-def draw(numbers: pd.DataFrame, style: Style) -> Figure:
-    return draw_lines(
-        numbers, style, "Between scales: low = decoupled, dotted = by chance", QUANTITIES, PANELS, least=0.0
-    )
+draw = partial(
+    draw_lines,
+    heading="Between scales: low = decoupled, dotted = by chance",
+    quantities=QUANTITIES,
+    order=PANELS,
+    least=0.0,
+)

@@ -1,16 +1,14 @@
 """The effective rank over the epochs: how broad each spectrum is."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pandas as pd
 
 from msplora_analysis.compute.measures.metrics import effective_rank
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.lines import draw_lines, over_epochs
-from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.tables.matrices import prepare, sigma
 
 QUANTITIES = ("effective_rank", "effective_rank_over_r")
@@ -27,9 +25,7 @@ def effective_rank_over_epochs(spectra: pd.DataFrame, *, style: str | None = Non
 
 @plots_of(effective_rank_over_epochs, order=5)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
-    table = numbers(matrices)
-    if len(table):
-        yield Plot("effective_rank_over_epochs", table, draw)
+    yield Plot("effective_rank_over_epochs", numbers(matrices), draw)
 
 
 def numbers(matrices: pd.DataFrame) -> pd.DataFrame:
@@ -38,6 +34,4 @@ def numbers(matrices: pd.DataFrame) -> pd.DataFrame:
     return over_epochs(matrices, dict(zip(QUANTITIES, values, strict=True)))
 
 
-@styled
-def draw(numbers: pd.DataFrame, style: Style) -> Figure:
-    return draw_lines(numbers, style, "Effective rank: high = broad spectrum", QUANTITIES)
+draw = partial(draw_lines, heading="Effective rank: high = broad spectrum", quantities=QUANTITIES)

@@ -6,19 +6,16 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Normalize
 
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.colours import DIVERGING
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
+from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import runs_note, styled
-from msplora_analysis.show.drawing.text import title
+from msplora_analysis.show.drawing.plot import Plot, plots_of
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.text import title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
-from msplora_analysis.tables.labels import epoch_note
 from msplora_analysis.tables.matrices import choose, is_msplora, prepare, slug, stacks
 
 
@@ -76,15 +73,10 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
     layers = sorted(numbers["layer_i"].unique())
     figure, axes = square_panels(style, layers, 1)
     largest = np.nanmax(np.abs(values), initial=0) or 1
-    cells = draw_cells(axes[0], edges(len(values)), edges(len(values)), values, Normalize(-largest, largest), DIVERGING)
+    cells = draw_cells(axes[0], values, colour_scale(largest, -largest), DIVERGING)
     figure.colorbar(cells, ax=axes, label=LABELS["kl_difference"], aspect=25, pad=0.02)
     first = numbers.iloc[0]
-    title(
-        figure,
-        f"{first['variant_msplora']} − {first['variant_lora']}",
-        first["stack"] if name_stack else "",
-        epoch_note(pd.concat([numbers["epoch_msplora"], numbers["epoch_lora"]])),
-        runs_note([first["runs_msplora"], first["runs_lora"]]),
-    )
+    heading, runs = f"{first['variant_msplora']} − {first['variant_lora']}", [first["runs_msplora"], first["runs_lora"]]
+    title_of_layers(figure, heading, numbers, runs, name_stack=name_stack)
     finish_squares(figure, axes, layers)
     return figure

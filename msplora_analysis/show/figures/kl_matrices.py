@@ -4,20 +4,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pandas as pd
-from matplotlib.colors import Normalize
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
+from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import runs_note, styled
-from msplora_analysis.show.drawing.text import title
+from msplora_analysis.show.drawing.plot import Plot, plots_of
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.text import title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
-from msplora_analysis.tables.labels import epoch_note
 from msplora_analysis.tables.matrices import choose, prepare, slug, stacks
 
 
@@ -55,10 +52,8 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
             stem = f"kl_between_layers_{'_and_'.join(map(slug, methods))}" + (f"_{slug(stack)}" if several else "")
             table = layer_kl.numbers(matrices, list(methods), stack, epoch)
             yield Plot(stem, table, partial(draw, name_stack=several))
-    summary = layer_kl.summary(matrices, epoch)
-    if len(summary):
-        yield Plot("kl_summary", summary)
-        yield Plot("kl_per_run", layer_kl.per_run(matrices, epoch))
+    yield Plot("kl_summary", layer_kl.summary(matrices, epoch))
+    yield Plot("kl_per_run", layer_kl.per_run(matrices, epoch))
 
 
 @styled
@@ -66,19 +61,13 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
     tables = [table for _, table in numbers.groupby("variant", sort=False)]
     layers = sorted(numbers["layer_i"].unique())
     figure, axes = square_panels(style, layers, len(tables))
-    largest = numbers["kl"].max()
-    norm = Normalize(0, largest if largest > 0 else 1)
+    norm = colour_scale(numbers["kl"].max())
     for ax, table in zip(axes, tables, strict=True):
-        cells = draw_cells(ax, edges(len(layers)), edges(len(layers)), layer_kl.matrix(table), norm, SEQUENTIAL)
+        cells = draw_cells(ax, layer_kl.matrix(table), norm, SEQUENTIAL)
         if len(tables) > 1:
             ax.set_title(table["variant"].iloc[0], parse_math=False)
     figure.colorbar(cells, ax=axes, label=LABELS["kl"], aspect=25, pad=0.02)
-    title(
-        figure,
-        "KL between layers" + ("" if len(tables) > 1 else f", {tables[0]['variant'].iloc[0]}"),
-        numbers["stack"].iloc[0] if name_stack else "",
-        epoch_note(numbers["epoch"]),
-        runs_note([table["runs"].iloc[0] for table in tables]),
-    )
+    heading = "KL between layers" + ("" if len(tables) > 1 else f", {tables[0]['variant'].iloc[0]}")
+    title_of_layers(figure, heading, numbers, [table["runs"].iloc[0] for table in tables], name_stack=name_stack)
     finish_squares(figure, axes, layers)
     return figure

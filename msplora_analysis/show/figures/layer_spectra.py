@@ -3,20 +3,17 @@
 from collections.abc import Iterator
 
 import pandas as pd
-from matplotlib.colors import Normalize
 
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, wide_panel
+from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, label_layers, wide_panel
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot, each_method
-from msplora_analysis.show.drawing.style import runs_note, styled
-from msplora_analysis.show.drawing.text import title
+from msplora_analysis.show.drawing.plot import Plot, each_method, of_one_method, plots_of
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.text import title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
-from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, ks, method_labels, prepare, stacks
+from msplora_analysis.tables.matrices import ks, prepare
 
 TOP = 8
 
@@ -30,19 +27,12 @@ def spectra_by_layer(
     style: str | None = None,
 ) -> Figure:
     """Layers across, index k down (1 at the top), colour = sigma_k of the `layer` part, mean over modules and runs."""
-    matrices = prepare(spectra)
-    stack = choose("stack", stack, stacks(matrices))
-    method = choose("method", method, drawable(matrices, stack))
-    return draw(numbers(matrices, method, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
+    return of_one_method(prepare(spectra), method, stack, epoch, numbers, draw, style)
 
 
 @plots_of(spectra_by_layer, order=6)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     return each_method("spectra_by_layer", matrices, numbers, draw, epoch)
-
-
-def drawable(matrices: pd.DataFrame, stack: str) -> list[str]:
-    return method_labels(matrices[(matrices["scale"] == "layer") & (matrices["stack"] == stack)])
 
 
 def numbers(matrices: pd.DataFrame, method: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
@@ -60,14 +50,11 @@ def numbers(matrices: pd.DataFrame, method: str, stack: str, epoch: float | None
 @styled
 def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
     values = numbers.pivot(index="k", columns="layer", values="sigma")
-    rows, layers = values.shape
-    figure, ax = wide_panel(style, values.columns.tolist(), rows)
-    norm = Normalize(0, numbers["sigma"].max() or 1)
-    cells = draw_cells(ax, edges(layers), edges(rows, first=1), values.to_numpy(), norm, SEQUENTIAL)
-    ax.set(ylabel=LABELS["k"], yticks=range(1, rows + 1))
+    figure, ax = wide_panel(style, values.columns.tolist(), len(values))
+    cells = draw_cells(ax, values.to_numpy(), colour_scale(numbers["sigma"].max()), SEQUENTIAL, first_row=1)
+    ax.set(ylabel=LABELS["k"], yticks=values.index)
     figure.colorbar(cells, ax=ax, label=LABELS["sigma"], aspect=18, pad=0.02)
     first = numbers.iloc[0]
-    notes = [first["stack"]] if name_stack else []
-    title(figure, f"{first['variant']}, layer parts", *notes, epoch_note(numbers["epoch"]), runs_note([first["runs"]]))
+    title_of_layers(figure, f"{first['variant']}, layer parts", numbers, [first["runs"]], name_stack=name_stack)
     label_layers(figure, [ax.xaxis], values.columns.tolist())
     return figure

@@ -1,16 +1,14 @@
 """M_eff-k over the epochs: how much of each spectrum its largest values hold."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pandas as pd
 
 from msplora_analysis.compute.measures.metrics import KS, m_eff
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.lines import draw_lines, over_epochs
-from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.tables.matrices import prepare, sigma
 
 
@@ -25,9 +23,7 @@ def m_eff_over_epochs(spectra: pd.DataFrame, *, style: str | None = None) -> Fig
 
 @plots_of(m_eff_over_epochs, order=4)
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
-    table = numbers(matrices)
-    if len(table):
-        yield Plot("m_eff_over_epochs", table, draw)
+    yield Plot("m_eff_over_epochs", numbers(matrices), draw)
 
 
 def numbers(matrices: pd.DataFrame) -> pd.DataFrame:
@@ -35,7 +31,8 @@ def numbers(matrices: pd.DataFrame) -> pd.DataFrame:
     return over_epochs(matrices, {f"m_eff_{k}": m_eff(spectra, k) for k in KS})
 
 
-@styled
-def draw(numbers: pd.DataFrame, style: Style) -> Figure:
-    heading = r"$M_\mathrm{eff}$-k: high = concentrated, low complexity"
-    return draw_lines(numbers, style, heading, [f"m_eff_{k}" for k in KS])
+draw = partial(
+    draw_lines,
+    heading=r"$M_\mathrm{eff}$-k: high = concentrated, low complexity",
+    quantities=[f"m_eff_{k}" for k in KS],
+)

@@ -4,21 +4,17 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Normalize
 
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.colours import OVERLAPS, SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import draw_cells, edges, finish_squares, square_panels
+from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot, each_method
-from msplora_analysis.show.drawing.style import runs_note, styled
-from msplora_analysis.show.drawing.text import title
+from msplora_analysis.show.drawing.plot import Plot, each_method, of_one_method, plots_of
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.text import title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.checkpoints import at_epoch
-from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, method_labels
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
 
 PANELS = {"kl": "KL of the spectra"} | {side: LABELS[side] for side in ("overlap_in", "overlap_out")}
@@ -45,21 +41,13 @@ def overlap_between_layers(
         pairs: Of `load_pairs`.
         labels: Method of each run (see `prepare_pairs`).
     """
-    table = layers_of(prepare_pairs(pairs, labels))
-    stack = choose("stack", stack, sorted(table["stack"].unique()))
-    table = table[table["stack"] == stack]
-    method = choose("method", method, method_labels(table))
-    return draw(numbers(table, method, stack, epoch), style)
+    return of_one_method(prepare_pairs(pairs, labels), method, stack, epoch, numbers, draw, style)
 
 
 @plots_of(overlap_between_layers, order=8, needs="pairs")
 def plots(pairs: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     """pairs: of `prepare_pairs`."""
     return each_method("overlap_between_layers", pairs, numbers, draw, epoch)
-
-
-def layers_of(pairs: pd.DataFrame) -> pd.DataFrame:
-    return pairs[pairs["scale"] == "layer"]
 
 
 def numbers(layers: pd.DataFrame, method: str, stack: str, epoch: float | None = None) -> pd.DataFrame:
@@ -81,11 +69,8 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
     chances = numbers[CHANCES].mean()
     for ax, (column, name) in zip(axes, PANELS.items(), strict=True):
         largest = numbers["kl"].max() if column == "kl" else max(np.nanmax(overlaps, initial=0), 1.5 * chances.max())
-        norm = Normalize(0, 1 if column != "kl" and largest > _ALIKE else largest if largest > 0 else 1)
-        values = layer_kl.matrix(numbers, column)
-        cells = draw_cells(
-            ax, edges(len(layers)), edges(len(layers)), values, norm, SEQUENTIAL if column == "kl" else OVERLAPS
-        )
+        norm = colour_scale(1 if column != "kl" and largest > _ALIKE else largest)
+        cells = draw_cells(ax, layer_kl.matrix(numbers, column), norm, SEQUENTIAL if column == "kl" else OVERLAPS)
         ax.set_title(name)
         if column != "overlap_in":  # both overlaps share a bar
             of = axes[:1] if column == "kl" else axes[1:]
@@ -97,13 +82,8 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
     by_chance = [f"{chance:.2g} {side}" for chance, side in zip(chances, ("in", "out"), strict=True)]
     if np.isclose(*chances):
         by_chance = [f"{chances.iloc[0]:.2g}"]
-    title(
-        figure,
-        f"{numbers['variant'].iloc[0]}: what layers share",
-        numbers["stack"].iloc[0] if name_stack else "",
-        epoch_note(numbers["epoch"]),
-        runs_note([numbers["runs"].iloc[0]]),
-        f"mark{'s' * (len(by_chance) - 1)}: by chance, {', '.join(by_chance)}",
-    )
+    heading = f"{numbers['variant'].iloc[0]}: what layers share"
+    marks = f"mark{'s' * (len(by_chance) - 1)}: by chance, {', '.join(by_chance)}"
+    title_of_layers(figure, heading, numbers, [numbers["runs"].iloc[0]], marks, name_stack=name_stack)
     finish_squares(figure, axes, layers)
     return figure

@@ -4,21 +4,18 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Normalize
 
 from msplora_analysis.compute.measures.rank_needed import energy_rank
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import draw_cells, edges, label_layers, width_for
+from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, label_layers, width_for
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot, each_method
-from msplora_analysis.show.drawing.style import runs_note, styled
-from msplora_analysis.show.drawing.text import broken, title
+from msplora_analysis.show.drawing.plot import Plot, each_method, of_one_method, plots_of
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.text import broken, title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
-from msplora_analysis.tables.labels import epoch_note
-from msplora_analysis.tables.matrices import choose, method_labels, prepare, sigma, stacks
+from msplora_analysis.tables.matrices import prepare, sigma
 
 SHARES = (0.9, 0.99)
 LETTERS = 20  # of a module's name on one line
@@ -37,10 +34,7 @@ def rank_needed_map(
     Computed per matrix of the `layer` scale, then averaged over runs. It describes the rank that an update used; that
     a task needs no more is not shown by it.
     """
-    matrices = prepare(spectra)
-    method = choose("method", method, method_labels(matrices))
-    stack = choose("stack", stack, stacks(matrices[matrices["variant"] == method]))
-    return draw(numbers(matrices, method, stack, epoch), style, name_stack=len(stacks(matrices)) > 1)
+    return of_one_method(prepare(spectra), method, stack, epoch, numbers, draw, style)
 
 
 @plots_of(rank_needed_map, order=7, name="rank_needed")
@@ -78,21 +72,17 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
     row = 0.05 + 0.12 * max(name.count("\n") + 1 for name in names)
     figure = Figure(figsize=(width, 0.7 + len(shares) * (0.5 + row * len(modules))), layout="constrained")
     axes = figure.subplots(len(shares), 1, squeeze=False)[:, 0]
+    norm = colour_scale(max(rank, 2), lowest=1)
     for ax, share in zip(axes, shares, strict=True):
         panel = numbers[numbers["energy"] == share].pivot(index="module", columns="layer", values="rank_needed")
         values = panel.reindex(index=modules, columns=layers).to_numpy(dtype=np.float64)
-        cells = draw_cells(ax, edges(len(layers)), edges(len(modules)), values, Normalize(1, max(rank, 2)), SEQUENTIAL)
+        cells = draw_cells(ax, values, norm, SEQUENTIAL)
         ax.set_yticks(range(len(modules)), names, parse_math=False)
         ax.set_title(f"{share:.0%} of the energy")
     axes[-1].set_xlabel(LABELS["layer"])
     figure.colorbar(cells, ax=axes.tolist(), label=f"{LABELS['rank_needed']}, of {rank}", aspect=25, pad=0.02)
     first = numbers.iloc[0]
-    title(
-        figure,
-        f"{first['variant']}, layer parts: rank used",
-        str(first["stack"]) if name_stack else "",
-        epoch_note(numbers["epoch"]),
-        runs_note([int(numbers["runs"].max())]),
-    )
+    heading = f"{first['variant']}, layer parts: rank used"
+    title_of_layers(figure, heading, numbers, [int(numbers["runs"].max())], name_stack=name_stack)
     label_layers(figure, [ax.xaxis for ax in axes], layers)
     return figure

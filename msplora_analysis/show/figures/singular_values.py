@@ -4,18 +4,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Normalize
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.formats.updates import SCALES
-from msplora_analysis.show.drawing.catalogue import plots_of
 from msplora_analysis.show.drawing.colours import SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import NARROW, draw_cells, edges, mark_absent
+from msplora_analysis.show.drawing.heatmap import NARROW, colour_scale, draw_cells, mark_absent
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.drawing.style import runs_note, styled
-from msplora_analysis.show.drawing.text import fit, label_epochs, title
+from msplora_analysis.show.drawing.plot import Plot, plots_of
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.text import fit, label_epochs, runs_note, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of
 from msplora_analysis.tables.matrices import choose, is_msplora, ks, method_labels, prepare, slug
@@ -66,13 +64,13 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     figure = Figure(figsize=(style.widest, 2.3 if abreast else 0.9 + 1.3 * len(scales)), layout="constrained")
     rows, columns = (1, len(scales)) if abreast else (len(scales), 1)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel().tolist()
-    norm = Normalize(0, numbers["sigma"].max() or 1)
+    norm = colour_scale(numbers["sigma"].max())
     last = numbers["k"].max()
     for ax, scale in zip(axes, scales, strict=True):
         part = numbers[numbers["scale"] == scale]
         values = part.pivot(index="k", columns="epoch", values="sigma")
         x_edges = _midpoints(values.columns.to_numpy(dtype=float))
-        cells = draw_cells(ax, x_edges, edges(len(values), first=1), values.to_numpy(), norm, SEQUENTIAL)
+        cells = draw_cells(ax, values.to_numpy(), norm, SEQUENTIAL, x_edges=x_edges, first_row=1)
         ax.set_ylim(last + 0.5, 0.5)
         if len(values) < last:
             mark_absent(ax, x_edges, len(values) + 0.5, last + 0.5, f"rank {len(values)}")
