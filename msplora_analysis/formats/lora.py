@@ -74,16 +74,16 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     for option, pattern in _TRAINING_ONLY.items():
         if config.get(option):
             known |= {key for key in unknown if (name := _module(pattern, key)) in pairs}
-    diagonals = {name: key for key in unknown if (name := _module(_DIAGONAL, key)) in pairs}
+    diagonals: dict[str | None, str] = {}
     if config.get("kasa_config"):
+        diagonals = {name: key for key in unknown if (name := _module(_DIAGONAL, key)) in pairs}
         known |= set(diagonals.values())
 
     matrices: list[Matrix] = []
     for name, (a, b) in pairs.items():
-        diagonal = diagonals.get(name) if config.get("kasa_config") else None
-        if config.get("kasa_config") and diagonal is None:
+        if config.get("kasa_config") and name not in diagonals:
             raise AnalysisError(f"tensor {a} has no lora_diag of KaSA beside it; save the adapter again")
-        matrices += _matrices(name, a, b, diagonal, settings, file.shapes)
+        matrices += _matrices(name, a, b, diagonals.get(name), settings, file.shapes)
     notes = list(_notes(config, any(key in known for key in magnitudes.values())))
     if nested := next((unit for unit in pairs if unit.endswith(".base_layer")), None):
         notes.append(
@@ -233,16 +233,12 @@ def _product(
     if blocks_a > 1:
         product = replace(product, a=replace(product.a, make=partial(block_diagonal, blocks=blocks_a)))
     if blocks_b > 1:
-        product = replace(product, b=replace(product.b, make=partial(_grouped, blocks=blocks_b)))
+        product = replace(product, b=replace(product.b, make=partial(block_diagonal, blocks=blocks_b)))
     if diagonal is not None:
         if math.prod(shapes[diagonal]) != rank:
             raise AnalysisError(f"tensor {diagonal} has shape {list(shapes[diagonal])}; expected [{rank}]")
         product = replace(product, a=Factor((a, diagonal), rank, product.cols, rows_scaled))
     return product
-
-
-def _grouped(values: NDArray[Any], blocks: int) -> NDArray[np.float64]:
-    return block_diagonal(values.reshape(values.shape[:2]), blocks)
 
 
 def _blocks(module: str, config: Config) -> tuple[int, int]:

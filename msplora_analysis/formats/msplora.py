@@ -62,9 +62,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     matrices: list[Matrix] = []
     for pyramid in pyramids.values():
         _check_complete(pyramid, ranks, config)
-        matrices += _single_scales(pyramid)
-        if len(ranks) > 1:
-            matrices += _totals(pyramid)
+        matrices += _matrices(pyramid, with_totals=len(ranks) > 1)
     return contents(matrices, unknown)
 
 
@@ -103,24 +101,18 @@ def _check_complete(pyramid: _Pyramid, ranks: dict[str, int | None], config: Con
             )
 
 
-def _single_scales(pyramid: _Pyramid) -> Iterator[Matrix]:
+def _matrices(pyramid: _Pyramid, *, with_totals: bool) -> Iterator[Matrix]:
     for scale, units in pyramid.shared.items():
         for group, first in enumerate(sorted(units)):
             name, product = units[first]
             yield Matrix(scale, group, pyramid.module, name, Sum((product,)))
     for name, (layer, product) in pyramid.layers.items():
         yield Matrix("layer", layer, pyramid.module, name, Sum((product,)))
-
-
-def _totals(pyramid: _Pyramid) -> Iterator[Matrix]:
-    for name, (layer, product) in pyramid.layers.items():
-        shared = []
-        for units in pyramid.shared.values():
+        if with_totals:
             # The group of a layer is the one that starts last among those not after it.
-            starts = [first for first in units if first <= (layer or 0)]
-            if starts:
-                shared.append(units[max(starts)][1])
-        yield Matrix("total", layer, pyramid.module, name, Sum((*shared, product)))
+            starts = [[first for first in units if first <= (layer or 0)] for units in pyramid.shared.values()]
+            shared = [units[max(of)][1] for units, of in zip(pyramid.shared.values(), starts, strict=True) if of]
+            yield Matrix("total", layer, pyramid.module, name, Sum((*shared, product)))
 
 
 FORMAT = Format(name="MSPLoRA", read=read, peft_types=("MSPLORA",))

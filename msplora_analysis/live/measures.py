@@ -31,13 +31,6 @@ PREFIX = "spectra"
 _OPTIONS = Options(ignore_unknown=True)
 
 
-class Values(NamedTuple):
-    """Values by name, without those that do not exist; and tensors that no format explains."""
-
-    values: dict[str, float]
-    unknown: list[str]
-
-
 class Directions(NamedTuple):
     """Of n updates: sigma (n, r) and singular directions, rows of left and right (n, r, R)."""
 
@@ -48,14 +41,17 @@ class Directions(NamedTuple):
 
 def adapter_values(
     tensors: ModelTensors, config: dict[str, Any], *, ks: Sequence[int] = (1, 4), by_module: bool = False
-) -> Values:
-    """The values of the module's docstring, of one adapter.
+) -> tuple[dict[str, float], list[str]]:
+    """The values of the module's docstring, of one adapter, without those that do not exist.
 
     Args:
         tensors: Those of the adapter.
         config: Its configuration, as adapter_config.json holds it.
         ks: The k of M_eff-k.
         by_module: Also for every module type, as ``spectra/<scale>/<module>/...``.
+
+    Returns:
+        Value by name, and the tensors that no format explains.
 
     Raises:
         AnalysisError: For a format that is not supported, and for NaN or Inf in a tensor.
@@ -71,9 +67,8 @@ def adapter_values(
     found = {f"{group}/{name}": column[rows] for group, rows in groups.items() for name, column in table.items()}
     found |= {f"overlap/{name}": np.array(shared) for name, shared in overlaps.items()}
     known = {name: column[~np.isnan(column)] for name, column in found.items()}  # an update of zero has no ratios
-    return Values(
-        {f"{PREFIX}/{name}": float(column.mean()) for name, column in known.items() if len(column)}, contents.unknown
-    )
+    values = {f"{PREFIX}/{name}": float(column.mean()) for name, column in known.items() if len(column)}
+    return values, contents.unknown
 
 
 def _spectra_and_overlaps(

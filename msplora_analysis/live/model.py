@@ -82,7 +82,8 @@ def active_adapters(model: Any) -> list[ModelAdapter]:
         for key, tensor in tensors.items():
             if reason := _elsewhere(tensor):
                 raise AnalysisError(f"adapter {name}: tensor {key} {reason}: {_NOT_WHOLE}")
-        found.append(ModelAdapter(name, _as_saved(model.peft_config[name]), ModelTensors(name, tensors)))
+        config = json.loads(json.dumps(model.peft_config[name].to_dict(), default=_plain))
+        found.append(ModelAdapter(name, config, ModelTensors(name, tensors)))
     return found
 
 
@@ -95,11 +96,6 @@ def _elsewhere(tensor: torch.Tensor) -> str | None:
     if tensor.is_meta:
         return "is on the meta device, offloaded"
     return "is empty, so sharded" if tensor.numel() == 0 else None
-
-
-def _as_saved(config: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
-    return plain
 
 
 def _plain(value: Any) -> Any:

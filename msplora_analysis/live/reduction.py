@@ -58,7 +58,7 @@ def small_factors(tensors: ModelTensors, matrices: Sequence[Matrix]) -> tuple[Ar
             gram_b *= scaling[:, None, None] ** 2
         else:
             gram_a, gram_b = (_gram_on(device, tensors, updates, side) for side in ("a", "b"))
-            scalings = np.stack([_scalings(update) for update in updates])
+            scalings = np.array([[p.scaling for p in update.products for _ in range(p.rank)] for update in updates])
             gram_b *= scalings[:, :, None] * scalings[:, None, :]
     for matrix, *grams in zip(matrices, gram_a, gram_b, strict=True):
         if not np.isfinite(grams).all():
@@ -103,9 +103,3 @@ def slices(update: Sum) -> list[slice]:
     """Where the factors of each product lie among the concatenated ones."""
     ends = np.cumsum([product.rank for product in update.products]).tolist()
     return [slice(end - product.rank, end) for end, product in zip(ends, update.products, strict=True)]
-
-
-def _scalings(update: Sum) -> Array:
-    """Of every column (R,) of the concatenated b."""
-    ranks = [product.rank for product in update.products]
-    return np.repeat([float(product.scaling) for product in update.products], ranks)

@@ -17,7 +17,6 @@ from msplora_analysis.write.write import (
     as_pair,
     check_dtype,
     new_folder,
-    stored_dtypes,
     widest_dtype,
     write_adapter,
 )
@@ -62,13 +61,12 @@ def exported(
     check_dtype(dtype)
     found = find_adapter(adapter)
     with new_folder(out, found.file, overwrite) as folder, open_source(found, options) as source:
-        stored = stored_dtypes(found.file)
-        chosen = dtype or widest_dtype(source, stored)
+        chosen = dtype or widest_dtype(source)
         if dtype is None and not all(_holds(chosen, source, module) for module in source.modules):
             chosen = "float32"
         pairs = [as_pair(module, *factors(source, module), chosen) for module in source.modules]
         table = _table(source, pairs)
-        write_adapter(folder, pairs, chosen, source, table, stored)
+        write_adapter(folder, pairs, chosen, source, table)
     warn_of(source)
     return table, source, chosen
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.opening import opened, unknown_text
 from msplora_analysis.compute.linalg.spectra import Array, load_factors, not_finite
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import StrPath, parse
+from msplora_analysis.files.addresses import Place, StrPath, parse
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import find_format
 from msplora_analysis.formats.helpers.parts import is_head, trained_in_full
@@ -67,6 +68,8 @@ class Source:
         modules: What is adapted, in table order.
         copied: Tensors that are written as they are, by the name they are written under.
         config: What adapter_config.json says of the base model and of these.
+        stored: The type of each tensor of a local safetensors file ("BF16"); empty for any other file, of which a
+            bfloat16 tensor is known as float32 only, which holds it exactly.
         parameters: How many numbers the adapter has in the file, shared ones once.
         notes: What a user must know.
     """
@@ -76,6 +79,7 @@ class Source:
     modules: list[Module]
     copied: dict[str, str]
     config: dict[str, Any]
+    stored: dict[str, str]
     parameters: int
     notes: list[str]
 
@@ -155,7 +159,7 @@ def _source(adapter: Adapter, file: TensorFile, contents: Contents) -> Source:
     bias = config.get("bias") or "none"
     kept["bias"] = "lora_only" if bias.endswith("_only") else bias
     parameters = sum(math.prod(file.shapes[tensor]) for tensor in factors)
-    return Source(adapter, file, modules, copied, kept, parameters, notes)
+    return Source(adapter, file, modules, copied, kept, _stored_dtypes(adapter.file), parameters, notes)
 
 
 # Modules
@@ -192,6 +196,15 @@ def _of_one_model(modules: list[Module], notes: list[str]) -> list[Module]:
         )
     notes.append(f"the adapter is for the pipeline's {models[0]}; load it into that model")
     return [Module(m.name.removeprefix(f"{models[0]}."), m.matrix, m.update, m.inputs, m.is_embedding) for m in modules]
+
+
+def _stored_dtypes(path: Place) -> dict[str, str]:
+    if not isinstance(path, Path) or path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
 def _tensors(matrix: Matrix) -> Iterator[str]:

@@ -23,7 +23,6 @@ from msplora_analysis.write.write import (
     as_pair,
     check_dtype,
     new_folder,
-    stored_dtypes,
     widest_dtype,
     write_adapter,
 )
@@ -91,15 +90,14 @@ def compressed(
         if not any(ranks):
             why = "give a larger budget=" if any(sigma.any() for sigma in spectra) else "every update is zero"
             raise AnalysisError(f"{found.file}: nothing would be left of it: {why}", "budget")
-        stored = stored_dtypes(found.file)
-        chosen = dtype or ("float64" if widest_dtype(source, stored) == "float64" else "float32")
+        chosen = dtype or ("float64" if widest_dtype(source) == "float64" else "float32")
         pairs = [
             as_pair(module, *truncated(*factors(source, module), k), chosen)
             for module, k in zip(source.modules, ranks, strict=True)
             if k
         ]
         table = _table(source, spectra, ranks)
-        write_adapter(folder, pairs, chosen, source, table, stored)
+        write_adapter(folder, pairs, chosen, source, table)
     warn_of(source)
     return table, source, chosen
 

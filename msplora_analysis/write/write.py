@@ -35,16 +35,14 @@ class Pair(NamedTuple):
     """``b @ a`` is the whole update of a module: nothing is left to scale.
 
     Attributes:
-        name: Dotted path of the module in the base model.
+        module: What they adapt.
         a: (r, in, ...), as many axes as the module's weight.
         b: (out, r, 1, ...), likewise.
-        is_embedding: Whether PEFT calls them factors of an embedding.
     """
 
-    name: str
+    module: Module
     a: Array
     b: Array
-    is_embedding: bool
 
 
 @contextmanager
@@ -102,17 +100,11 @@ def check_dtype(dtype: str | None) -> None:
 def as_pair(module: Module, a: Array, b: Array, dtype: str) -> Pair:
     """A (r, cols) and B (rows, r) with the axes that PEFT gives them, rounded to ``dtype``."""
     rank, ones = len(a), (1,) * (len(module.inputs) - 1)
-    return Pair(
-        module.name,
-        _rounded(a.reshape(rank, *module.inputs), dtype),
-        _rounded(b.reshape(len(b), rank, *ones), dtype),
-        module.is_embedding,
-    )
+    a, b = a.reshape(rank, *module.inputs), b.reshape(len(b), rank, *ones)
+    return Pair(module, _rounded(a, dtype), _rounded(b, dtype))
 
 
-def write_adapter(
-    folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, table: pd.DataFrame, stored: dict[str, str]
-) -> None:
+def write_adapter(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, table: pd.DataFrame) -> None:
     """Write adapter_config.json, adapter_model.safetensors and ranks.csv.
 
     Args:
@@ -121,47 +113,32 @@ def write_adapter(
         dtype: Of the factors, a key of DTYPES; the pairs have it already, or float32 where numpy has none.
         source: What else is copied, and what the config says of the base model.
         table: What ranks.csv holds.
-        stored: Types of the tensors that are copied, as ``stored_dtypes`` gives them.
     """
     tensors: dict[str, Array] = {}
     kinds: dict[str, str] = {}
     for pair in pairs:
-        part, suffix = ("lora_embedding_", "") if pair.is_embedding else ("lora_", ".weight")
+        part, suffix = ("lora_embedding_", "") if pair.module.is_embedding else ("lora_", ".weight")
         for factor, values in (("A", pair.a), ("B", pair.b)):
-            key = f"{PREFIX}{pair.name}.{part}{factor}{suffix}"
+            key = f"{PREFIX}{pair.module.name}.{part}{factor}{suffix}"
             tensors[key], kinds[key] = values, DTYPES[dtype]
-    adapted = {pair.name for pair in pairs}
-    dropped = [module.name for module in source.modules if module.name not in adapted]
-    for key, tensor in source.copied.items():
-        key = _unwrapped(key, dropped)
-        tensors[key] = source.file.read(tensor)
-        kinds[key] = stored.get(tensor, "")
-    _save(tensors, kinds, folder / WEIGHTS_NAME)
     config = _config(pairs, source.config)
+    dropped = {module.name for module in source.modules}.difference(config["target_modules"])
+    for key, tensor in source.copied.items():
+        if key.removeprefix(PREFIX).partition(".base_layer.")[0] in dropped:  # PEFT wraps it no more
+            key = key.replace(".base_layer.", ".", 1)
+        tensors[key], kinds[key] = source.file.read(tensor), source.stored.get(tensor, "")
+    _save(tensors, kinds, folder / WEIGHTS_NAME)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_table(table, folder / TABLE_NAME)
     # safetensors makes files for their owner alone.
     os.chmod(folder / WEIGHTS_NAME, (folder / CONFIG).stat().st_mode)
 
 
-def stored_dtypes(path: Place) -> dict[str, str]:
-    """The type of each tensor of a local safetensors file ("BF16"); empty for any other file.
-
-    A bfloat16 tensor of those others is known as float32 only, which holds it exactly.
-    """
-    if not isinstance(path, Path) or path.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-
-
-def widest_dtype(source: Source, stored: dict[str, str]) -> str:
+def widest_dtype(source: Source) -> str:
     """The most exact type among the factors in the file."""
     products = [product for module in source.modules for product in module.update.products]
     tensors = {tensor for product in products for factor in (product.a, product.b) for tensor in factor.tensors}
-    kinds = {stored.get(name) or f"F{8 * source.file.read(name).itemsize}" for name in tensors}
+    kinds = {source.stored.get(name) or f"F{8 * source.file.read(name).itemsize}" for name in tensors}
     return next(name for name, kind in reversed(DTYPES.items()) if kind in kinds)
 
 
@@ -202,7 +179,7 @@ def _save(tensors: dict[str, Array], kinds: dict[str, str], path: Path) -> None:
 def _config(pairs: Sequence[Pair], kept: dict[str, Any]) -> dict[str, Any]:
     """alpha = r for every module, so that PEFT's alpha / r is 1, also for readers that know one r and alpha only."""
     rank = max(pair.a.shape[0] for pair in pairs)
-    pattern = {f"^{re.escape(pair.name)}": pair.a.shape[0] for pair in pairs if pair.a.shape[0] != rank}
+    pattern = {f"^{re.escape(pair.module.name)}": pair.a.shape[0] for pair in pairs if pair.a.shape[0] != rank}
     return {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -213,15 +190,7 @@ def _config(pairs: Sequence[Pair], kept: dict[str, Any]) -> dict[str, Any]:
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted(pair.name for pair in pairs),
+        "target_modules": sorted(pair.module.name for pair in pairs),
         "use_rslora": False,
         "use_dora": False,
     }
-
-
-def _unwrapped(key: str, dropped: Sequence[str]) -> str:
-    """The name of a tensor of a module that is not adapted any more: PEFT puts no base_layer into it."""
-    for name in dropped:
-        if key.startswith(f"{PREFIX}{name}.base_layer."):
-            return key.replace(".base_layer.", ".", 1)
-    return key

@@ -92,8 +92,8 @@ def rows_scaled(values: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float6
 
 
 def block_diagonal(values: NDArray[Any], blocks: int) -> NDArray[np.float64]:
-    """The (rows, cols * blocks) matrix that has ``values`` (rows, cols), cut into blocks of rows, on its diagonal."""
-    rows, cols = values.shape
+    """The (rows, cols * blocks) matrix that has ``values`` (rows, cols, 1, ...), in blocks of rows, on its diagonal."""
+    rows, cols = values.reshape(len(values), -1).shape
     full = np.zeros((blocks, rows // blocks, blocks, cols))
     for i, block in enumerate(values.reshape(blocks, -1, cols)):
         full[i, :, i] = block
