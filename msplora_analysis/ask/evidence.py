@@ -117,6 +117,8 @@ def gather(
     """
     tables = [path for path in paths if table_at(path) is not None]
     others = [path for path in paths if table_at(path) is None]
+    if model is not None and tables and not others:
+        raise AnalysisError(f"base={model}: {tables[0]} is a table, without the updates; give the run folders", "base")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         adapters = discover(others, full=options.base is not None) if others or not tables else []

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.opening import opened
 from msplora_analysis.compute.linalg.directions import Directions, directions, held
 from msplora_analysis.compute.measures import divergence
@@ -24,6 +23,7 @@ from msplora_analysis.compute.measures.overlap import (
     subspace_overlap,
     update_cosine,
 )
+from msplora_analysis.compute.results import Columns, Redundancy
 from msplora_analysis.compute.tasks import Piece
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.names import stack_and_layer
@@ -34,26 +34,6 @@ _HELD = 2**28  # bytes of directions held at once
 _PRODUCTS = 2**24  # bytes of inner products held at once
 
 Indices = NDArray[np.integer[Any]]
-Columns = dict[str, Any]  # column -> values, or one value for all rows
-
-
-class Redundancy(NamedTuple):
-    """Rows of both tables of one adapter, in blocks; and what a reader must know of it."""
-
-    adapter: Adapter
-    pairs: Sequence[Columns]
-    scales: Sequence[Columns]
-    unknown: Sequence[str]
-    notes: Sequence[str]
-
-    def joined(self, others: Sequence[Redundancy]) -> Redundancy:
-        """With the rows of further parts of the same adapter."""
-        parts = (self, *others)
-        return self._replace(
-            pairs=[block for part in parts for block in part.pairs],
-            scales=[block for part in parts for block in part.scales],
-            notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
-        )
 
 
 def measure(piece: Piece, options: Options) -> Redundancy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,16 +40,29 @@ class Spectra(NamedTuple):
     unknown: Sequence[str]
     notes: Sequence[str]
 
-    def joined(self, others: Sequence[Spectra]) -> Spectra:
-        """With the matrices of further parts of the same adapter."""
-        if not others:
-            return self
-        parts = (self, *others)
-        return self._replace(
-            rows=[row for part in parts for row in part.rows],
-            sigma=[values for part in parts for values in part.sigma],
-            notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
-        )
+
+Columns = dict[str, Any]  # column -> values, or one value for all rows
+
+
+class Redundancy(NamedTuple):
+    """Rows of both tables of what an adapter's updates share, in blocks; ``unknown`` and ``notes`` as in Spectra."""
+
+    adapter: Adapter
+    pairs: Sequence[Columns]
+    scales: Sequence[Columns]
+    unknown: Sequence[str]
+    notes: Sequence[str]
+
+
+T = TypeVar("T", Spectra, Redundancy)
+
+
+def joined(parts: Sequence[T]) -> T:
+    """One result from those of the parts of an adapter, in order."""
+    first = parts[0]
+    of_parts = [name for name in first._fields if name not in ("adapter", "unknown")]
+    together: dict[str, Any] = {name: [value for part in parts for value in getattr(part, name)] for name in of_parts}
+    return first._replace(**together | {"notes": list(dict.fromkeys(together["notes"]))})
 
 
 class Failure(NamedTuple):

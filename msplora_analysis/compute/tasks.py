@@ -14,20 +14,17 @@ from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, nullcontext
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.opening import opened
 from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.executors import cpus, executor_of
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
-from msplora_analysis.compute.results import Failure, Result, Row, Spectra
+from msplora_analysis.compute.results import Failure, Result, Row, Spectra, T, joined
 from msplora_analysis.errors import AnalysisError, NotFiniteError
 from msplora_analysis.formats.updates import Matrix
 from msplora_analysis.options import Execution, Options
-
-if TYPE_CHECKING:
-    from typing import Self
 
 _TASK = 2**24  # bytes of adapter files in one task
 _WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than it saves
@@ -41,17 +38,6 @@ class Piece(NamedTuple):
     part: int = 0
     parts: int = 1
     is_cached: bool = False
-
-
-class Part(Protocol):
-    """What is computed of a piece."""
-
-    def joined(self, others: Sequence[Self]) -> Self:
-        """With the results of further parts of the same adapter."""
-        ...
-
-
-T = TypeVar("T", bound=Part)
 
 
 class Store(Protocol[T]):
@@ -214,7 +200,7 @@ def _joined(parts: Results[T]) -> T | Failure:
         if isinstance(part, Failure):
             return part
         good.append(part)
-    return good[0].joined(good[1:])
+    return joined(good)
 
 
 def _size(adapter: Adapter) -> int:

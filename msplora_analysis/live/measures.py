@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msplora_analysis.compute.linalg.directions import TOLERANCE, singular_directions
-from msplora_analysis.compute.linalg.spectra import Array, Spectrum, adapter_spectra, singular_values
+from msplora_analysis.compute.linalg.spectra import Array, adapter_spectra, singular_values
+from msplora_analysis.compute.linalg.truncated import Spectrum
 from msplora_analysis.compute.measures.overlap import subspace_overlap
 from msplora_analysis.compute.measures.registry import columns, measures
 from msplora_analysis.formats import read_contents

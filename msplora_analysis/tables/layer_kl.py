@@ -8,7 +8,7 @@ import pandas as pd
 from msplora_analysis.compute.measures.divergence import pairwise_kl
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.tables.checkpoints import at_epoch
-from msplora_analysis.tables.matrices import is_msplora, ks, method_labels, prepare
+from msplora_analysis.tables.matrices import is_msplora, ks, method_labels
 
 
 def mean_spectra(matrices: pd.DataFrame) -> pd.DataFrame:
@@ -68,30 +68,22 @@ def matrix(numbers: pd.DataFrame, column: str = "kl") -> Array:
     return numbers.pivot(index="layer_i", columns="layer_j", values=column).to_numpy(dtype=np.float64)
 
 
-def kl_per_run(spectra: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
+def per_run(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
     """Mean KL between layers of each run, its spectra averaged over modules only. One row per run and stack.
 
     `kl_all_pairs` is the mean over ordered pairs i ≠ j, `kl_adjacent` that over ordered pairs of neighbours among the
     adapted layers; pairs with an all-zero spectrum are left out, and without any pair the mean is NaN.
     """
-    return per_run(prepare(spectra), epoch)
-
-
-def kl_summary(spectra: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
-    """Mean KL between layers, one row per method and stack.
-
-    `kl_all_pairs` and `kl_adjacent` come from spectra averaged over modules *and runs* first, as in figure 4. That
-    average hides how runs differ, so `…_run_mean` and `…_run_std` give the mean and standard deviation (n − 1) of
-    `kl_per_run`. All methods stand at one epoch: the one given, or the last that they share.
-    """
-    return summary(prepare(spectra), epoch)
-
-
-def per_run(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
     return _means(matrices, ["variant", "stack", "run"], epoch)
 
 
 def summary(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
+    """Mean KL between layers, one row per method and stack.
+
+    `kl_all_pairs` and `kl_adjacent` come from spectra averaged over modules *and runs* first, as in figure 4. That
+    average hides how runs differ, so `…_run_mean` and `…_run_std` give the mean and standard deviation (n − 1) of
+    `per_run`. All methods stand at one epoch: the one given, or the last that they share.
+    """
     key = ["variant", "stack"]
     by_run = per_run(matrices, epoch).groupby(key)
     columns = {"runs": by_run.size()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.opening import unknown_text
 from msplora_analysis.compute.measures.metrics import KS
-from msplora_analysis.compute.results import Failure, Spectra
+from msplora_analysis.compute.results import Failure, Redundancy, Spectra
 from msplora_analysis.compute.tasks import compute
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, StrPath
@@ -17,8 +17,6 @@ from msplora_analysis.options import Execution, Options, Progress
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from msplora_analysis.compute.pairs import Redundancy
 
 T = TypeVar("T")
 

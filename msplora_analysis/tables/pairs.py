@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter, discover
-from msplora_analysis.compute.pairs import Columns, Redundancy, measure
+from msplora_analysis.compute.pairs import measure
+from msplora_analysis.compute.results import Columns, Redundancy
 from msplora_analysis.compute.tasks import compute_each
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Execution, Options, Progress

@@ -21,7 +21,7 @@ from msplora_analysis.compute.measures.divergence import kl
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.figures.comparison import comparison_with_intervals
 from msplora_analysis.show.figures.rank_needed import plots, rank_needed_map
-from msplora_analysis.tables.layer_kl import kl_summary
+from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.matrices import prepare
 
 FIRST_LOOK = Path(__file__).parents[1] / "data" / "first_look"
@@ -74,7 +74,7 @@ def test_values_are_those_of_figure_4() -> None:
     result = compare(Side("A", sides[0]), Side("B", sides[1]), **FEW)
     for pairs, column in (("all", "kl_all_pairs"), ("adjacent", "kl_adjacent")):
         found = row(result, measure="kl", pairs=pairs, question="difference")
-        expected = [kl_summary(side)[column].item() for side in sides]
+        expected = [layer_kl.summary(prepare(side))[column].item() for side in sides]
         assert [found["value_a"], found["value_b"]] == pytest.approx(expected, abs=1e-12)
         assert found["estimate"] == pytest.approx(expected[0] - expected[1], abs=1e-12)
         assert (found["n_a"], found["n_b"], found["paired"], found["k_a"], found["k_b"]) == (3, 3, True, 6, 4)

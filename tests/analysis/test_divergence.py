@@ -72,10 +72,8 @@ def test_zero_spectrum_gives_nan_on_either_side(distance_of):
 
 @pytest.mark.parametrize("distance_of", [kl, jensen_shannon, wasserstein])
 def test_unequal_lengths(distance_of):
-    with pytest.raises(AnalysisError, match=r"3 and 2 values .* match_rank=True"):
+    with pytest.raises(AnalysisError, match=r"3 and 2 values .* the same number"):
         distance_of([3, 2, 1], [3, 1])
-    # The two largest of each, normalised again, whatever their order.
-    assert distance_of([2, 1, 3], [1, 3], match_rank=True) == pytest.approx(distance_of([3, 2], [3, 1]))
 
 
 def test_wasserstein_counts_places():
@@ -148,5 +146,5 @@ def test_pairwise_diagonal_is_exactly_zero(rows):
 
 def test_inputs_are_not_changed():
     p, q = np.array([3.0, 0, 1]), np.array([1.0, 1, 1])
-    kl(p, q), jensen_shannon(p, q), wasserstein(p, q, match_rank=True)
+    kl(p, q), jensen_shannon(p, q), wasserstein(p, q)
     np.testing.assert_array_equal(p, [3, 0, 1])

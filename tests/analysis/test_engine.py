@@ -17,7 +17,7 @@ from msplora_analysis import AnalysisError, load_spectra, load_tables
 from msplora_analysis.adapters.discovery import discover
 from msplora_analysis.compute import tasks as engine
 from msplora_analysis.compute.cache import Cache, open_cache
-from msplora_analysis.compute.results import Failure, Spectra
+from msplora_analysis.compute.results import Failure, Spectra, joined
 from msplora_analysis.options import Execution, Options
 
 MAIN = "from msplora_analysis.cli import main; main()"
@@ -350,4 +350,4 @@ def test_the_cache_itself_gives_back_what_was_put(runs, tmp_path, monkeypatch):
 def test_notes_of_every_part_are_kept(runs):
     adapter = discover(runs)[0]
     first, second = (Spectra(adapter, [], [], [], notes) for notes in (["a"], ["a", "b"]))
-    assert first.joined([second]).notes == ["a", "b"]
+    assert joined([first, second]).notes == ["a", "b"]

@@ -25,7 +25,8 @@ from msplora_analysis.show.figures import (
     spectra_by_layer,
     write_figures,
 )
-from msplora_analysis.tables.layer_kl import kl_per_run, kl_summary
+from msplora_analysis.tables import layer_kl
+from msplora_analysis.tables.matrices import prepare
 
 GROUPS = {"global": 1, "mid": 3}
 
@@ -179,7 +180,7 @@ def test_epoch_0_has_no_spectra_to_compare(spectra):
 
 
 def test_summary_averages_first_and_also_tells_the_runs_apart(spectra):
-    summary = kl_summary(spectra).set_index("variant")
+    summary = layer_kl.summary(prepare(spectra)).set_index("variant")
     lora = of_method(spectra, "lora-8")
     off_diagonal = ~np.eye(6, dtype=bool)
     neighbours = np.abs(np.subtract.outer(range(6), range(6))) == 1
@@ -191,7 +192,7 @@ def test_summary_averages_first_and_also_tells_the_runs_apart(spectra):
     assert summary.loc["LoRA r=8", "kl_all_pairs_run_std"] == pytest.approx(np.std(each, ddof=1))
     assert list(summary["runs"]) == [4, 4, 4]
     assert list(summary.index) == ["LoRA r=8", "MSPLoRA 8/4/2", "MSPLoRA 8/8/8"]
-    np.testing.assert_allclose(kl_per_run(lora)["kl_all_pairs"], each)
+    np.testing.assert_allclose(layer_kl.per_run(prepare(lora))["kl_all_pairs"], each)
 
 
 def test_variants_that_end_at_different_epochs_are_compared_at_the_last_they_share():
@@ -311,7 +312,11 @@ def test_ranks_that_differ_within_a_scale():
 def test_runs_of_different_models_are_not_averaged():
     other = spectra_of(tasks=["mrpc"], layers=4)
     table = pd.concat([spectra_of(tasks=["cola"]), other, spectra_of("msplora", (8, 8, 8))])
-    assert list(kl_summary(table)["variant"]) == ["LoRA r=8 (4 layers)", "LoRA r=8 (6 layers)", "MSPLoRA 8/8/8"]
+    assert list(layer_kl.summary(prepare(table))["variant"]) == [
+        "LoRA r=8 (4 layers)",
+        "LoRA r=8 (6 layers)",
+        "MSPLoRA 8/8/8",
+    ]
     # Only one of the two LoRA variants has the layers of the MSPLoRA runs.
     assert "LoRA r=8 (6 layers)" in figure4(table).get_suptitle()
 
@@ -407,7 +412,7 @@ def test_csv_holds_the_numbers_of_the_figure(tmp_path, spectra):
     assert set(figure4_["epoch_lora"]) == {3}
 
     summary = pd.read_csv(tmp_path / "kl_summary.csv", float_precision="round_trip")
-    pd.testing.assert_frame_equal(summary, kl_summary(spectra), check_dtype=False)
+    pd.testing.assert_frame_equal(summary, layer_kl.summary(prepare(spectra)), check_dtype=False)
 
 
 def test_a_single_adapter_is_drawn_without_epochs(tmp_path):

@@ -263,3 +263,9 @@ def test_jupyter_shows_a_figure_without_a_change_to_its_settings() -> None:
     assert metadata["image/png"] == {"width": 100, "height": 100}
     assert "text/html" in shell.display_formatter.format(Figures(one=figure))[0]
     assert dict(formatters.type_printers) == before
+
+
+def test_tables_alone_cannot_be_compared_with_a_base(spectra: pd.DataFrame, tmp_path: Path) -> None:
+    spectra.to_parquet(tmp_path / "spectra.parquet")
+    with pytest.raises(ma.AnalysisError, match=r"base=model: .*spectra\.parquet is a table"):
+        ma.diagnose(tmp_path / "spectra.parquet", base="model")

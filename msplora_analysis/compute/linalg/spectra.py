@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from msplora_analysis.compute.linalg.truncated import matrix_spectrum
+from msplora_analysis.compute.linalg.truncated import Spectrum, matrix_spectrum
 from msplora_analysis.errors import NotFiniteError
 from msplora_analysis.files.tensors import FloatArray, TensorFile
 from msplora_analysis.formats.updates import Factor, Kronecker, Matrix, Sum, Update, Whole
@@ -36,13 +36,6 @@ _BLOCK = 2**23  # bytes of float64 factors held at once, unless one matrix alone
 
 
 _of_thread = threading.local()
-
-
-class Spectrum(NamedTuple):
-    """Singular values, descending, float64; and the Frobenius norm where they are not all of the matrix's."""
-
-    sigma: Array
-    frobenius: float | None = None
 
 
 def adapter_spectra(file: TensorFile, matrices: Sequence[Matrix], top_k: int | None = None) -> list[Spectrum]:
@@ -96,7 +89,7 @@ def _whole_spectrum(file: TensorFile, update: Whole, name: str, top_k: int | Non
     found = matrix_spectrum(whole, top_k)
     if not np.isfinite(found.sigma).all():
         raise not_finite(file, update, name)
-    return Spectrum(found.sigma, None if found.whole else found.frobenius)
+    return found
 
 
 def singular_values(a: Array, b: Array) -> Array:

@@ -12,7 +12,7 @@ block would have to be orthogonal to that singular vector, to rounding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +27,10 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 class Spectrum(NamedTuple):
-    """The largest singular values of a matrix.
+    """Singular values, descending, float64; and the Frobenius norm where they are not all of the matrix's."""
 
-    sigma: (k,), descending. bound: (k,), the error of each at most. frobenius: norm of the whole
-    matrix. whole: whether these are all min(rows, cols) of them.
-    """
-
-    sigma: Array
-    bound: Array
-    frobenius: float
-    whole: bool
+    sigma: NDArray[np.floating[Any]]
+    frobenius: float | None = None
 
 
 class Largest(NamedTuple):
@@ -58,10 +52,11 @@ def matrix_spectrum(matrix: Array, top_k: int | None = None) -> Spectrum:
     """
     small = min(matrix.shape)
     k = min(small, top_k or (small if small <= SMALL else TOP_K))
-    sigma, bound, *_ = largest(matrix, k)
+    sigma = largest(matrix, k).sigma
+    if k == small:
+        return Spectrum(sigma)
     scale = float(np.abs(matrix).max(initial=0))
-    frobenius = scale * float(np.linalg.norm(matrix / scale)) if scale else 0.0
-    return Spectrum(sigma, bound, frobenius, k == small)
+    return Spectrum(sigma, scale * float(np.linalg.norm(matrix / scale)) if scale else 0.0)
 
 
 def largest(matrix: Array, k: int, tolerance: float = 1e-5, *, vectors: bool = False) -> Largest:

@@ -5,8 +5,7 @@ A spectrum (sigma_1 ≥ … ≥ sigma_r ≥ 0) becomes a distribution over the i
 distributions pass through unchanged) and broadcasts over the axes before it. Two rules hold throughout:
 
 - an all-zero spectrum (B = 0, the start of training) has no distribution: the result is NaN, never 0;
-- spectra of unequal length raise `AnalysisError`, unless `match_rank=True` cuts both to the same number of
-  largest values.
+- spectra of unequal length raise `AnalysisError`: cut both to the same number of largest values before.
 """
 
 import numpy as np
@@ -36,18 +35,18 @@ def normalise(sigma: ArrayLike) -> Array:
     return normalised(values)[1]
 
 
-def kl(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> Array:
+def kl(p: ArrayLike, q: ArrayLike) -> Array:
     """Kullback–Leibler divergence KL(p‖q) = sum_k p_k ln(p_k / q_k), in nats; 0 if and only if p = q.
 
     p, q: (..., r). Returns (...). Probabilities below `FLOOR` are raised to it and the distribution normalised again,
     which keeps the result finite and non-negative. Source: arXiv 2503.21838, eq. 10.
     """
-    a, b = (_floored(spectrum) for spectrum in _pair(p, q, match_rank))
+    a, b = (_floored(spectrum) for spectrum in _pair(p, q))
     # Rounding can leave a few 1e-17 below the bound; np.maximum lets NaN through.
     return np.maximum((a * np.log(a / b)).sum(axis=-1), 0.0)
 
 
-def jensen_shannon(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> Array:
+def jensen_shannon(p: ArrayLike, q: ArrayLike) -> Array:
     """Jensen–Shannon divergence (KL(p‖m) + KL(q‖m)) / 2 with m = (p + q) / 2, in nats: symmetric, at most ln 2.
 
     p, q: (..., r). Returns (...). No floor is needed, since m > 0 wherever p or q is.
@@ -56,12 +55,12 @@ def jensen_shannon(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> A
     """
     from scipy.special import rel_entr
 
-    a, b = _pair(p, q, match_rank)
+    a, b = _pair(p, q)
     m = (a + b) / 2
     return np.clip((rel_entr(a, m) + rel_entr(b, m)).sum(axis=-1) / 2, 0.0, np.log(2))
 
 
-def wasserstein(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> Array:
+def wasserstein(p: ArrayLike, q: ArrayLike) -> Array:
     """Wasserstein-1 distance over the index k: the mean number of places that probability must move.
 
     W_1(p, q) = sum_k |P_k − Q_k| with the cumulative sums P and Q, which is what optimal transport at cost |k − l|
@@ -69,7 +68,7 @@ def wasserstein(p: ArrayLike, q: ArrayLike, *, match_rank: bool = False) -> Arra
 
     p, q: (..., r). Returns (...), from 0 to r − 1.
     """
-    a, b = _pair(p, q, match_rank)
+    a, b = _pair(p, q)
     return np.abs(np.cumsum(a - b, axis=-1)).sum(axis=-1)
 
 
@@ -109,16 +108,12 @@ def _floored(p: Array) -> Array:
     return normalised(np.maximum(p, FLOOR))[1]
 
 
-def _pair(p: ArrayLike, q: ArrayLike, match_rank: bool) -> tuple[Array, Array]:
+def _pair(p: ArrayLike, q: ArrayLike) -> tuple[Array, Array]:
     """Both as distributions over the same k."""
-    a, b = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    if match_rank and a.ndim and b.ndim:
-        r = min(a.shape[-1], b.shape[-1])
-        a, b = (np.sort(spectrum, axis=-1)[..., ::-1][..., :r] for spectrum in (a, b))
-    a, b = normalise(a), normalise(b)
+    a, b = normalise(p), normalise(q)
     if a.shape[-1] != b.shape[-1]:
         raise AnalysisError(
             f"spectra of {a.shape[-1]} and {b.shape[-1]} values cannot be compared as they are: "
-            "pass match_rank=True to compare the same number of largest values of each"
+            "compare the same number of largest values of each"
         )
     return a, b
