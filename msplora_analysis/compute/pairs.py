@@ -7,7 +7,8 @@ it, by one matrix product for each side, and is computed anew where not all fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,13 +95,16 @@ def _between_layers(file: TensorFile, units: Sequence[Matrix], top_k: int | None
     return {
         "scale": units[0].scale,
         "module": units[0].module,
-        "group_i": [units[x].group for x in i.tolist()],
-        "group_j": [units[x].group for x in j.tolist()],
-        "name_i": [units[x].name for x in i.tolist()],
-        "name_j": [units[x].name for x in j.tolist()],
+        **_of_sides(units, i, j, "group", "name"),
         **_divergences(sigma, lengths, i, j),
         **{name: values[i, j] for name, values in overlaps.items()},
     }
+
+
+def _of_sides(units: Sequence[Matrix], i: Indices, j: Indices, *names: str) -> Columns:
+    """The columns group_i, group_j, ... of the pairs of units i and j."""
+    sides = (("i", i.tolist()), ("j", j.tolist()))
+    return {f"{name}_{side}": [getattr(units[x], name) for x in index] for name in names for side, index in sides}
 
 
 def _all_pairs(x: Directions, y: Directions, top_k: int | None) -> dict[str, Array]:
@@ -157,11 +161,7 @@ def _divergences(sigma: Array, lengths: Indices, i: Indices, j: Indices) -> dict
     return found
 
 
-class _Acting(NamedTuple):
-    """The units that act in one layer of a place."""
-
-    total: Matrix
-    units: Sequence[Matrix]
+_Acting = tuple[Matrix, Sequence[Matrix]]  # the total of one layer of a place, and the units that act in it
 
 
 def _acting(matrices: Sequence[Matrix], places: Any) -> dict[tuple[Any, ...], list[_Acting]]:
@@ -177,14 +177,14 @@ def _acting(matrices: Sequence[Matrix], places: Any) -> dict[tuple[Any, ...], li
                 products = total.update.products if isinstance(total.update, Sum) else ()
                 units = list(dict.fromkeys(owner[product] for product in products if product in owner))
                 if len(units) > 1:
-                    found.setdefault(key, []).append(_Acting(total, units))
+                    found.setdefault(key, []).append((total, units))
     return found
 
 
 def _between_scales(file: TensorFile, layers: Sequence[_Acting], top_k: int | None) -> Columns:
     """Rows of the table of scales: all layers at one place."""
-    update = layers[0].total.update
-    most = max(held(unit, top_k) for layer in layers for unit in layer.units)
+    update = layers[0][0].update
+    most = max(held(unit, top_k) for _, units in layers for unit in units)
     size = max(1, _HELD // (16 * most * (update.rows + update.cols)))
     blocks = [_scales_block(file, layers[start : start + size], top_k) for start in range(0, len(layers), size)]
     return {
@@ -194,14 +194,9 @@ def _between_scales(file: TensorFile, layers: Sequence[_Acting], top_k: int | No
 
 
 def _scales_block(file: TensorFile, layers: Sequence[_Acting], top_k: int | None) -> Columns:
-    units = list(dict.fromkeys(unit for layer in layers for unit in layer.units))
+    units = list(dict.fromkeys(unit for _, acting in layers for unit in acting))
     number = {unit: x for x, unit in enumerate(units)}
-    both = [
-        (layer.total, first, second)
-        for layer in layers
-        for x, first in enumerate(layer.units)
-        for second in layer.units[x + 1 :]
-    ]
+    both = [(total, *pair) for total, acting in layers for pair in combinations(acting, 2)]
     i, j = (np.array([number[pair[side]] for pair in both]) for side in (1, 2))
     known = directions(file, units, top_k)
     inner_out = known.left[i] @ known.left[j].transpose(0, 2, 1)
@@ -210,9 +205,7 @@ def _scales_block(file: TensorFile, layers: Sequence[_Acting], top_k: int | None
         "module": both[0][0].module,
         "group": [total.group for total, _, _ in both],
         "name": [total.name for total, _, _ in both],
-        **{f"scale_{side}": [pair[x].scale for pair in both] for x, side in ((1, "i"), (2, "j"))},
-        **{f"group_{side}": [pair[x].group for pair in both] for x, side in ((1, "i"), (2, "j"))},
-        **{f"name_{side}": [pair[x].name for pair in both] for x, side in ((1, "i"), (2, "j"))},
+        **_of_sides(units, i, j, "scale", "group", "name"),
         **_divergences(known.sigma, known.lengths, i, j),
         **_measures(known, known, (i, j), inner_out, inner_in, top_k),
     }

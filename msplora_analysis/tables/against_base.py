@@ -95,15 +95,14 @@ def compare(weight: Array, update: Array, left: Array, sigma: Array) -> dict[str
 def dense(file: TensorFile, update: Update) -> Array:
     """The update as a matrix (rows, cols), float64."""
     if isinstance(update, Kronecker):
-        whole = np.asarray(np.kron(dense(file, update.left), dense(file, update.right)), dtype=np.float64)
-    elif isinstance(update, Sum):
+        return np.asarray(np.kron(dense(file, update.left), dense(file, update.right)), dtype=np.float64)
+    if isinstance(update, Sum):
         whole = np.zeros((update.rows, update.cols))
         for product in update.products:
             left = np.asarray(value(file, product.b), dtype=np.float64)
             whole += product.scaling * (left @ np.asarray(value(file, product.a), dtype=np.float64))
-    else:
-        whole = update.scaling * np.asarray(value(file, update.factor), dtype=np.float64)
-    return whole
+        return whole
+    return update.scaling * np.asarray(value(file, update.factor), dtype=np.float64)
 
 
 def _whole_updates(adapter: Adapter, file: TensorFile, options: Options) -> list[Matrix]:

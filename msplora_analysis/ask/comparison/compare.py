@@ -101,8 +101,9 @@ def compare(
     epoch: the last that all runs share unless given. stack: of numbered layers, if there are several. resamples: of the
     bootstrap and the permutations. Raises AnalysisError if the two cannot be compared.
     """
-    _check("averaging", averaging, AVERAGING)
-    _check("resample", resample, RESAMPLED)
+    for name, given, known in (("averaging", averaging, AVERAGING), ("resample", resample, RESAMPLED)):
+        if given not in known:
+            raise AnalysisError(f"{name} must be one of {', '.join(known)}, not {given!r}")
     if not 0 < confidence < 1:
         raise AnalysisError(f"confidence must be between 0 and 1, not {confidence:g}")
     ours, theirs, when = _layers(a, b, epoch, stack)
@@ -121,8 +122,8 @@ def compare(
         about["measure"] = measure
         means = [_Means(*side.matrices(measure, averaging, k)) for side, k in ((ours, k_a), (theirs, k_b))]
         size = max(mean.values.size for mean in means) * len(ours.layers)
-        for pairs in ("all", "adjacent"):
-            difference = _Difference(means[0], means[1], _where(pairs, len(ours.layers)))
+        for pairs, where in (("all", 1 - np.eye(len(ours.layers))), ("adjacent", neighbours(len(ours.layers)))):
+            difference = _Difference(means[0], means[1], where)
             a_mean, b_mean = difference.sides(np.ones((1, len(ours.units) + len(theirs.units))))
             low, high = interval(difference, strata, confidence=confidence, resamples=resamples, seed=seed, size=size)
             rows.append(
@@ -147,11 +148,11 @@ def compare(
     return pd.DataFrame([*rows, *tests], columns=list(COLUMNS)).astype(COLUMNS)
 
 
-def _mean_known(values: Array) -> Array:
-    """Mean over the modules (axis 1) that a layer has; NaN where it has none."""
+def _mean_known(values: Array, axis: int | tuple[int, int] = 1) -> Array:
+    """Mean of what is there over the modules (axis 1), or other axes; NaN where nothing is, as of updates of zero."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
-        mean: Array = np.where(known, values, 0).sum(axis=1) / known.sum(axis=1)
+        mean: Array = np.where(known, values, 0).sum(axis=axis) / known.sum(axis=axis)
     return mean
 
 
@@ -183,19 +184,9 @@ class _Difference:
 
     def sides(self, weights: Array) -> list[Array]:
         """Both means (...), for weights (..., runs of both)."""
-        split = len(self.ours.values)
-        parts = weights[..., :split], weights[..., split:]
-        return [self._over_pairs(m.matrices(part)) for m, part in zip((self.ours, self.theirs), parts, strict=True)]
-
-    def _over_pairs(self, matrices: Array) -> Array:
-        known = np.isfinite(matrices) & (self.where > 0)  # an update of zero has no divergence
-        with np.errstate(invalid="ignore"):
-            mean: Array = np.where(known, matrices, 0).sum(axis=(-2, -1)) / known.sum(axis=(-2, -1))
-        return mean
-
-
-def _where(pairs: str, layers: int) -> Array:
-    return neighbours(layers) if pairs == "adjacent" else 1 - np.eye(layers)
+        parts = np.split(weights, [len(self.ours.values)], axis=-1)
+        both = [method.matrices(part) for method, part in zip((self.ours, self.theirs), parts, strict=True)]
+        return [_mean_known(np.where(self.where > 0, matrices, np.nan), (-2, -1)) for matrices in both]
 
 
 def _layers(a: Side, b: Side, epoch: float | None, stack: str | None) -> tuple[Layers, Layers, float]:
@@ -273,8 +264,3 @@ def _chosen(side: Layers, chosen: list[Unit]) -> Layers:
     index = [side.units.index(unit) for unit in chosen]
     overlaps = {name: values[index] for name, values in side.overlaps.items()}
     return side._replace(units=chosen, spectra=side.spectra[index], overlaps=overlaps)
-
-
-def _check(name: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise AnalysisError(f"{name} must be one of {', '.join(known)}, not {given!r}")

@@ -47,7 +47,8 @@ def two_by_two(evidence: Evidence, matrices: pd.DataFrame) -> tuple[list[Compare
             "`msplora-analyze compare` compares the two that you choose."
         )
     runs = {name: set(matrices.loc[matrices["variant"] == name, "run"]) for name in names}
-    ranks = {name: set(matrices.loc[_layers_of(matrices, name), "rank"]) for name in names}
+    layers = matrices[matrices["scale"] == "layer"]
+    ranks = {name: set(layers.loc[layers["variant"] == name, "rank"]) for name in names}
     keys = evidence.matrices.keys
     last = keys[keys["last"]]
     found = []
@@ -65,10 +66,6 @@ def two_by_two(evidence: Evidence, matrices: pd.DataFrame) -> tuple[list[Compare
         notes = dict.fromkeys(filter(None, (note, *(str(warning.message) for warning in caught))))
         found.append(Compared(a, b, [printable(one) for one in said], [printable(one) for one in notes]))
     return found, ""
-
-
-def _layers_of(matrices: pd.DataFrame, name: str) -> pd.Series:
-    return (matrices["scale"] == "layer") & (matrices["variant"] == name)
 
 
 def _side(evidence: Evidence, label: str, runs: set[str], with_pairs: bool) -> Side:

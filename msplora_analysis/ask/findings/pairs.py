@@ -58,7 +58,8 @@ def between_layers(evidence: Evidence) -> Iterator[Finding]:
             low, high = sorted((row["group_i"], row["group_j"]))
             place = _place(row, group=low, name=row.get("name_i"))
             found: dict[str, Any] = {"groups": [int(low), int(high)]}
-            what = f"{_called(row['scale'])} {low} and {high}: {_numbers(row)}"
+            units = "layers" if row["scale"] == "layer" else f"{row['scale']} groups"
+            what = f"{units} {low} and {high}: {_numbers(row)}"
             if abs(row["cosine"]) >= SAME:
                 yield Finding(IDENTICAL, place, float(row["cosine"]), SAME, what, details=found)
             elif following.get(low) == high and _overlaps(row):
@@ -105,10 +106,6 @@ def _numbers(row: dict[str, Any]) -> str:
         f"overlap in {row['overlap_in']:.2g}, out {row['overlap_out']:.2g} "
         f"(chance {row['overlap_expected']:.2g}), cosine {row['cosine']:.2g}"
     )
-
-
-def _called(scale: str) -> str:
-    return "layers" if scale == "layer" else f"{scale} groups"
 
 
 def _place(row: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from msplora_analysis.compute.linalg.spectra import (
     not_finite,
     reduced,
     unit_rows,
-    value,
+    whole_matrix,
 )
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
@@ -163,9 +163,7 @@ def _of_side(
         a, b, scaling = load_factors(file, [update])
         sigma, left, right = singular_directions(a, b)
         return sigma[0] * abs(scaling[0]), left[0] * np.sign(scaling[0]), right[0]
-    whole = np.multiply(value(file, update.factor), update.scaling, dtype=np.float64)
-    if not np.isfinite(whole).all():
-        raise not_finite(file, update, matrix.name)
+    whole = whole_matrix(file, update, matrix.name)
     if most is not None and most < update.rank:
         found = truncated.largest(whole, most, vectors=True)
         return found.sigma, found.left.T, found.right.T

@@ -82,11 +82,7 @@ def _kronecker_sigma(file: TensorFile, update: Kronecker, name: str) -> Array:
 
 
 def _whole_spectrum(file: TensorFile, update: Whole, name: str, top_k: int | None) -> Spectrum:
-    with np.errstate(over="ignore", invalid="ignore"):
-        whole = np.multiply(value(file, update.factor), update.scaling, dtype=np.float64)
-    if not np.isfinite(whole).all():
-        raise not_finite(file, update, name)
-    found = matrix_spectrum(whole, top_k)
+    found = matrix_spectrum(whole_matrix(file, update, name), top_k)
     if not np.isfinite(found.sigma).all():
         raise not_finite(file, update, name)
     return found
@@ -264,6 +260,15 @@ def value(file: TensorFile, factor: Factor) -> FloatArray:
     if factor.make is None:
         return file.read(factor.tensors[0]).reshape(factor.rows, factor.cols)
     return factor.make(*(file.read(name) for name in factor.tensors))
+
+
+def whole_matrix(file: TensorFile, update: Whole, name: str) -> NDArray[np.float64]:
+    """The matrix of an update that is no product (rows, cols), float64; AnalysisError for NaN or Inf in it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        whole = np.multiply(value(file, update.factor), update.scaling, dtype=np.float64)
+    if not np.isfinite(whole).all():
+        raise not_finite(file, update, name)
+    return whole
 
 
 def not_finite(file: TensorFile, update: Update, name: str) -> NotFiniteError:
