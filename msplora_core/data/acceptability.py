@@ -50,7 +50,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 __all__ = ["PHENOMENA", "TRAIN_SIZE", "VALIDATION_SIZE", "Example", "generate"]
 
@@ -82,47 +82,39 @@ class _Lemma(str):
         self.er = stem + "er"
 
 
-# For each lexical category, the train and the validation vocabulary. The labels are right only
-# while these hold: "vo" and "vh" need exactly one object (not "buy": "what he bought the king" has
-# two) and "vi" takes none; "vg" and "vt" reject each other's complement; "vh" and "vi" allow the
-# progressive; and contrasting forms differ (unlike those of "put" and "sheep").
-_VOCABULARY = {
-    # p: persons
-    "p": (
-        "lawyer farmer teacher singer soldier driver banker dentist baker writer pianist painter",
-        "engineer dancer sailor hunter student gardener chemist plumber tailor poet",
-    ),
-    # nf, nm: names of women and of men; name: a name where gender plays no role
-    "nf": ("Mary Alice Emma Laura Susan Julia", "Sarah Anna Helen Linda Karen Nancy"),
-    "nm": ("John Peter David Robert Frank Henry", "Tom Michael Paul George Richard Kevin"),
-    "name": (
-        "Mary Alice Emma Laura Susan Julia John Peter David Robert Frank Henry",
-        "Sarah Anna Helen Linda Karen Nancy Tom Michael Paul George Richard Kevin",
-    ),
-    # t: things; a: adjectives for things, compared with -er
-    "t": (
-        "lamp clock basket ladder window piano carpet bicycle wagon chair bottle boat",
-        "sofa mirror kettle camera statue radio tractor cabinet guitar bench",
-    ),
-    "a": ("old heavy cheap small dark dirty", "new ugly large strong clean tall"),
-    # vo: verbs that need a thing as object; vh: that need a person; vi: intransitive
-    "vo": (
-        "repair destroy carry remove inspect damage replace describe touch",
-        "restore demolish acquire examine mention ruin wreck dismantle",
-    ),
-    "vh": (
-        "praise greet admire thank blame frighten amuse insult imitate",
-        "welcome comfort rescue annoy convince invite accuse flatter",
-    ),
-    "vi": (
-        "sneeze yawn laugh cough wait arrive faint listen",
-        "giggle snore smile shiver hesitate tremble stumble blush",
-    ),
-    # vc: verbs with a that-clause or an indirect question; vg: with a gerund; vt: an infinitive
-    "vc": ("learn remember notice discover", "guess predict reveal explain"),
-    "vg": ("enjoy avoid postpone imagine deny", "resist consider recall risk suggest"),
-    "vt": ("hope decide refuse agree pretend", "promise want wish threaten volunteer"),
+# For each lexical category its words. The labels are right only while these hold: "vo" and "vh" need exactly
+# one object (not "buy": "what he bought the king" has two) and "vi" takes none; "vg" and "vt" reject each other's
+# complement; "vh" and "vi" allow the progressive; contrasting forms differ (unlike those of "put" and "sheep").
+_VOCABULARIES: dict[str, dict[str, str]] = {
+    "train": {
+        "p": "lawyer farmer teacher singer soldier driver banker dentist baker writer pianist painter",  # persons
+        "nf": "Mary Alice Emma Laura Susan Julia",  # names of women
+        "nm": "John Peter David Robert Frank Henry",  # names of men
+        "t": "lamp clock basket ladder window piano carpet bicycle wagon chair bottle boat",  # things
+        "a": "old heavy cheap small dark dirty",  # adjectives for things, compared with -er
+        "vo": "repair destroy carry remove inspect damage replace describe touch",  # verbs that need a thing as object
+        "vh": "praise greet admire thank blame frighten amuse insult imitate",  # that need a person
+        "vi": "sneeze yawn laugh cough wait arrive faint listen",  # intransitive verbs
+        "vc": "learn remember notice discover",  # verbs with a that-clause or an indirect question
+        "vg": "enjoy avoid postpone imagine deny",  # with a gerund
+        "vt": "hope decide refuse agree pretend",  # with an infinitive
+    },
+    "validation": {
+        "p": "engineer dancer sailor hunter student gardener chemist plumber tailor poet",
+        "nf": "Sarah Anna Helen Linda Karen Nancy",
+        "nm": "Tom Michael Paul George Richard Kevin",
+        "t": "sofa mirror kettle camera statue radio tractor cabinet guitar bench",
+        "a": "new ugly large strong clean tall",
+        "vo": "restore demolish acquire examine mention ruin wreck dismantle",
+        "vh": "welcome comfort rescue annoy convince invite accuse flatter",
+        "vi": "giggle snore smile shiver hesitate tremble stumble blush",
+        "vc": "guess predict reveal explain",
+        "vg": "resist consider recall risk suggest",
+        "vt": "promise want wish threaten volunteer",
+    },
 }
+for _words in _VOCABULARIES.values():
+    _words["name"] = f"{_words['nf']} {_words['nm']}"  # where gender plays no role
 
 # Frames stand in mirrored twos: what one rules in, the next rules out. A frame whose pair only
 # reorders its words (as far as inflection permits) is its own mirror.
@@ -175,8 +167,8 @@ _ALTERNATIVES = re.compile(r"\[(.*?)/(.*?)\]")
 
 _Lexicon = dict[str, list[_Lemma]]
 _LEXICA: dict[str, _Lexicon] = {
-    split: {name: list(map(_Lemma, words[column].split())) for name, words in _VOCABULARY.items()}
-    for column, split in enumerate(get_args(Split))
+    split: {category: list(map(_Lemma, words.split())) for category, words in vocabulary.items()}
+    for split, vocabulary in _VOCABULARIES.items()
 }
 
 

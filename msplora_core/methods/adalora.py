@@ -11,7 +11,7 @@ from msplora_core.methods.lora import Lora
 from msplora_core.options import NOT_NEGATIVE, Option
 
 if TYPE_CHECKING:
-    from peft import AdaLoraModel, PeftConfig, PeftModel
+    from peft import AdaLoraModel, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -26,6 +26,7 @@ class AdaLora(Lora):
     """singular values, pruned to --rank of them on average"""
 
     name = "adalora"
+    peft_config = "peft:AdaLoraConfig"
     defaults: ClassVar[dict[str, float]] = {"lora_alpha": 32}  # as most of its authors' scripts for GLUE
 
     orthogonality: Annotated[
@@ -33,23 +34,15 @@ class AdaLora(Lora):
         Option("Weight of AdaLoRA's orthogonality term in the loss.", NOT_NEGATIVE, unrecorded=0.5),
     ] = 0.1
 
-    def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
-        from peft import AdaLoraConfig
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 
-        options = self.options(task_type)
+        options = super().peft_options(base_model)
+        rank = options.pop("r")
         # PEFT's default for AdaLoRA has other modules, the classifier's among them
-        options["target_modules"] = self.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
-            base_model.config.model_type
-        )
-        # the schedule needs the number of steps: RankPruning gives the true one
-        return AdaLoraConfig(
-            target_r=self.rank,
-            init_r=math.ceil(_INITIAL_RANK * self.rank),
-            total_step=1,
-            orth_reg_weight=self.orthogonality,
-            **options,
-        )
+        options["target_modules"] = self.target_modules or LORA_TARGETS.get(base_model.config.model_type)
+        own = {"target_r": rank, "init_r": math.ceil(_INITIAL_RANK * rank), "orth_reg_weight": self.orthogonality}
+        return {**options, **own, "total_step": 1}  # the schedule needs the true number: RankPruning gives it
 
     def training(self, model: PeftModel, seed: int) -> Training:
         return RankPruning(model)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msplora_core.methods.base import TargetedMethod, Training, draw
 from msplora_core.options import COUNT, COUNT_OR_0, Option
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ class AdapterDrop(TargetedMethod):
 
     name = "adapterdrop"
     spectra = None
+    peft_config = "msplora_core.tuners.bottleneck:BottleneckConfig"
     skips_parameters = True
 
     bottleneck: Annotated[int, Option("Width of bottleneck adapters.", COUNT)] = 16
@@ -31,15 +31,9 @@ class AdapterDrop(TargetedMethod):
         ),
     ] = None
 
-    def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
-        from msplora_core.tuners.bottleneck import BottleneckConfig  # PEFT takes seconds to import
-
-        return BottleneckConfig(
-            bottleneck=self.bottleneck,
-            dropped_layers=self.dropped_layers or 0,
-            target_modules=self.target_modules,
-            task_type=task_type,
-        )
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
+        own = {"bottleneck": self.bottleneck, "dropped_layers": self.dropped_layers or 0}
+        return {**super().peft_options(base_model), **own}
 
     def training(self, model: nn.Module, seed: int) -> Training:
         return LayerDropper(model, seed) if self.dropped_layers is None else Training()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from msplora_core.options import COUNT, FROM_RECIPE, Option, check_ranges, optio
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
     from msplora_core.data.tasks import Recipe
@@ -63,6 +64,8 @@ class Method:
     """Defaults of options, where the value of the task's recipe does not suit the method."""
     spectra: ClassVar[str | None] = ""
     """What follows ``msplora-analyze spectra RUN`` to read its checkpoints; None if they have no spectra."""
+    peft_config: ClassVar[str | None] = None
+    """The class of PEFT's configuration, as ``module:name``; None: all of the model is trained, without an adapter."""
     skips_parameters: ClassVar[bool] = False
     """Whether a step may give some trained parameters no gradient."""
 
@@ -108,13 +111,9 @@ class Method:
         """
         return None
 
-    def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig | None:
-        """The PEFT configuration; None: all of the model is trained, without an adapter.
-
-        Args:
-            task_type: PEFT's name of the kind of task, which decides whether there is a head to train too.
-        """
-        raise NotImplementedError
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
+        """What the configuration of class ``peft_config`` is made with, besides the task's kind."""
+        return {}
 
     def training(self, model: PeftModel, seed: int) -> Training:
         """What it does while ``model`` is trained; made before the first step, or before a checkpoint is loaded."""
@@ -123,16 +122,19 @@ class Method:
     def adapt(self, base_model: PreTrainedModel, task_type: str) -> torch.nn.Module:
         """Put the method's adapter into a model.
 
+        Args:
+            task_type: PEFT's name of the kind of task, which decides whether there is a head to train too.
+
         Raises:
             TrainingError: ranks or target modules that do not fit the model.
         """
-        from peft import get_peft_model
-
-        config = self.config(base_model, task_type)
-        if config is None:
+        if self.peft_config is None:
             return base_model
+        from peft import get_peft_model  # it takes seconds to import
+
+        config_class = pkgutil.resolve_name(self.peft_config)
         try:
-            return get_peft_model(base_model, config)
+            return get_peft_model(base_model, config_class(task_type=task_type, **self.peft_options(base_model)))
         except ValueError as error:
             raise TrainingError(" ".join(str(error).split())) from error
 
@@ -149,6 +151,9 @@ class TargetedMethod(Method):
         ),
     ] = None
 
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
+        return {"target_modules": self.target_modules}
+
 
 @dataclass(frozen=True)
 class RankedMethod(TargetedMethod):
@@ -162,6 +167,9 @@ class RankedMethod(TargetedMethod):
             COUNT,
         ),
     ] = FROM_RECIPE
+
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
+        return {**super().peft_options(base_model), "r": self.rank}
 
 
 def draw(seed: int, step: int, low: int, high: int) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msplora_core.methods.base import RankedMethod
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 _PARTS = 3
@@ -21,11 +20,8 @@ class Lily(RankedMethod):
     name = "lily"
     rank_factor = 4
     spectra = None
+    peft_config = "peft:LilyConfig"
 
-    def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
-        from peft import LilyConfig
-
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
         stride = math.ceil(base_model.config.num_hidden_layers / _PARTS)
-        return LilyConfig(
-            r=self.rank, stride_A=stride, num_B=_PARTS, target_modules=self.target_modules, task_type=task_type
-        )
+        return {**super().peft_options(base_model), "stride_A": stride, "num_B": _PARTS}

@@ -12,7 +12,6 @@ from msplora_core.names import SCALES
 from msplora_core.options import Option
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 
@@ -33,6 +32,7 @@ class MSPLora(Lora):
     """LoRA parts shared by all layers, by a third, and by none"""
 
     name = "msplora"
+    peft_config = "msplora_core.tuners.msplora:MSPLoraConfig"
 
     ranks: Annotated[
         dict[str, int] | None, Option("MSPLoRA's ranks global,mid,layer, such as 8,8,8.", parse=parse_ranks)
@@ -44,7 +44,5 @@ class MSPLora(Lora):
             raise TrainingError("'rank' and 'ranks' (one for each scale) exclude each other: choose one")
         return super().from_options(given)
 
-    def config(self, base_model: PreTrainedModel, task_type: str) -> PeftConfig:
-        from msplora_core.tuners.msplora import MSPLoraConfig  # PEFT takes seconds to import
-
-        return MSPLoraConfig(r=self.rank, ranks=self.ranks, **self.options(task_type))
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
+        return {**super().peft_options(base_model), "ranks": self.ranks}
