@@ -1,7 +1,5 @@
 """Write files so that a reader finds the old content or the new, never half of it. Both packages write with it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -54,7 +54,10 @@ def _parameters() -> Iterator[inspect.Parameter]:
     for name, field in options_of(Settings).items():
         if name == "method":
             yield _parameter(name, field._replace(type=str, default=field.default.name))
-            yield from (_method_parameter(*item) for item in method_options().items())
+            for own, (type_, option, default) in method_options().items():
+                told = "" if default is None else f"  [default: {default}]"
+                # None where it is not given, so that one given to another method is told
+                yield _parameter(own, Field(type_, replace(option, help=option.help + told), None))
         else:
             yield _parameter(name, field)
     version = typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -73,12 +76,6 @@ def _parameter(name: str, field: Field) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _method_parameter(name: str, field: Field) -> inspect.Parameter:
-    # None where it is not given, so that one given to another method is told
-    told = "" if field.default is None else f"  [default: {field.default}]"
-    return _parameter(name, field._replace(option=replace(field.option, help=field.option.help + told), default=None))
-
-
 def _spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -94,16 +91,15 @@ def train(**given: Any) -> None:
             given[name] = option.parse(given[name])
     settings = make_settings(**given, progress_bar=sys.stderr.isatty())
     _quiet_libraries()
+    state = "nothing was written yet"
     try:
         from msplora_core.train import training
+
+        state = f"what {settings.output_dir} has is whole; continue with the same command and --resume"
+        results = training.train(settings)
     except ModuleNotFoundError as error:
         raise TrainingError(f"training needs the package {error.name}; run: pip install 'msplora[train]'") from error
     except KeyboardInterrupt as stop:
-        raise _stopped(stop, "nothing was written yet") from None
-    try:
-        results = training.train(settings)
-    except KeyboardInterrupt as stop:
-        state = f"what {settings.output_dir} has is whole; continue with the same command and --resume"
         raise _stopped(stop, state) from None
     if is_writer():
         _print_results(results, settings)
@@ -155,24 +151,17 @@ def _quiet_libraries() -> None:
 
 def _print_results(results: list[EpochResult], settings: Settings) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     task = get_task(settings.task)
     metric = task.metric
     best = (max if task.greater_is_better else min)(results, key=lambda result: result.metric)
-    table = Table("epoch", "step", "train loss", "validation loss", metric, title="Results", title_justify="left")
-    for column in table.columns:
-        column.justify = "right"
+    columns = (Column(name, justify="right") for name in ("epoch", "step", "train loss", "validation loss", metric))
+    table = Table(*columns, title="Results", title_justify="left")
     for result in results:
-        train_loss = "-" if result.train_loss is None else f"{result.train_loss:.4f}"
-        table.add_row(
-            str(result.epoch),
-            str(result.step),
-            train_loss,
-            f"{result.validation_loss:.4f}",
-            f"{result.metric:.4f}",
-            style="bold" if result is best else None,
-        )
+        numbers = (result.train_loss, result.validation_loss, result.metric)
+        cells = ("-" if number is None else f"{number:.4f}" for number in numbers)
+        table.add_row(str(result.epoch), str(result.step), *cells, style="bold" if result is best else None)
     console = Console()
     console.print(table)
     console.print(f"Best {metric} {best.metric:.4f} in epoch {best.epoch} (checkpoint-{best.step}).", highlight=False)
@@ -191,8 +180,11 @@ def main() -> None:
         message = _for_the_command_line(str(error))
     except OSError as error:  # whatever no module foresaw, such as a full disk
         message = f"{error.filename or 'system'}: {error.strerror or error}"
-    if not is_writer():
-        _let_the_launcher_end_this()
+    try:
+        # What goes wrong in one process mostly does in all, and is told by the writing one; a launcher ends the others.
+        time.sleep(0 if is_writer() else _PATIENCE)
+    except KeyboardInterrupt:
+        sys.exit(1)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
 
@@ -202,14 +194,6 @@ def _for_the_command_line(message: str) -> str:
     names = "|".join(options_of(Settings) | method_options())
     told = rf"'({names})'|(?<![\w/.'-])({names})=(True\b)?"
     return re.sub(told, lambda m: _spelled(m[1] or m[2]) + ("=" if m[2] and not m[3] else ""), message)
-
-
-def _let_the_launcher_end_this() -> None:
-    # What goes wrong in one process mostly does in all, and is told by the writing one; a launcher ends the others.
-    try:
-        time.sleep(_PATIENCE)
-    except KeyboardInterrupt:
-        sys.exit(1)
 
 
 if __name__ == "__main__":

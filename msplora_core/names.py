@@ -3,8 +3,6 @@
 Both packages import them from here. Nothing heavy is imported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 RECORD = "run.json"

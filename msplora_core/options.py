@@ -1,7 +1,5 @@
 """An option, told once: where its type stands, with its help and its range. The command line is built from it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -24,6 +22,9 @@ COUNT_OR_0 = Range("a whole number of at least 0", lambda value: value >= 0)
 NOT_NEGATIVE = Range("a number of at least 0", lambda value: value >= 0)
 POSITIVE = Range("a number above 0", lambda value: value > 0)
 FRACTION = Range("a number from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+SEED = Range("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
 def one_of(choices: Iterable[str]) -> Range:

@@ -52,8 +52,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-__all__ = ["PHENOMENA", "TRAIN_SIZE", "VALIDATION_SIZE", "Example", "generate"]
-
 Split = Literal["train", "validation"]
 _T = TypeVar("_T")
 
@@ -230,8 +228,7 @@ def _sides(frame: str) -> tuple[str, str]:
 
 def _slots(template: str) -> dict[str, str]:
     """Map the slots of a frame, or of one side of it, to their lexical categories."""
-    fields = (field for _, field, _, _ in string.Formatter().parse(template) if field)
-    slots = (field.split(".")[0] for field in fields)
+    slots = (field.split(".")[0] for _, field, _, _ in string.Formatter().parse(template) if field)
     return {slot: slot.rstrip(string.digits) for slot in slots}
 
 

@@ -1,7 +1,5 @@
 """From rows of text to what a model takes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase

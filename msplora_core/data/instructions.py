@@ -51,12 +51,11 @@ class Encoded:
 
     def loss(self) -> str | None:
         """What was lost, in words; None if nothing was."""
-        parts = []
-        if self.dropped:
-            parts.append(f"{self.dropped} rows dropped, whose prompts leave no room for a response")
-        if self.cut:
-            parts.append(f"{self.cut} responses cut at their end")
-        return " and ".join(parts) or None
+        counts = {
+            "rows dropped, whose prompts leave no room for a response": self.dropped,
+            "responses cut at their end": self.cut,
+        }
+        return " and ".join(f"{count} {what}" for what, count in counts.items() if count) or None
 
 
 def encode_instructions(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, source: str) -> Encoded:

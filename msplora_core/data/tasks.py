@@ -1,7 +1,5 @@
 """The tasks that can be trained, with the hyper-parameters released with the MSPLoRA paper."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

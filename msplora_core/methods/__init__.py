@@ -1,7 +1,5 @@
 """The training methods, one a file; what each one is: docs/methods.md. Nothing heavy is imported here."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

@@ -1,5 +1,3 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512), and what PEFT leaves to its training loop: schedule, steps, state."""
-
 from __future__ import annotations
 
 import math
@@ -23,7 +21,7 @@ _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 @dataclass(frozen=True)
 class AdaLora(Lora):
-    """singular values, pruned to --rank of them on average"""
+    """singular values, pruned to --rank of them on average (arXiv 2303.10512)"""
 
     name = "adalora"
     peft_config = "peft:AdaLoraConfig"
@@ -37,12 +35,14 @@ class AdaLora(Lora):
     def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 
-        options = super().peft_options(base_model)
-        rank = options.pop("r")
-        # PEFT's default for AdaLoRA has other modules, the classifier's among them
-        options["target_modules"] = self.target_modules or LORA_TARGETS.get(base_model.config.model_type)
-        own = {"target_r": rank, "init_r": math.ceil(_INITIAL_RANK * rank), "orth_reg_weight": self.orthogonality}
-        return {**options, **own, "total_step": 1}  # the schedule needs the true number: RankPruning gives it
+        return {
+            # PEFT's default for AdaLoRA has other modules, the classifier's among them
+            "target_modules": self.target_modules or LORA_TARGETS.get(base_model.config.model_type),
+            "target_r": self.rank,
+            "init_r": math.ceil(_INITIAL_RANK * self.rank),
+            "orth_reg_weight": self.orthogonality,
+            "total_step": 1,  # the schedule needs the true number: RankPruning gives it
+        }
 
     def training(self, model: PeftModel, seed: int) -> Training:
         return RankPruning(model)

@@ -1,21 +1,18 @@
-"""Bottleneck adapters with AdapterDrop, the tuner of :mod:`msplora_core.tuners.bottleneck`."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from msplora_core.methods.base import TargetedMethod, Training, draw
 from msplora_core.options import COUNT, COUNT_OR_0, Option
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class AdapterDrop(TargetedMethod):
-    """bottleneck adapters, dropped from lower layers"""
+    """bottleneck adapters, dropped from lower layers (arXiv 2010.11918)"""
 
     name = "adapterdrop"
     spectra = None
@@ -30,10 +27,6 @@ class AdapterDrop(TargetedMethod):
             COUNT_OR_0,
         ),
     ] = None
-
-    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
-        own = {"bottleneck": self.bottleneck, "dropped_layers": self.dropped_layers or 0}
-        return {**super().peft_options(base_model), **own}
 
     def training(self, model: nn.Module, seed: int) -> Training:
         return LayerDropper(model, seed) if self.dropped_layers is None else Training()

@@ -6,7 +6,7 @@ import pkgutil
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msplora_core.errors import TrainingError
@@ -52,8 +52,8 @@ class Training:
 class Method:
     """A way to fine-tune, with its own options: the fields of the class.
 
-    A subclass with a ``name`` is a method of ``msplora-train`` as soon as it is imported; its docstring is its line in
-    ``--help``. Nothing heavy is imported before a function of it is called.
+    A subclass with a ``name`` is a method of ``msplora-train`` as soon as it is imported; its docstring, with
+    the source, is its line in ``--help``. Nothing heavy is imported before a function of it is called.
     """
 
     name: ClassVar[str]
@@ -66,6 +66,8 @@ class Method:
     """What follows ``msplora-analyze spectra RUN`` to read its checkpoints; None if they have no spectra."""
     peft_config: ClassVar[str | None] = None
     """The class of PEFT's configuration, as ``module:name``; None: all of the model is trained, without an adapter."""
+    switches: ClassVar[dict[str, Any]] = {}
+    """What else that configuration is made with, whatever the options."""
     skips_parameters: ClassVar[bool] = False
     """Whether a step may give some trained parameters no gradient."""
 
@@ -112,8 +114,8 @@ class Method:
         return None
 
     def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
-        """What the configuration of class ``peft_config`` is made with, besides the task's kind."""
-        return {}
+        """What that configuration is made with, besides the options of the method that it has by the same name."""
+        return dict(self.switches)
 
     def training(self, model: PeftModel, seed: int) -> Training:
         """What it does while ``model`` is trained; made before the first step, or before a checkpoint is loaded."""
@@ -133,8 +135,11 @@ class Method:
         from peft import get_peft_model  # it takes seconds to import
 
         config_class = pkgutil.resolve_name(self.peft_config)
+        shared = options_of(type(self)).keys() & {field.name for field in fields(config_class)}
+        options = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
         try:
-            return get_peft_model(base_model, config_class(task_type=task_type, **self.peft_options(base_model)))
+            config = config_class(task_type=task_type, **options | self.peft_options(base_model))
+            return get_peft_model(base_model, config)
         except ValueError as error:
             raise TrainingError(" ".join(str(error).split())) from error
 
@@ -150,9 +155,6 @@ class TargetedMethod(Method):
             parse=lambda text: text.split(","),
         ),
     ] = None
-
-    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
-        return {"target_modules": self.target_modules}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
-"""BitFit (Ben Zaken et al. 2022, arXiv 2106.10199), the tuner of :mod:`msplora_core.tuners.bitfit`."""
-
 from msplora_core.methods.base import Method
 
 
 class BitFit(Method):
-    """the biases alone"""
+    """the biases alone (arXiv 2106.10199)"""
 
     name = "bitfit"
     spectra = None

@@ -1,5 +1,3 @@
-"""DyLoRA: LoRA trained so that its first b rows and columns are a good adapter of rank b, for every b."""
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class DyLora(Lora):
-    """LoRA of use at every rank up to --rank"""
+    """LoRA of use at every rank up to --rank (arXiv 2210.07558)"""
 
     name = "dylora"
 
@@ -35,15 +33,15 @@ class RankSampler(Training):
         seed: Seed of the ranks drawn.
     """
 
-    def __init__(self, model: PeftModel, seed: int, adapter_name: str = "default") -> None:
+    def __init__(self, model: PeftModel, seed: int) -> None:
         from peft.tuners.lora import LoraLayer
 
         self.seed = seed
-        self.rank: int = model.peft_config[adapter_name].r
+        self.rank: int = model.peft_config["default"].r
         self.sampled = self.rank
         for module in model.modules():
-            if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-                module.lora_A[adapter_name].register_forward_hook(self._cut)
+            if isinstance(module, LoraLayer):
+                module.lora_A["default"].register_forward_hook(self._cut)
 
     def before_step(self, step: int) -> None:
         self.sampled = draw(self.seed, step, 1, self.rank)

@@ -1,5 +1,3 @@
-"""Full fine-tuning: Trainer, without an adapter."""
-
 from typing import ClassVar
 
 from msplora_core.methods.base import Method

@@ -1,5 +1,3 @@
-"""Lily (arXiv 2407.09946), as PEFT has it."""
-
 from __future__ import annotations
 
 import math
@@ -15,7 +13,7 @@ _PARTS = 3
 
 
 class Lily(RankedMethod):
-    """As and Bs shared by layers, Bs mixed by a router"""
+    """As and Bs shared by layers, Bs mixed by a router (arXiv 2407.09946)"""
 
     name = "lily"
     rank_factor = 4

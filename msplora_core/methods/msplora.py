@@ -1,18 +1,11 @@
-"""MSPLoRA (arXiv 2503.21838), the tuner of :mod:`msplora_core.tuners.msplora`."""
-
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from msplora_core.errors import TrainingError
 from msplora_core.methods.base import Method
 from msplora_core.methods.lora import Lora
 from msplora_core.names import SCALES
 from msplora_core.options import Option
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def parse_ranks(text: str) -> dict[str, int]:
@@ -29,7 +22,7 @@ def parse_ranks(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class MSPLora(Lora):
-    """LoRA parts shared by all layers, by a third, and by none"""
+    """LoRA parts shared by all layers, by a third, and by none (arXiv 2503.21838)"""
 
     name = "msplora"
     peft_config = "msplora_core.tuners.msplora:MSPLoraConfig"
@@ -43,6 +36,3 @@ class MSPLora(Lora):
         if {"rank", "ranks"} <= given.keys():
             raise TrainingError("'rank' and 'ranks' (one for each scale) exclude each other: choose one")
         return super().from_options(given)
-
-    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
-        return {**super().peft_options(base_model), "ranks": self.ranks}

@@ -1,5 +1,3 @@
-"""PiSSA (Meng et al. 2024, arXiv 2404.02948), saved as what training changed: LoRA for the unchanged base model."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -14,8 +12,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
 class Pissa(Lora):
-    """LoRA from the weight's largest singular values on"""
+    """LoRA from the weight's largest singular values on (arXiv 2404.02948)"""
 
     name = "pissa"
     # it trains a part of the weight, which decay would shrink and dropout leave out
@@ -42,17 +43,11 @@ class InitialFactors(Training):
         model: A model with a PiSSA adapter, before its first step.
     """
 
-    def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
+    def __init__(self, model: PeftModel) -> None:
         self.model = model
-        self.adapter_name = adapter_name
         self.tensors = {
-            name: tensor.detach().clone()
-            for name, tensor in model.state_dict().items()
-            if self._is_factor(name, "A") or self._is_factor(name, "B")
+            name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name.endswith((_A, _B))
         }
-
-    def _is_factor(self, name: str, factor: str) -> bool:
-        return name.endswith(f".lora_{factor}.{self.adapter_name}.weight")
 
     def state(self) -> dict[str, Any]:
         """Nothing but the trained parameters, which the adapter's file does not hold as they are."""
@@ -61,7 +56,7 @@ class InitialFactors(Training):
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Have the model give the change of its factors, and a configuration that fits it."""
-        config = self.model.peft_config[self.adapter_name]
+        config = self.model.peft_config["default"]
         own = config.r, config.lora_alpha, config.init_lora_weights
         config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
         hook = self.model.register_state_dict_post_hook(lambda model, tensors, *where: self._to_changes(tensors))
@@ -76,5 +71,7 @@ class InitialFactors(Training):
 
         for name, initial in self.tensors.items():
             now, before = tensors[name], initial.to(tensors[name].device)
-            parts = [now, now - before] if self._is_factor(name, "A") else [now - before, before]
-            tensors[name] = torch.cat(parts, dim=0 if self._is_factor(name, "A") else 1)
+            if name.endswith(_A):
+                tensors[name] = torch.cat([now, now - before], dim=0)
+            else:
+                tensors[name] = torch.cat([now - before, before], dim=1)

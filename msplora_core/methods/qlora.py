@@ -1,5 +1,3 @@
-"""QLoRA (Dettmers et al. 2023, arXiv 2305.14314): PEFT's LoRA on a base model that bitsandbytes quantises."""
-
 from __future__ import annotations
 
 import importlib.util
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class QLora(Lora):
-    """LoRA on a base model in 4 bits"""
+    """LoRA on a base model in 4 bits (arXiv 2305.14314)"""
 
     name = "qlora"
 

@@ -1,12 +1,10 @@
-"""rsLoRA (Kalajdzievski 2023, arXiv 2312.03732), as PEFT has it."""
-
 from typing import Any, ClassVar
 
 from msplora_core.methods.lora import Lora
 
 
 class RsLora(Lora):
-    """LoRA scaled by alpha / sqrt(rank)"""
+    """LoRA scaled by alpha / sqrt(rank) (arXiv 2312.03732)"""
 
     name = "rslora"
     switches: ClassVar[dict[str, Any]] = {"use_rslora": True}

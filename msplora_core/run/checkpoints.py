@@ -1,7 +1,5 @@
 """Checkpoints that are whole or not there: written aside, flushed, then renamed; checked before resuming."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -20,8 +18,6 @@ METHOD_STATE = "method_state.pt"
 """What a method whose adapter file is not what training continues from keeps beside it."""
 # What Trainer needs to continue from a checkpoint; kept in the newest one only, as it is far larger than the adapter.
 _RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "running_loss*.json", METHOD_STATE)
-_ADAPTER = (names.CONFIG, names.WEIGHTS)
-_NEEDED = (names.STATE, "optimizer.pt", "scheduler.pt")
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -55,9 +51,12 @@ def remove_partial(output_dir: Path) -> list[str]:
 
 def drop_resume_files(folder: Path) -> None:
     """Drop what only resuming needs, once a newer checkpoint is whole."""
-    for pattern in _RESUME_FILES:
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    for path in _resume_files(folder):
+        path.unlink(missing_ok=True)
+
+
+def _resume_files(folder: Path) -> list[Path]:
+    return [path for pattern in _RESUME_FILES for path in folder.glob(pattern)]
 
 
 def all_in(output_dir: Path) -> dict[int, Path]:
@@ -80,7 +79,7 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
         reason = fault(folder)
         if reason is None:
             return folder, notes
-        if step > 0 and not (notes and _kept_for_its_adapter(folder)):
+        if step > 0 and (not notes or _resume_files(folder)):
             notes.append(f"{folder} is not whole ({reason})")
     return None, notes
 
@@ -88,12 +87,12 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
 def fault(folder: Path) -> str | None:
     """The first file of a checkpoint that is missing or damaged, and how; None if the run can continue from it."""
     whole_model = (folder / "config.json").is_file()  # of full fine-tuning
-    needed = [folder / name for name in (("config.json",) if whole_model else _ADAPTER) + _NEEDED]
+    model = ["config.json"] if whole_model else [names.CONFIG, names.WEIGHTS]
+    needed = [folder / name for name in (*model, names.STATE, "optimizer.pt", "scheduler.pt")]
     if whole_model:
         needed += sorted(folder.glob("model*.safetensors*")) or [folder / "model.safetensors"]
-    needed += [folder / METHOD_STATE] if (folder / METHOD_STATE).exists() else []
     needed += sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
-    needed += [folder / "scaler.pt"] if (folder / "scaler.pt").exists() else []
+    needed += [path for path in (folder / METHOD_STATE, folder / "scaler.pt") if path.exists()]
     for path in needed:
         if not path.is_file():
             return f"{path.name} is missing"
@@ -109,36 +108,26 @@ def told(folder: Path) -> Iterator[None]:
     Raises:
         TrainingError: it names the file, the reason, and how to go on.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
     except Exception as error:
-        message = _write_failure(error, folder)
-        if message is None:
+        told_by_torch = any(words in str(error) for words in ("PytorchStreamWriter", "iostream error"))
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif isinstance(error, SafetensorError) or told_by_torch:
+            reason = " ".join(str(error).split())[:200]
+            if shutil.disk_usage(folder if folder.exists() else folder.parent).free < 2**20:
+                reason = "no space left on the device"
+        else:
             raise
-        raise TrainingError(message) from error
-
-
-def _write_failure(error: Exception, folder: Path) -> str | None:
-    from safetensors import SafetensorError
-
-    if isinstance(error, OSError):
-        reason = error.strerror or str(error)
-    elif isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "iostream error" in str(error):
-        reason = " ".join(str(error).split())[:200]
-        if shutil.disk_usage(folder if folder.exists() else folder.parent).free < 2**20:
-            reason = "no space left on the device"
-    else:
-        return None
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    file = max(files, key=lambda path: path.stat().st_mtime_ns) if files else folder
-    return (
-        f"{file}: cannot be written ({reason}); make room there and continue with resume=True: "
-        "the checkpoints of earlier epochs are whole"
-    )
-
-
-def _kept_for_its_adapter(folder: Path) -> bool:
-    return not any(path for pattern in _RESUME_FILES for path in folder.glob(pattern))
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        file = max(files, key=lambda path: path.stat().st_mtime_ns, default=folder)
+        raise TrainingError(
+            f"{file}: cannot be written ({reason}); make room there and continue with resume=True: "
+            "the checkpoints of earlier epochs are whole"
+        ) from error
 
 
 def _readable(path: Path) -> bool:

@@ -48,15 +48,15 @@ def by_writer(function: Callable[[], _T]) -> _T:
         return function()
     import torch.distributed as dist
 
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None]
+    failure = None
     if is_writer():
         try:
-            outcome[0] = function()
+            outcome = [function()]
         except TrainingError as error:
-            outcome[1] = str(error)
+            failure = str(error)
+    raise_first(failure)
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise TrainingError(outcome[1])
     return outcome[0]
 
 
@@ -66,13 +66,9 @@ def raise_first(failure: str | None) -> None:
     Raises:
         TrainingError: in every process, with the message of the first that has one.
     """
-    failures = [failure]
-    if process_count() > 1:
-        import torch.distributed as dist
+    from accelerate.utils import gather_object
 
-        failures = [None] * process_count()
-        dist.all_gather_object(failures, failure)
-    for message in failures:
+    for message in gather_object([failure]) if process_count() > 1 else [failure]:
         if message is not None:
             raise TrainingError(message)
 
@@ -101,24 +97,24 @@ def shard_frozen(model: nn.Module) -> None:
 
     if process_count() == 1:
         raise TrainingError("shard_base=True spreads the base model over processes; start several with torchrun")
-    adapted: Any = model
-    base = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trained = {p for p in model.parameters() if p.requires_grad}
+    frozen = set(model.parameters()) - trained
+    if not frozen:
+        raise TrainingError(
+            "shard_base=True spreads what is not trained; with full fine-tuning, nothing is left to spread"
+        )
+    if not all(p.is_floating_point() for p in frozen):
+        raise TrainingError("shard_base=True: a quantised base model cannot be spread over processes")
     layer_classes = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in layer_classes]
-    if not all(p.requires_grad or p.is_floating_point() for p in model.parameters()):
-        raise TrainingError("shard_base=True: a quantised base model cannot be spread over processes")
     if not layers:
         raise TrainingError(
             f"shard_base=True: {type(base).__name__} does not say which modules are its layers (_no_split_modules); "
             "train it without 'shard_base'"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if all(p.requires_grad for p in model.parameters()):
-        raise TrainingError(
-            "shard_base=True spreads what is not trained; with full fine-tuning, nothing is left to spread"
-        )
     mesh = init_device_mesh(device, (process_count(),))
-    trained = {p for p in model.parameters() if p.requires_grad}
     for module in (*layers, base):
         # Always, the root too: else one that saves alone is in another state than the others, and they wait for ever.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)

@@ -1,7 +1,5 @@
 """The run folder: what may be written to, and the record of everything needed to repeat the run."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import math
@@ -47,7 +45,25 @@ def check_output_dir(settings: Settings) -> Path | None:
             f"{folder}: the output folder is not empty; continue its run with resume=True, delete the run in it "
             "with overwrite=True, or give another 'output_dir'"
         )
-    return _newest_checkpoint(settings)
+    newest, _ = checkpoints.newest_whole(folder)
+    if (folder / RECORD).is_file():
+        recorded = read(folder)["settings"]
+        asked = json.loads(json.dumps(settings.what_matters()))
+        own = options_of(Settings) | options_of(type(settings.method))
+        older = {n: f.default if f.option.unrecorded is None else f.option.unrecorded for n, f in own.items()}
+        before = older | recorded  # whatever came after the record is as it was then
+        changed = [f"{n} {before.get(n)!r} -> {value!r}" for n, value in asked.items() if value != before.get(n)]
+        if changed:
+            raise TrainingError(
+                f"{folder}: the run to resume has other settings ({'; '.join(changed)}); repeat its settings, "
+                "or start anew with overwrite=True"
+            )
+    elif newest is not None:
+        raise TrainingError(
+            f"{folder / RECORD}: is missing, so that nobody can tell whether {newest.name} had these settings; "
+            "put it back, or start anew with overwrite=True"
+        )
+    return newest
 
 
 def results_if_finished(settings: Settings) -> list[dict[str, Any]] | None:
@@ -75,29 +91,6 @@ def make_output_dir(settings: Settings) -> list[str]:
         (folder / RECORD).unlink(missing_ok=True)  # the last, as it tells whose checkpoints there are
     removed = checkpoints.remove_partial(folder)
     return [f"{folder}: removed {name}, which a killed run had not finished" for name in removed]
-
-
-def _newest_checkpoint(settings: Settings) -> Path | None:
-    folder = settings.output_dir
-    newest, _ = checkpoints.newest_whole(folder)
-    if (folder / RECORD).is_file():
-        recorded = read(folder)["settings"]
-        asked = json.loads(json.dumps(settings.what_matters()))
-        own = options_of(Settings) | options_of(type(settings.method))
-        older = {n: f.default if f.option.unrecorded is None else f.option.unrecorded for n, f in own.items()}
-        before = older | recorded  # whatever came after the record is as it was then
-        changed = [f"{n} {before.get(n)!r} -> {value!r}" for n, value in asked.items() if value != before.get(n)]
-        if changed:
-            raise TrainingError(
-                f"{folder}: the run to resume has other settings ({'; '.join(changed)}); repeat its settings, "
-                "or start anew with overwrite=True"
-            )
-    elif newest is not None:
-        raise TrainingError(
-            f"{folder / RECORD}: is missing, so that nobody can tell whether {newest.name} had these settings; "
-            "put it back, or start anew with overwrite=True"
-        )
-    return newest
 
 
 def notes_on_resuming(settings: Settings, run: dict[str, Any]) -> list[str]:
@@ -141,7 +134,8 @@ def describe_run(settings: Settings, source: ModelSource, splits: dict[str, Spli
     """
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = sum(count for name, count in trainable.items() if is_head(name))
-    total = sum(_count(p) for p in model.parameters())
+    # two weights of 4 bits are one number of the quantised tensor
+    total = sum(math.prod((getattr(p, "quant_state", None) or p).shape) for p in model.parameters())
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     task = get_task(settings.task)
     return {
@@ -162,12 +156,6 @@ def describe_run(settings: Settings, source: ModelSource, splits: dict[str, Spli
         "processes": distributed.process_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
     }
-
-
-def _count(parameter: torch.Tensor) -> int:
-    """How many weights a parameter holds; two of 4 bits are one number of the quantised tensor."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def summary(run: dict[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """Everything that decides a training run, checked before anything heavy is imported."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,17 @@ from msplora_core.errors import TrainingError
 from msplora_core.methods import METHODS, Method, get_method, method_options
 from msplora_core.methods.msplora import MSPLora
 from msplora_core.models import EMBEDDED_MODELS
-from msplora_core.options import COUNT, FROM_RECIPE, NOT_NEGATIVE, Option, Range, check_ranges, one_of, options_of
+from msplora_core.options import (
+    COUNT,
+    FRACTION,
+    FROM_RECIPE,
+    NOT_NEGATIVE,
+    SEED,
+    Option,
+    check_ranges,
+    one_of,
+    options_of,
+)
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 MODEL_DTYPES = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}
@@ -40,13 +48,7 @@ class Settings:
     data_dir: Annotated[
         Path | None, Option("Folder with {task}_train.jsonl[.gz] and {task}_validation.jsonl[.gz]; else the Hub.")
     ] = None
-    seed: Annotated[
-        int,
-        Option(
-            "Seed of initialisation, order and dropout.",
-            Range("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
-        ),
-    ] = 0
+    seed: Annotated[int, Option("Seed of initialisation, order and dropout.", SEED)] = 0
     epochs: Annotated[int, Option(_RECIPE, COUNT)] = FROM_RECIPE
     learning_rate: Annotated[float, Option("[default: the task's recipe; fft: 2e-5]", NOT_NEGATIVE)] = FROM_RECIPE
     head_learning_rate: Annotated[float, Option("[default: half the learning rate; fft: all of it]", NOT_NEGATIVE)] = (
@@ -56,9 +58,7 @@ class Settings:
     micro_batch_size: Annotated[
         int | None, Option("Examples computed at once.  [default: the task's recipe: the whole batch; alpaca: 4]")
     ] = None
-    warmup_ratio: Annotated[
-        float, Option(_RECIPE, Range("a fraction of the steps, from 0 to below 1", lambda value: 0 <= value < 1))
-    ] = FROM_RECIPE
+    warmup_ratio: Annotated[float, Option(f"Part of the steps.  {_RECIPE}", FRACTION)] = FROM_RECIPE
     weight_decay: Annotated[float, Option("[default: the task's recipe; pissa: 0]", NOT_NEGATIVE)] = FROM_RECIPE
     max_length: Annotated[int, Option("Tokens.  " + _RECIPE, COUNT)] = FROM_RECIPE
     precision: Annotated[str, Option(f"One of {', '.join(PRECISIONS)}.", one_of(PRECISIONS))] = "fp32"
@@ -97,9 +97,6 @@ class Settings:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the only place where a frozen field is set
         object.__setattr__(self, "method", self.method.filled(recipe))
-        self._check()
-
-    def _check(self) -> None:
         check_ranges(self)
         needed = MODEL_DTYPES[self.model_dtype]
         if needed not in (None, self.precision):

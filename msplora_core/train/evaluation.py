@@ -1,7 +1,5 @@
 """The metric of every task."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

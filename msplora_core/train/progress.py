@@ -1,7 +1,5 @@
 """What a run shows while it trains: one bar, and one line for every epoch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

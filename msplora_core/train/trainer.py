@@ -1,8 +1,6 @@
 """Hugging Face Trainer with what an adapter run adds: a learning rate for the head, whole checkpoints of every epoch,
 and the same result however many processes share a batch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

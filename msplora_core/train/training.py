@@ -163,9 +163,6 @@ def _training_arguments(settings: Settings, eval_on_start: bool) -> TrainingArgu
     task = get_task(settings.task)
     processes = distributed.process_count()
     micro_batch_size = settings.micro_batch_size or settings.batch_size // processes
-    checkpointing: dict[str, Any] = {}
-    if settings.gradient_checkpointing:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = (_InPlace if settings.shard_base else TrainingArguments)(
         output_dir=str(settings.output_dir),
         num_train_epochs=settings.epochs,
@@ -177,7 +174,8 @@ def _training_arguments(settings: Settings, eval_on_start: bool) -> TrainingArgu
         per_device_eval_batch_size=micro_batch_size,
         gradient_accumulation_steps=settings.batch_size // (micro_batch_size * processes),
         train_sampling_strategy="group_by_length" if isinstance(task, InstructionTask) else "random",
-        **checkpointing,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=settings.seed,
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",

@@ -1,7 +1,5 @@
 """BitFit as a native PEFT method: configuration, layer, tuner; importing this file registers it with PEFT."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

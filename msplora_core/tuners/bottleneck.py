@@ -1,7 +1,5 @@
 """Bottleneck adapters with AdapterDrop as a native PEFT method; importing this file registers them with PEFT."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -3,8 +3,6 @@
 PEFT loads leniently: a missing tensor would stay at its initial value, silently.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,10 +32,9 @@ class TargetedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, list):  # as every PEFT method
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):  # as every PEFT method
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -108,11 +105,7 @@ class StrictTuner(BaseTuner):
     """A PEFT tuner whose adapter file must hold every tensor of the adapter, and no other."""
 
     def _layer(self, target: nn.Module, base_layer: nn.Module, name: str) -> AdapterLayer:
-        """A layer that adapts the module ``target``, called ``name``.
-
-        Args:
-            base_layer: The same, or what it adapts if it is a layer of another method.
-        """
+        """A layer that adapts ``target``, called ``name``: ``base_layer``, or another method's layer around that."""
         raise NotImplementedError
 
     def _add_adapter(self, layer: Any, adapter_name: str, config: Any, name: str, trainable: bool) -> None:

@@ -1,7 +1,5 @@
 """Configuration of MSPLoRA, as PEFT stores it in ``adapter_config.json``."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

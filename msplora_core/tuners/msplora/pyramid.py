@@ -6,8 +6,6 @@ and one numbered stack (``bert.encoder.layer``, ``decoder.block``, ...). Inside 
 ``layer`` pair belongs to one module.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
