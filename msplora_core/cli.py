@@ -182,7 +182,8 @@ def main() -> None:
         message = f"{error.filename or 'system'}: {error.strerror or error}"
     try:
         # What goes wrong in one process mostly does in all, and is told by the writing one; a launcher ends the others.
-        time.sleep(0 if is_writer() else _PATIENCE)
+        if not is_writer():
+            time.sleep(_PATIENCE)
     except KeyboardInterrupt:
         sys.exit(1)
     print(f"error: {message}", file=sys.stderr)
