@@ -10,6 +10,7 @@ import typer
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.options import Execution, Options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,20 +64,11 @@ def redundancy(
     arguments.make_folder(out)
     from msplora_analysis.tables.files import write_table
     from msplora_analysis.tables.pair_means import summary
-    from msplora_analysis.tables.pairs import Tables, load_redundancy
+    from msplora_analysis.tables.pairs import Tables, read_redundancy
 
+    options = Options(ignore_unknown, semantics.value, base, top_k)
     with terminal.progress_bar("Comparing") as progress:
-        tables = load_redundancy(
-            paths,
-            top_k=top_k,
-            details=details,
-            workers=workers,
-            dask=dask,
-            progress=progress,
-            ignore_unknown=ignore_unknown,
-            semantics=semantics.value,
-            base=base,
-        )
+        tables = read_redundancy(paths, options, Execution(workers, dask, progress=progress), details=details)
     if tables.pairs.empty and tables.scales.empty:
         listed = ", ".join(paths[:3])
         raise AnalysisError(

@@ -61,7 +61,7 @@ def results(
             for header in ("method", "parameters", *grid.headers):
                 shown.add_column(escape(header), justify="left" if header == "method" else "right")
             for method, parameters, cells in grid.rows:
-                texts = ["–" if cell is None else f"[b]{cell.text}[/b]" if cell.best else cell.text for cell in cells]
+                texts = [f"[b]{cell.text}[/b]" if cell.best else cell.text for cell in cells]
                 shown.add_row(escape(method), parameters, *texts)
             console.print(shown, end="\n\n")
     for folder in table.attrs["unfinished"]:

@@ -35,13 +35,16 @@ class Cell:
         return f"{self.mean:.1f}" if math.isnan(self.deviation) else f"{self.mean:.1f} ± {self.deviation:.1f}"
 
 
+_NONE = Cell(math.nan, math.nan, best=False)
+
+
 @dataclass(frozen=True)
 class Grid:
-    """The table of one model: headers, and per method its name, parameters and a cell (or none) per task."""
+    """The table of one model: headers, and per method its name, parameters and a cell per task (NaN: no results)."""
 
     model: str
     headers: list[str]
-    rows: list[tuple[str, str, list[Cell | None]]]
+    rows: list[tuple[str, str, list[Cell]]]
 
 
 def grids(table: pd.DataFrame) -> list[Grid]:
@@ -56,7 +59,7 @@ def grids(table: pd.DataFrame) -> list[Grid]:
         rows = []
         for method, of_method in of_model.groupby("method", sort=False):
             by_task = {row.task: row for row in of_method.itertuples()}
-            cells = [_cell(by_task[task], best[task]) if task in by_task else None for task in tasks]
+            cells = [_cell(by_task[task], best[task]) if task in by_task else _NONE for task in tasks]
             rows.append((str(method), _parameters(of_method["parameters"]), cells))
         result.append(Grid(str(model), headers, rows))
     return result
@@ -70,7 +73,7 @@ def markdown(table: pd.DataFrame, caption: str) -> str:
         lines.append("| " + " | ".join(["method", "parameters", *grid.headers]) + " |")
         lines.append("|---|" + "---:|" * (1 + len(grid.headers)))
         for method, parameters, cells in grid.rows:
-            texts = ["–" if cell is None else f"**{cell.text}**" if cell.best else cell.text for cell in cells]
+            texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
             lines.append("| " + " | ".join([_plain(method), parameters, *texts]) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
@@ -90,8 +93,7 @@ def latex(table: pd.DataFrame, caption: str) -> str:
             "\\midrule",
         ]
         for method, parameters, cells in grid.rows:
-            texts = ["--" if cell is None else _tex_cell(cell) for cell in cells]
-            lines.append(" & ".join([_tex(method), parameters, *texts]) + r" \\")
+            lines.append(" & ".join([_tex(method), parameters, *map(_tex_cell, cells)]) + r" \\")
         lines += ["\\bottomrule", "\\end{tabular}", "\\end{table}"]
         parts.append("\n".join(lines) + "\n")
     return "% \\usepackage{booktabs}\n" + "\n".join(parts)

@@ -281,7 +281,7 @@ def test_thinned_checkpoints_are_told_and_the_last_is_kept(runs, tmp_path, monke
 
 def test_of_many_pairs_those_of_the_first_runs_are_kept_and_that_is_told(runs, monkeypatch):
     table = ma.load_pairs(runs, details=True)
-    places = numbers.Places(table["name_i"])
+    places = numbers.places_of(table["name_i"])
     kept, said = numbers.pairs(table, ["lora", "msplora"], places)
     assert ({panel["run"] for panel in kept}, said) == ({0, 1}, "")
     monkeypatch.setattr(numbers, "PAIRS", 1)

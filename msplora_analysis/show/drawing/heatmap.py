@@ -44,8 +44,9 @@ def draw_cells(
         first_row: Where the first row is centred.
     """
     ax.set_facecolor(NO_DATA)
-    x_edges = edges(values.shape[1]) if x_edges is None else x_edges
-    y_edges = edges(len(values), first_row)
+    rows, columns = values.shape
+    x_edges = np.arange(columns + 1) - 0.5 if x_edges is None else x_edges
+    y_edges = np.arange(rows + 1) + first_row - 0.5
     # Edges in the colour of the face hide the hairlines that viewers leave between neighbouring cells.
     cells = ax.pcolormesh(x_edges, y_edges, values, norm=norm, cmap=cmap, edgecolors="face", linewidth=0.1)
     ax.set_ylim(y_edges[-1], y_edges[0])
@@ -59,11 +60,6 @@ def mark_absent(ax: Axes, x_edges: Array, top: float, bottom: float, text: str) 
     ax.add_patch(Rectangle((x_edges[0], top), width, height, facecolor="white", edgecolor="0.8", hatch="////", lw=0))
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
     ax.text((x_edges[0] + x_edges[-1]) / 2, (top + bottom) / 2, text, ha="center", va="center", color="0.35", bbox=box)
-
-
-def edges(count: int, first: float = 0) -> Array:
-    """Edges of `count` cells of width 1, the first centred on `first`."""
-    return np.arange(count + 1, dtype=np.float64) + first - 0.5
 
 
 def width_for(style: Style, layers: int, beside: float = 0) -> float:
@@ -99,14 +95,6 @@ def finish_squares(figure: Figure, axes: Sequence[Axes], layers: list[int]) -> N
     """Take away the height that squares, limited by the width, leave blank, and label the layers."""
     label_layers(figure, [axis for ax in axes for axis in (ax.xaxis, ax.yaxis)], layers)
     figure.set_figheight(figure.get_tightbbox().height + 0.08)
-
-
-def wide_panel(style: Style, layers: list[int], rows: int) -> tuple[Figure, Axes]:
-    """A figure of one panel with `rows` cells down and the layers across."""
-    figure = Figure(figsize=(width_for(style, len(layers)), 1.0 + 0.15 * rows), layout="constrained")
-    ax = figure.subplots()
-    ax.set_xlabel(LABELS["layer"])
-    return figure, ax
 
 
 def label_layers(figure: Figure, axes: Sequence[Axis], layers: list[int]) -> None:

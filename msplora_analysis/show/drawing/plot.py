@@ -58,11 +58,8 @@ class Kind:
     """A kind of figure.
 
     Attributes:
-        name: What its files are called, or what their names begin with.
-        order: Its place among the others.
-        needs: The table it is drawn of: "spectra", "pairs", "scales" or "comparison".
-        plots: From that table, prepared, and an epoch or None: all figures of this kind that can be drawn.
-        function: Draws one of them, for Python.
+        plots: From the table that it needs and an epoch or None: all figures of this kind that can be drawn.
+        name, order, needs, function: See `plots_of`.
     """
 
     name: str

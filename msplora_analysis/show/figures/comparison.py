@@ -7,13 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.show.drawing.colours import PALETTE
+from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import NARROW
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.text import fit, legend_below, title
 from msplora_analysis.show.drawing.venues import Style
 
 _NAMES = {"kl": "KL, as Figure 4"} | {name: LABELS[name] for name in ("kl_matched", "overlap_in", "overlap_out")}
@@ -42,7 +40,7 @@ def plots(comparison: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot
 def draw(rows: pd.DataFrame, style: Style) -> Figure:
     families = [name for name in _FAMILIES if rows["measure"].str.startswith(name).any()]
     width = style.widest if len(families) > 1 else style.widths[0]
-    abreast = width >= NARROW
+    abreast = width >= heatmap.NARROW
     figure = Figure(figsize=(width, 1.9 if abreast else 0.7 + 1.2 * len(families)), layout="constrained")
     rows_, columns = (1, len(families)) if abreast else (len(families), 1)
     axes = figure.subplots(rows_, columns, squeeze=False).ravel()
@@ -50,18 +48,18 @@ def draw(rows: pd.DataFrame, style: Style) -> Figure:
         _panel(ax, rows[rows["measure"].str.startswith(family)], _FAMILIES[family])
     first = rows.iloc[0]
     handles = [
-        axes[0].plot([], [], marker, color=PALETTE[i], markersize=4, label=label)[0]
+        axes[0].plot([], [], marker, color=colours.PALETTE[i], markersize=4, label=label)[0]
         for i, (label, marker) in enumerate(_PAIRS.values())
     ]
-    legend_below(figure, handles, [label for label, _ in _PAIRS.values()])
+    text.legend_below(figure, handles, [label for label, _ in _PAIRS.values()])
     has_interval = rows["low"].notna().any()
-    title(
+    text.title(
         figure,
         f"{first['a']} − {first['b']}",
         f"{first['confidence']:.0%} intervals" if has_interval else "too few runs for intervals",
         f"{first['n_a']:g} and {first['n_b']:g} runs; filled: excludes 0",
     )
-    fit(figure)
+    text.fit(figure)
     return figure
 
 
@@ -72,9 +70,9 @@ def _panel(ax: Axes, rows: pd.DataFrame, label: str) -> None:
         for row in rows[rows["pairs"] == pairs].to_dict("records"):
             y = measures.index(row["measure"]) + 0.3 * (i - 0.5)
             if np.isfinite(row["low"]):
-                ax.plot([row["low"], row["high"]], [y, y], color=PALETTE[i], linewidth=1)
-            face = PALETTE[i] if row["decided"] else "white"
-            ax.plot(row["estimate"], y, marker, color=PALETTE[i], markerfacecolor=face, markersize=4)
+                ax.plot([row["low"], row["high"]], [y, y], color=colours.PALETTE[i], linewidth=1)
+            face = colours.PALETTE[i] if row["decided"] else "white"
+            ax.plot(row["estimate"], y, marker, color=colours.PALETTE[i], markerfacecolor=face, markersize=4)
     ax.set_yticks(range(len(measures)), [_NAMES[name] for name in measures])
     ax.set_ylim(len(measures) - 0.5, -0.5)
     ax.margins(x=0.1)

@@ -7,13 +7,11 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from msplora_analysis.show.drawing.colours import DIVERGING
+from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.text import title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.matrices import choose, is_msplora, prepare, slug, stacks
@@ -71,12 +69,12 @@ def numbers(matrices: pd.DataFrame, msplora: str, lora: str, stack: str, epoch: 
 def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
     values = layer_kl.matrix(numbers, "difference")
     layers = sorted(numbers["layer_i"].unique())
-    figure, axes = square_panels(style, layers, 1)
+    figure, axes = heatmap.square_panels(style, layers, 1)
     largest = np.nanmax(np.abs(values), initial=0) or 1
-    cells = draw_cells(axes[0], values, colour_scale(largest, -largest), DIVERGING)
+    cells = heatmap.draw_cells(axes[0], values, heatmap.colour_scale(largest, -largest), colours.DIVERGING)
     figure.colorbar(cells, ax=axes, label=LABELS["kl_difference"], aspect=25, pad=0.02)
     first = numbers.iloc[0]
     heading, runs = f"{first['variant_msplora']} − {first['variant_lora']}", [first["runs_msplora"], first["runs_lora"]]
-    title_of_layers(figure, heading, numbers, runs, name_stack=name_stack)
-    finish_squares(figure, axes, layers)
+    text.title_of_layers(figure, heading, numbers, runs, name_stack=name_stack)
+    heatmap.finish_squares(figure, axes, layers)
     return figure

@@ -6,13 +6,11 @@ from functools import partial
 import pandas as pd
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.show.drawing.colours import SEQUENTIAL
+from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.text import title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.matrices import choose, prepare, slug, stacks
@@ -60,14 +58,14 @@ def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
 def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
     tables = [table for _, table in numbers.groupby("variant", sort=False)]
     layers = sorted(numbers["layer_i"].unique())
-    figure, axes = square_panels(style, layers, len(tables))
-    norm = colour_scale(numbers["kl"].max())
+    figure, axes = heatmap.square_panels(style, layers, len(tables))
+    norm = heatmap.colour_scale(numbers["kl"].max())
     for ax, table in zip(axes, tables, strict=True):
-        cells = draw_cells(ax, layer_kl.matrix(table), norm, SEQUENTIAL)
+        cells = heatmap.draw_cells(ax, layer_kl.matrix(table), norm, colours.SEQUENTIAL)
         if len(tables) > 1:
             ax.set_title(table["variant"].iloc[0], parse_math=False)
     figure.colorbar(cells, ax=axes, label=LABELS["kl"], aspect=25, pad=0.02)
     heading = "KL between layers" + ("" if len(tables) > 1 else f", {tables[0]['variant'].iloc[0]}")
-    title_of_layers(figure, heading, numbers, [table["runs"].iloc[0] for table in tables], name_stack=name_stack)
-    finish_squares(figure, axes, layers)
+    text.title_of_layers(figure, heading, numbers, [table["runs"].iloc[0] for table in tables], name_stack=name_stack)
+    heatmap.finish_squares(figure, axes, layers)
     return figure

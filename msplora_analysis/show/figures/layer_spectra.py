@@ -4,13 +4,11 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from msplora_analysis.show.drawing.colours import SEQUENTIAL
+from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, label_layers, wide_panel
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, each_method, of_one_method, plots_of
 from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.text import title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
 from msplora_analysis.tables.matrices import ks, prepare
@@ -50,11 +48,14 @@ def numbers(matrices: pd.DataFrame, method: str, stack: str, epoch: float | None
 @styled
 def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
     values = numbers.pivot(index="k", columns="layer", values="sigma")
-    figure, ax = wide_panel(style, values.columns.tolist(), len(values))
-    cells = draw_cells(ax, values.to_numpy(), colour_scale(numbers["sigma"].max()), SEQUENTIAL, first_row=1)
-    ax.set(ylabel=LABELS["k"], yticks=values.index)
+    rows, layers = values.shape
+    figure = Figure(figsize=(heatmap.width_for(style, layers), 1.0 + 0.15 * rows), layout="constrained")
+    ax = figure.subplots()
+    norm = heatmap.colour_scale(numbers["sigma"].max())
+    cells = heatmap.draw_cells(ax, values.to_numpy(), norm, colours.SEQUENTIAL, first_row=1)
+    ax.set(xlabel=LABELS["layer"], ylabel=LABELS["k"], yticks=values.index)
     figure.colorbar(cells, ax=ax, label=LABELS["sigma"], aspect=18, pad=0.02)
     first = numbers.iloc[0]
-    title_of_layers(figure, f"{first['variant']}, layer parts", numbers, [first["runs"]], name_stack=name_stack)
-    label_layers(figure, [ax.xaxis], values.columns.tolist())
+    text.title_of_layers(figure, f"{first['variant']}, layer parts", numbers, [first["runs"]], name_stack=name_stack)
+    heatmap.label_layers(figure, [ax.xaxis], values.columns.tolist())
     return figure

@@ -5,13 +5,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from msplora_analysis.show.drawing.colours import OVERLAPS, SEQUENTIAL
+from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, finish_squares, square_panels
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, each_method, of_one_method, plots_of
 from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.text import title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.checkpoints import at_epoch
@@ -64,13 +62,14 @@ def numbers(layers: pd.DataFrame, method: str, stack: str, epoch: float | None =
 @styled
 def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
     layers = sorted(numbers["layer_i"].unique())
-    figure, axes = square_panels(style, layers, len(PANELS))
+    figure, axes = heatmap.square_panels(style, layers, len(PANELS))
     overlaps = numbers[["overlap_in", "overlap_out"]].to_numpy()
     chances = numbers[CHANCES].mean()
     for ax, (column, name) in zip(axes, PANELS.items(), strict=True):
         largest = numbers["kl"].max() if column == "kl" else max(np.nanmax(overlaps, initial=0), 1.5 * chances.max())
-        norm = colour_scale(1 if column != "kl" and largest > _ALIKE else largest)
-        cells = draw_cells(ax, layer_kl.matrix(numbers, column), norm, SEQUENTIAL if column == "kl" else OVERLAPS)
+        cmap = colours.SEQUENTIAL if column == "kl" else colours.OVERLAPS
+        norm = heatmap.colour_scale(1 if column != "kl" and largest > _ALIKE else largest)
+        cells = heatmap.draw_cells(ax, layer_kl.matrix(numbers, column), norm, cmap)
         ax.set_title(name)
         if column != "overlap_in":  # both overlaps share a bar
             of = axes[:1] if column == "kl" else axes[1:]
@@ -84,6 +83,6 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
         by_chance = [f"{chances.iloc[0]:.2g}"]
     heading = f"{numbers['variant'].iloc[0]}: what layers share"
     marks = f"mark{'s' * (len(by_chance) - 1)}: by chance, {', '.join(by_chance)}"
-    title_of_layers(figure, heading, numbers, [numbers["runs"].iloc[0]], marks, name_stack=name_stack)
-    finish_squares(figure, axes, layers)
+    text.title_of_layers(figure, heading, numbers, [numbers["runs"].iloc[0]], marks, name_stack=name_stack)
+    heatmap.finish_squares(figure, axes, layers)
     return figure

@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 
 from msplora_analysis.compute.measures.rank_needed import energy_rank
-from msplora_analysis.show.drawing.colours import SEQUENTIAL
+from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import colour_scale, draw_cells, label_layers, width_for
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, each_method, of_one_method, plots_of
 from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.text import broken, title_of_layers
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
 from msplora_analysis.tables.matrices import prepare, sigma
@@ -67,22 +65,22 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
     shares = sorted(numbers["energy"].unique())
     rank = int(numbers["rank"].max())
     longest = max(map(len, modules))
-    width = width_for(style, len(layers), beside=0.05 * min(longest, LETTERS))
-    names = [broken(module, LETTERS) for module in modules]
+    width = heatmap.width_for(style, len(layers), beside=0.05 * min(longest, LETTERS))
+    names = [text.broken(module, LETTERS) for module in modules]
     row = 0.05 + 0.12 * max(name.count("\n") + 1 for name in names)
     figure = Figure(figsize=(width, 0.7 + len(shares) * (0.5 + row * len(modules))), layout="constrained")
     axes = figure.subplots(len(shares), 1, squeeze=False)[:, 0]
-    norm = colour_scale(max(rank, 2), lowest=1)
+    norm = heatmap.colour_scale(max(rank, 2), lowest=1)
     for ax, share in zip(axes, shares, strict=True):
         panel = numbers[numbers["energy"] == share].pivot(index="module", columns="layer", values="rank_needed")
         values = panel.reindex(index=modules, columns=layers).to_numpy(dtype=np.float64)
-        cells = draw_cells(ax, values, norm, SEQUENTIAL)
+        cells = heatmap.draw_cells(ax, values, norm, colours.SEQUENTIAL)
         ax.set_yticks(range(len(modules)), names, parse_math=False)
         ax.set_title(f"{share:.0%} of the energy")
     axes[-1].set_xlabel(LABELS["layer"])
     figure.colorbar(cells, ax=axes.tolist(), label=f"{LABELS['rank_needed']}, of {rank}", aspect=25, pad=0.02)
     first = numbers.iloc[0]
     heading = f"{first['variant']}, layer parts: rank used"
-    title_of_layers(figure, heading, numbers, [int(numbers["runs"].max())], name_stack=name_stack)
-    label_layers(figure, [ax.xaxis for ax in axes], layers)
+    text.title_of_layers(figure, heading, numbers, [int(numbers["runs"].max())], name_stack=name_stack)
+    heatmap.label_layers(figure, [ax.xaxis for ax in axes], layers)
     return figure

@@ -7,13 +7,11 @@ import pandas as pd
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.formats.updates import SCALES
-from msplora_analysis.show.drawing.colours import SEQUENTIAL
+from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.heatmap import NARROW, colour_scale, draw_cells, mark_absent
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
-from msplora_analysis.show.drawing.text import fit, label_epochs, runs_note, title
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of
 from msplora_analysis.tables.matrices import choose, is_msplora, ks, method_labels, prepare, slug
@@ -60,30 +58,29 @@ def numbers(matrices: pd.DataFrame, method: str) -> pd.DataFrame:
 @styled
 def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     scales = list(numbers["scale"].unique())
-    abreast = style.widest >= NARROW
+    abreast = style.widest >= heatmap.NARROW
     figure = Figure(figsize=(style.widest, 2.3 if abreast else 0.9 + 1.3 * len(scales)), layout="constrained")
     rows, columns = (1, len(scales)) if abreast else (len(scales), 1)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel().tolist()
-    norm = colour_scale(numbers["sigma"].max())
+    norm = heatmap.colour_scale(numbers["sigma"].max())
     last = numbers["k"].max()
     for ax, scale in zip(axes, scales, strict=True):
         part = numbers[numbers["scale"] == scale]
         values = part.pivot(index="k", columns="epoch", values="sigma")
         x_edges = _midpoints(values.columns.to_numpy(dtype=float))
-        cells = draw_cells(ax, values.to_numpy(), norm, SEQUENTIAL, x_edges=x_edges, first_row=1)
+        cells = heatmap.draw_cells(ax, values.to_numpy(), norm, colours.SEQUENTIAL, x_edges=x_edges, first_row=1)
         ax.set_ylim(last + 0.5, 0.5)
         if len(values) < last:
-            mark_absent(ax, x_edges, len(values) + 0.5, last + 0.5, f"rank {len(values)}")
+            heatmap.mark_absent(ax, x_edges, len(values) + 0.5, last + 0.5, f"rank {len(values)}")
         ax.set(title=f"{scale} (rank {part['rank'].max()})", yticks=range(1, last + 1))
     for ax in axes[:1] if abreast else axes:
         ax.set_ylabel(LABELS["k"])
-    label_epochs(axes if abreast else axes[-1:], columns)
+    text.label_epochs(axes if abreast else axes[-1:], columns)
     bar_aspect = 18 if abreast else 18 * len(scales)
     figure.colorbar(cells, ax=axes, label=LABELS["sigma"], aspect=bar_aspect, pad=0.015)
-    title(
-        figure, f"{numbers['variant'].iloc[0]}: singular values over training", runs_note([int(numbers["runs"].max())])
-    )
-    fit(figure)
+    heading = f"{numbers['variant'].iloc[0]}: singular values over training"
+    text.title(figure, heading, text.runs_note([int(numbers["runs"].max())]))
+    text.fit(figure)
     return figure
 
 

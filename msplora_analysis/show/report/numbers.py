@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from msplora_analysis.compute.measures.registry import Array, Measure, Place, measures
 from msplora_analysis.errors import printable
 from msplora_analysis.formats.names import stack_and_layer
+from msplora_analysis.formats.updates import SCALES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +42,7 @@ TITLES = {name: one.symbol for name, one in _measures("matrices").items()}
 """Of the table of matrices: name -> head of its column."""
 
 Columns = dict[str, list[Any]]
+Places = Mapping[str, str]  # name of a matrix -> where it is
 
 
 def rounded(values: Iterable[Any]) -> list[Any]:
@@ -63,21 +66,13 @@ def axis_of(keys: pd.DataFrame) -> str:
     return "time"
 
 
-class Places:
-    """Where a matrix is, but for its layer: 'query', or the whole path with * where several end in one name."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        paths = {name: _path(name) for name in dict.fromkeys(names)}
-        last: dict[str, set[str]] = {}
-        for path in paths.values():
-            last.setdefault(path.rpartition(".")[2], set()).add(path)
-        self._labels = {
-            name: printable(short if len(last[short := path.rpartition(".")[2]]) == 1 else path)
-            for name, path in paths.items()
-        }
-
-    def __getitem__(self, name: str) -> str:
-        return self._labels[name]
+def places_of(names: Iterable[str]) -> dict[str, str]:
+    """Name of a matrix -> where it is, but for its layer: 'query', or its path with * where several end in one name."""
+    paths = {name: _path(name) for name in names}
+    alike = Counter(path.rpartition(".")[2] for path in set(paths.values()))
+    return {
+        name: printable(short if alike[short := path.rpartition(".")[2]] == 1 else path) for name, path in paths.items()
+    }
 
 
 def _path(name: str) -> str:
@@ -112,7 +107,7 @@ def spectra(matrices: Matrices, runs: Sequence[str], axis: str, places: Places) 
         # The last one is kept, whatever else is.
         kept = times[np.round(np.linspace(len(times) - 1, 0, count)).astype(int)[::-1]]
         left += len(times) - len(kept)
-        labels = of_run["name"].map(places.__getitem__)
+        labels = of_run["name"].map(places)
         whole = of_run["scale"] == "total"
         panels = []
         for (place, is_whole), chosen in of_run.groupby([labels, whole], sort=False).indices.items():
@@ -129,7 +124,8 @@ def spectra(matrices: Matrices, runs: Sequence[str], axis: str, places: Places) 
 
 
 def _panel(keys: pd.DataFrame, sigma: Array, times: Any) -> dict[str, Any]:
-    units = keys.drop_duplicates(["scale", "group", "name"]).sort_values(["scale", "group"], key=_scale_order)
+    units = keys.drop_duplicates(["scale", "group", "name"])
+    units = units.sort_values(["scale", "group"], key=lambda c: c.map(SCALES.index) if c.name == "scale" else c)
     row = {unit: i for i, unit in enumerate(_identities(units))}
     width = int(keys["rank"].max())
     values = np.full((len(times), len(row), width), np.nan)
@@ -142,13 +138,6 @@ def _panel(keys: pd.DataFrame, sigma: Array, times: Any) -> dict[str, Any]:
         "k": width,
         "values": [rounded(of_time.ravel()) for of_time in values],
     }
-
-
-_ORDER = {"global": 0, "mid": 1, "layer": 2, "total": 3}
-
-
-def _scale_order(column: pd.Series) -> pd.Series:
-    return column.map(_ORDER) if column.name == "scale" else column
 
 
 def _identities(keys: pd.DataFrame) -> list[tuple[Any, ...]]:
@@ -176,7 +165,7 @@ def pairs(table: pd.DataFrame, runs: Sequence[str], places: Places) -> tuple[lis
     kept = sizes.index[(sizes.cumsum() <= PAIRS) | (sizes.cumsum() == sizes)]
     table = table[table["run"].isin(kept)]
     panels = []
-    labels = table["name_i"].map(places.__getitem__) if "name_i" in table else table["module"].map(printable)
+    labels = table["name_i"].map(places) if "name_i" in table else table["module"].map(printable)
     for (run, place, scale), rows in table.groupby([table["run"], labels, table["scale"]], sort=False):
         groups = list(dict.fromkeys([*rows["group_i"], *rows["group_j"]]))
         index = {group: i for i, group in enumerate(groups)}

@@ -47,7 +47,7 @@ def page(evidence: Evidence, paths: Sequence[StrPath]) -> str:
     library, script = _library(), (_HERE / "script.js").read_text(encoding="utf-8")
     last = evidence.matrices.keys[evidence.matrices.keys["last"]]
     return environment.get_template("template.html").render(
-        title=_title(evidence.runs),
+        title=evidence.runs[0] if len(evidence.runs) == 1 else f"{len(evidence.runs)} runs compared",
         version=__version__,
         paths=[printable(path) for path in map(str, paths)],
         policy=_policy(library, script),
@@ -126,10 +126,6 @@ def _policy(*scripts: str) -> str:
             "form-action 'none'",
         )
     )
-
-
-def _title(runs: list[str]) -> str:
-    return runs[0] if len(runs) == 1 else f"{len(runs)} runs compared"
 
 
 def _legend(data: dict[str, Any]) -> list[dict[str, str]]:

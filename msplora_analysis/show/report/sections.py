@@ -74,12 +74,12 @@ def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) 
     """What the script draws. Names in it are data: the script shows them as text only."""
     runs = evidence.runs
     keys = evidence.matrices.keys
-    places = numbers.Places([*keys["name"], *evidence.pairs.get("name_i", ())])
+    places = numbers.places_of([*keys["name"], *evidence.pairs.get("name_i", ())])
     axis = numbers.axis_of(keys)
     title = {"time": "checkpoint"}.get(axis, axis)
     spectra, left = numbers.spectra(evidence.matrices, runs, axis, places)
     pairs, pairs_left = numbers.pairs(evidence.pairs, runs, places)
-    styled = line_labels(runs, labels)
+    styled = runs if len(runs) <= LINES else labels
     legend = list(dict.fromkeys(styled))
     several = bool(keys.groupby("run")["time"].nunique().gt(1).any())
     return {
@@ -98,11 +98,6 @@ def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) 
         "specs": _specs(title, legend),
         "config": charts.CONFIG,
     }
-
-
-def line_labels(runs: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """By what lines are told apart: runs, or methods if there are many runs."""
-    return list(runs) if len(runs) <= LINES else list(labels)
 
 
 def _specs(axis: str, legend: list[str]) -> dict[str, charts.Spec]:

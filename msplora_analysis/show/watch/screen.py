@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -105,15 +106,12 @@ def sparkline(values: Sequence[float | None], width: int, bars: str = _BARS, zer
 
 
 def _mean(known: Sequence[Means]) -> Means:
-    matrices = sum(means.matrices for means in known)
+    """Weighted by the numbers of matrices."""
+    counts = [means.matrices for means in known]
     ranked = [(means.effective_rank, means.matrices) for means in known if means.effective_rank is not None]
-    total = sum(n for _, n in ranked)
-    return Means(
-        sum(value * n for value, n in ranked) / total if total else None,
-        sum(means.norm * means.matrices for means in known) / matrices,
-        sum(means.rank * means.matrices for means in known) / matrices,
-        matrices,
-    )
+    norm, rank = np.average([(means.norm, means.rank) for means in known], axis=0, weights=counts).tolist()
+    effective = sum(value * n for value, n in ranked) / sum(n for _, n in ranked) if ranked else None
+    return Means(effective, norm, rank, sum(counts))
 
 
 def _title(run: Run) -> Text:
