@@ -64,7 +64,7 @@ else
     echo "analysis, lowest: skipped, as there is no Python 3.10"
 fi
 # shellcheck disable=SC2046
-part "training, lowest" "$python" "$training" "$torch" $(lowest train)
+part "training, lowest" "$python" "$training" "$torch" "$wheel[train]" $(lowest train)
 # shellcheck disable=SC2046
 part "training, tested" "$python" "$training" --constraint constraints.txt "$torch" "$wheel[train]"
 exit $failed

@@ -10,7 +10,7 @@ They give tables that show themselves in Jupyter in words (``display``).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from msplora_analysis.adapters.discovery import as_paths
 from msplora_analysis.errors import AnalysisError
@@ -134,7 +134,7 @@ def compare(
     execution = Execution(workers, dask, cache, progress)
     if _is_table(a) != _is_table(b):
         raise AnalysisError("give both methods as paths, or both as spectra tables")
-    if _is_table(a):
+    if _is_table(a) and _is_table(b):
         _refuse(options, execution)
         ours, theirs = side_of(a, method_a, "a", pairs=pairs), side_of(b, method_b, "b", pairs=pairs)
         sides = told_apart(ours, theirs, "a", "b")
@@ -154,7 +154,7 @@ def _refuse(*given: Options | Execution) -> None:
         raise AnalysisError(f"{names[0]} is for reading adapters: give their paths rather than a spectra table")
 
 
-def _is_table(source: object) -> bool:
+def _is_table(source: object) -> TypeGuard[pd.DataFrame]:
     import pandas as pd
 
     return isinstance(source, pd.DataFrame)

@@ -97,7 +97,8 @@ def of_tables(
     scales: pd.DataFrame | None = None,
 ) -> Evidence:
     """The evidence in tables; all but the first may be left out."""
-    return Evidence(spectra, *(pd.DataFrame() if table is None else table for table in (metrics, pairs, scales)))
+    metrics, pairs, scales = (pd.DataFrame() if table is None else table for table in (metrics, pairs, scales))
+    return Evidence(spectra, metrics, pairs, scales)
 
 
 def gather(

@@ -130,7 +130,9 @@ def compare(
     if figure:
         from msplora_analysis.show.figures.comparison import plots
 
-        written += [path for plot in plots(table) for path in plot.write(out, [kind.value for kind in figure], style)]
+        written += [
+            path for plot in plots(table, None) for path in plot.write(out, [kind.value for kind in figure], style)
+        ]
     with terminal.closed_pipe_ignored():
         print("\n\n".join(sentences(table)), end="\n\n")
         terminal.print_paths(written)

@@ -10,6 +10,7 @@ import typer
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.options import Execution, Options
+from msplora_analysis.tables.rows import rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,7 @@ def as_objects(findings: pd.DataFrame) -> dict[str, object]:
     """``findings``: a list of objects, empty cells null; ``rank_pattern``: run -> what PEFT's LoraConfig takes."""
     from msplora_analysis.ask.findings import rank_patterns
 
-    rows = findings.astype(object).where(findings.notna(), None).to_dict("records")
+    rows = rows_of(findings.astype(object).where(findings.notna(), None))
     for row in rows:
         row["details"] = json.loads(row["details"]) if row["details"] else {}
         for name in ("value", "threshold"):  # JSON has no infinity
@@ -102,7 +103,7 @@ def _places(run: str, rows: pd.DataFrame) -> list[str]:
     """The first place with its evidence, then where else, in a line or two."""
     from msplora_analysis.tables.labels import when, where
 
-    first, *others = rows.to_dict("records")
+    first, *others = rows_of(rows)
     lines = [f"{run}: {', '.join(filter(None, (when(first), where(first))))}: {first['evidence']}"]
     if others:
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""

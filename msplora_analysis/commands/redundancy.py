@@ -11,6 +11,7 @@ from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Execution, Options
+from msplora_analysis.tables.rows import rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,10 +90,10 @@ def _print(means: pd.DataFrame) -> None:
 
     with terminal.printed_whole() as console:
         for run, rows in means.groupby("run", sort=False):
-            at = when(rows.iloc[0].to_dict())
+            at = when(rows_of(rows.head(1))[0])
             console.print(f"[bold]{escape(str(run))}[/bold]: means over pairs and modules{at and f', {at}'}")
             cells = [
                 [row["between"], str(row["pairs"]), *("-" if math.isnan(row[n]) else f"{row[n]:.3g}" for n in _SHOWN)]
-                for row in rows.to_dict("records")
+                for row in rows_of(rows)
             ]
             console.print(terminal.plain_table(["between", "pairs", *_SHOWN.values()], cells), end="\n\n")

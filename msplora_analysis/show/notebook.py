@@ -13,6 +13,7 @@ import pandas as pd
 
 from msplora_analysis.errors import printable
 from msplora_analysis.tables.labels import when, where
+from msplora_analysis.tables.rows import rows_of
 
 _PLACES = 3  # of each kind of finding, that are shown
 _SYMBOLS = {"error": "✖", "warning": "⚠", "info": "ℹ"}
@@ -29,7 +30,7 @@ class _Table(pd.DataFrame):
 
     def _repr_html_(self) -> str | None:
         if not self._shown <= set(self.columns):
-            html: str | None = super()._repr_html_()
+            html: str | None = super()._repr_html_()  # type: ignore[misc]  # the stubs leave it out
             return html
         # The classes keep MathJax from a name that holds dollar signs.
         return f'<div class="tex2jax_ignore mathjax_ignore">{self._view()}</div>'
@@ -61,14 +62,12 @@ class Findings(_Table):
         rows = []
         for (severity, kind), found in self.groupby(["severity", "id"], sort=False):
             title = KINDS[kind].title if kind in KINDS else ""
-            places = [
-                f"{_text(_place(row))}: {_text(row['evidence'])}" for row in found.head(_PLACES).to_dict("records")
-            ]
+            places = [f"{_text(_place(row))}: {_text(row['evidence'])}" for row in rows_of(found.head(_PLACES))]
             if (more := len(found) - _PLACES) > 0:
                 places.append(f"and {more} more")
             rows.append(
                 (
-                    f"{_SYMBOLS.get(severity, '')} {_text(severity)}",
+                    f"{_SYMBOLS.get(str(severity), '')} {_text(severity)}",
                     f"<b>{_text(kind)}</b><br>{_text(title)}",
                     "<br>".join(places),
                     f"{_text(found['advice'].iloc[0])}<br><i>threshold: {_text(found['source'].iloc[0])}</i>",
@@ -105,7 +104,7 @@ class Comparison(_Table):
                 f"{row['low']:+.3g} to {row['high']:+.3g}" if row["low"] == row["low"] else "too few runs",
                 "yes" if row["decided"] else "no",
             )
-            for row in differences.to_dict("records")
+            for row in rows_of(differences)
         ]
         if not rows:
             return f"<ul>{said}</ul>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msplora_analysis.errors import printable
 
@@ -32,7 +32,7 @@ def epoch_note(epochs: pd.Series) -> str:
     return when({"epoch": known[0] if is_one else None}, "last checkpoint")
 
 
-def _has(row: Mapping[str, object], name: str) -> bool:
+def _has(row: Mapping[str, Any], name: str) -> bool:
     import pandas as pd
 
     return name in row and not pd.isna(row[name])

@@ -1,6 +1,7 @@
 """KL divergence between the spectra of layers: the numbers behind Figure 4, its companion and the summary tables."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,7 +87,7 @@ def summary(matrices: pd.DataFrame, epoch: float | None = None) -> pd.DataFrame:
     """
     key = ["variant", "stack"]
     by_run = per_run(matrices, epoch).groupby(key)
-    columns = {"runs": by_run.size()}
+    columns: dict[str, pd.Series[Any]] = {"runs": by_run.size()}
     for kl in ("kl_all_pairs", "kl_adjacent"):
         columns |= {f"{kl}_run_mean": by_run[kl].mean(), f"{kl}_run_std": by_run[kl].std()}
     return _means(matrices, key, epoch).merge(pd.DataFrame(columns).reset_index(), on=key)

@@ -45,7 +45,7 @@ class Matrices(NamedTuple):
 
     def place(self, row: int) -> dict[str, Any]:
         """The key columns of one matrix."""
-        return self.keys.iloc[row][list(KEYS)].to_dict()
+        return {name: self.keys[name].iloc[row] for name in KEYS}
 
 
 def pivot(spectra: pd.DataFrame) -> Matrices:
@@ -103,7 +103,8 @@ def prepare(spectra: pd.DataFrame) -> pd.DataFrame:
 
 def ks(matrices: pd.DataFrame) -> list[int]:
     """The columns that hold singular values."""
-    return [column for column in matrices.columns if isinstance(column, int)]
+    names: list[object] = list(matrices.columns)
+    return [name for name in names if isinstance(name, int)]
 
 
 def sigma(matrices: pd.DataFrame) -> Array:
@@ -154,9 +155,9 @@ def _labels(matrices: pd.DataFrame) -> dict[str, str]:
         raise AnalysisError(
             "the spectra table has only the scale total: pass the parts (layer, or global, mid and layer) too"
         )
-    labels = {run: _label(rows) for run, rows in parts.groupby("run", sort=False)}
-    traits = {run: _traits(rows) for run, rows in parts.groupby("run", sort=False)}
-    told_apart = {}
+    labels = {str(run): _label(rows) for run, rows in parts.groupby("run", sort=False)}
+    traits = {str(run): _traits(rows) for run, rows in parts.groupby("run", sort=False)}
+    told_apart: dict[str, str] = {}
     for run, label in labels.items():
         rivals = [traits[other] for other in labels if labels[other] == label]
         differing = [own for own, *others in zip(traits[run], *rivals, strict=True) if len(set(others)) > 1]

@@ -247,7 +247,7 @@ def _overlaps(side: Side, runs: list[str], layers: tuple[int, ...], stack: str, 
         rows = pairs.assign(value=pairs[name] - pairs[chance if chance in pairs else "overlap_expected"])
         means = rows.groupby(["run", "group_i", "group_j"])["value"].mean()
         values = np.full((len(runs), len(layers), len(layers)), np.nan)
-        for (run, i, j), value in means.items():
+        for (run, i, j), value in zip(means.index, means, strict=True):
             if i in place and j in place:
                 x, y, z = runs.index(run), place[i], place[j]
                 values[x, y, z] = values[x, z, y] = value

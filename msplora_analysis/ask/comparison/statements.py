@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from msplora_analysis.tables.rows import rows_of
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -22,7 +24,7 @@ _MORE = {"kl": ("differ more", "differ less"), "overlap": ("overlap more", "over
 
 def sentences(table: pd.DataFrame) -> Iterator[str]:
     """One sentence or two per question; a rank-matched row that repeats the one before it is left out."""
-    for row in table.to_dict("records"):
+    for row in rows_of(table):
         if row["question"] == "difference":
             if not (row["measure"] == "kl_matched" and _same_as_plain(row, table)):
                 yield _difference(row)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings.base import Finding, Kind
 from msplora_analysis.tables.columns import KEYS
+from msplora_analysis.tables.rows import rows_of
 
 LARGE = Kind(
     "large-relative-update",
@@ -28,7 +29,7 @@ RATIO = 5.0
 
 
 def relative(evidence: Evidence) -> Iterator[Finding]:
-    for row in evidence.relative.to_dict("records"):
+    for row in rows_of(evidence.relative):
         place = {name: row[name] for name in KEYS}
         if row["ratio"] >= RATIO:
             yield Finding(LARGE, place, row["ratio"], RATIO, f"‖ΔW‖₂ / ‖W‖₂ = {row['ratio']:.3g}")

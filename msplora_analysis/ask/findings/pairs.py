@@ -13,6 +13,7 @@ from msplora_analysis.ask.findings.base import Finding, Kind
 from msplora_analysis.tables.checkpoints import last_checkpoints
 from msplora_analysis.tables.columns import KEYS
 from msplora_analysis.tables.matrices import stacks_of
+from msplora_analysis.tables.rows import rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +55,7 @@ def between_layers(evidence: Evidence) -> Iterator[Finding]:
     for of_run in _places(pairs):
         groups = sorted({*of_run["group_i"], *of_run["group_j"]})
         following = dict(pairwise(groups))
-        for row in of_run.to_dict("records"):
+        for row in rows_of(of_run):
             low, high = sorted((row["group_i"], row["group_j"]))
             place = _place(row, group=low, name=row.get("name_i"))
             found: dict[str, Any] = {"groups": [int(low), int(high)]}
@@ -69,7 +70,7 @@ def between_layers(evidence: Evidence) -> Iterator[Finding]:
 def between_scales(evidence: Evidence) -> Iterator[Finding]:
     if evidence.scales.empty:
         return
-    for row in last_checkpoints(evidence.scales).to_dict("records"):
+    for row in rows_of(last_checkpoints(evidence.scales)):
         scales = [row["scale_i"], row["scale_j"]]
         is_alike = abs(row["cosine"]) >= COSINE
         if is_alike or _overlaps(row):

@@ -146,7 +146,7 @@ def large_update(evidence: Evidence) -> Iterator[Finding]:
     keys = evidence.matrices.keys
     is_total = keys["scale"] == "total"
     last = evidence.matrices.where(keys["last"] & (is_total | ~is_total.groupby(keys["run"]).transform("any")))
-    rms = frobenius(last.sigma) / np.sqrt(last.keys["rows"] * last.keys["cols"]).to_numpy(dtype=np.float64)
+    rms = frobenius(last.sigma) / np.sqrt((last.keys["rows"] * last.keys["cols"]).to_numpy(dtype=np.float64))
     for row in np.flatnonzero(rms >= RMS):
         text = f"root mean square of the update's entries {rms[row]:.3g}, its largest singular value "
         text += f"{last.sigma[row, 0]:.3g}"

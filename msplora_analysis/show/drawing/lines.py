@@ -38,7 +38,7 @@ def over_epochs(matrices: pd.DataFrame, quantities: dict[str, Array], scales: Se
     spread = per_run.melt(var_name="quantity", ignore_index=False).groupby([*SHARED, "quantity"])["value"]
     result = spread.agg(["mean", "std", "size"]).reset_index().rename(columns={"size": "runs"})
     for column, order in (("variant", timed), ("scale", scales), ("quantity", list(quantities))):
-        result[column] = pd.Categorical(result[column], order)
+        result[column] = pd.Categorical(result[column], pd.Index(order))
     result = result.sort_values(["variant", "scale", "quantity", "epoch"], ignore_index=True)
     return result.astype({"variant": str, "scale": str, "quantity": str})
 

@@ -13,6 +13,7 @@ from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.tables.rows import rows_of
 
 _NAMES = {"kl": "KL, as Figure 4"} | {name: LABELS[name] for name in ("kl_matched", "overlap_in", "overlap_out")}
 _FAMILIES = {"kl": LABELS["kl_difference"], "overlap": LABELS["overlap_difference"]}
@@ -24,7 +25,7 @@ def comparison_with_intervals(comparison: pd.DataFrame, *, style: str | None = N
 
     `comparison` is the table of `msplora_analysis.compare`. Divergences and overlaps have an axis each.
     """
-    for plot in plots(comparison):
+    for plot in plots(comparison, None):
         return draw(plot.numbers, style)
     raise AnalysisError("the comparison table holds no differences: pass what compare returns")
 
@@ -67,7 +68,7 @@ def _panel(ax: Axes, rows: pd.DataFrame, label: str) -> None:
     measures = [name for name in _NAMES if name in set(rows["measure"])]
     ax.axvline(0, color="0.6", linewidth=0.6)
     for i, (pairs, (_, marker)) in enumerate(_PAIRS.items()):
-        for row in rows[rows["pairs"] == pairs].to_dict("records"):
+        for row in rows_of(rows[rows["pairs"] == pairs]):
             y = measures.index(row["measure"]) + 0.3 * (i - 0.5)
             if np.isfinite(row["low"]):
                 ax.plot([row["low"], row["high"]], [y, y], color=colours.PALETTE[i], linewidth=1)

@@ -42,7 +42,8 @@ def numbers(scales: pd.DataFrame) -> pd.DataFrame:
     result = over_epochs(table, {name: table[name].to_numpy() for name in QUANTITIES}, PANELS)
     chances = table.assign(cosine=0.0).groupby(["variant", "scale"])[["chance_in", "chance_out", "cosine"]].mean()
     chances.columns = pd.Index(QUANTITIES, name="quantity")
-    return result.merge(chances.stack().rename("chance").reset_index(), on=["variant", "scale", "quantity"], how="left")
+    chance = chances.melt(value_name="chance", ignore_index=False).reset_index()
+    return result.merge(chance, on=["variant", "scale", "quantity"], how="left")
 
 
 draw = partial(

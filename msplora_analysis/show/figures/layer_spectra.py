@@ -57,5 +57,5 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
     figure.colorbar(cells, ax=ax, label=LABELS["sigma"], aspect=18, pad=0.02)
     first = numbers.iloc[0]
     text.title_of_layers(figure, f"{first['variant']}, layer parts", numbers, [first["runs"]], name_stack=name_stack)
-    heatmap.label_layers(figure, [ax.xaxis], values.columns.tolist())
+    heatmap.label_layers(figure, [ax.xaxis], [int(layer) for layer in values.columns])
     return figure

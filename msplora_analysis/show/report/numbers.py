@@ -110,7 +110,8 @@ def spectra(matrices: Matrices, runs: Sequence[str], axis: str, places: Places) 
         labels = of_run["name"].map(places)
         whole = of_run["scale"] == "total"
         panels = []
-        for (place, is_whole), chosen in of_run.groupby([labels, whole], sort=False).indices.items():
+        groups: dict[Any, Any] = of_run.groupby([labels, whole], sort=False).indices
+        for (place, is_whole), chosen in groups.items():
             panel = _panel(of_run.iloc[chosen], sigma[rows[chosen]], kept)
             panels.append({"place": place, "kind": "whole" if is_whole else "parts", **panel})
         when = of_run.drop_duplicates("time").set_index("time", drop=False)[axis][kept]
@@ -161,7 +162,7 @@ def pairs(table: pd.DataFrame, runs: Sequence[str], places: Places) -> tuple[lis
     else is left out, in a sentence, or ''.
     """
     table = table[table["scale"] != "total"]
-    sizes = table.groupby("run").size().reindex(runs).dropna()
+    sizes = table.groupby("run").size().reindex(list(runs)).dropna()
     kept = sizes.index[(sizes.cumsum() <= PAIRS) | (sizes.cumsum() == sizes)]
     table = table[table["run"].isin(kept)]
     panels = []

@@ -17,6 +17,7 @@ from msplora_analysis.show.report.about import About
 from msplora_analysis.tables.labels import when, where
 from msplora_analysis.tables.matrices import prepare
 from msplora_analysis.tables.pair_means import summary
+from msplora_analysis.tables.rows import rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,7 @@ def findings(found: pd.DataFrame) -> list[dict[str, Any]]:
         about = KINDS[str(kind)]
         places = [
             {"run": row["run"], "where": where(row), "when": when(row), "evidence": printable(row["evidence"])}
-            for row in rows.head(PLACES).to_dict("records")
+            for row in rows_of(rows.head(PLACES))
         ]
         entries.append(
             {"severity": severity, "id": kind, "title": about.title, "source": about.source, "advice": about.advice}

@@ -208,7 +208,9 @@ def _decimals(value: float) -> int:
 def _kinds(findings: pd.DataFrame) -> list[tuple[str, str, int]]:
     """Severity, kind and number of places, the most severe first."""
     grouped = findings.groupby(["severity", "id"], sort=False).size()
-    return [(str(severity), str(kind), int(count)) for (severity, kind), count in grouped.items()]
+    return [
+        (str(severity), str(kind), int(count)) for (severity, kind), count in zip(grouped.index, grouped, strict=True)
+    ]
 
 
 def _found(kinds: Sequence[tuple[str, str, int]], known: bool, room: int) -> list[Text]:
