@@ -13,7 +13,7 @@ failed=0
 
 # A copy: a build folder that lies here would go into the wheel; and tests must not see the packages beside them.
 mkdir "$work/source" "$work/tests"
-git ls-files -z | grep -zE '^(msplora_|pyproject.toml|README.md|LICENSE)' | xargs -0 cp --parents -t "$work/source"
+git ls-files -zco --exclude-standard | grep -zE '^(msplora_|pyproject.toml|README.md|LICENSE)' | xargs -0 cp --parents -t "$work/source"
 cp -r tests examples pyproject.toml "$work/tests"
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$work" "$work/source" || exit 1
 wheel=$(echo "$work"/*.whl)

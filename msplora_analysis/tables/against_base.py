@@ -68,8 +68,9 @@ def measure(
                 original = weight.T if turned else weight
                 if original.shape != update.shape:
                     raise AnalysisError(
-                        f"--base {base}: weight {name} has shape {list(original.shape)}, its update "
-                        f"{list(update.shape)}; give the model that was trained, not quantised"
+                        f"base={base}: weight {name} has shape {list(original.shape)}, its update "
+                        f"{list(update.shape)}; give the model that was trained, not quantised",
+                        "base",
                     )
                 if turned not in vectors:
                     vectors[turned] = np.linalg.svd(original, full_matrices=False)[:2]

@@ -75,10 +75,10 @@ def check_out(file: Path) -> None:
     """Raise AnalysisError, before the work, if ``file`` cannot be a file."""
     if file.is_dir():
         raise AnalysisError(
-            f"--out {file}: a folder; give the path of the file to write, such as {file / 'report.html'}"
+            f"out={file}: a folder; give the path of the file to write, such as {file / 'report.html'}", "out"
         )
     if not file.parent.is_dir():
-        raise AnalysisError(f"--out {file}: no folder {file.parent}; make it, or give another path")
+        raise AnalysisError(f"out={file}: no folder {file.parent}; make it, or give another path", "out")
 
 
 def write(html: str, file: Path) -> None:
@@ -87,7 +87,7 @@ def write(html: str, file: Path) -> None:
         with replacing(file) as beside:
             beside.write_text(html, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise AnalysisError(f"--out {file}: cannot be written: {error.strerror or error}") from None
+        raise AnalysisError(f"out={file}: cannot be written: {error.strerror or error}", "out") from None
 
 
 def json_in_html(data: Any) -> str:

@@ -54,7 +54,7 @@ def _show_once(run: Run) -> None:
         pass
     if not run.points and not run.writing:
         why = next((f"{name}: {reason}" for name, reason in run.problems.items()), "no adapter in it yet")
-        raise AnalysisError(f"{run.folder}: {why}; leave out --once to wait for its first checkpoint")
+        raise AnalysisError(f"{run.folder}: {why}; leave out once=True to wait for its first checkpoint", "once")
     console = Console(highlight=False)
     with console.capture() as capture:  # rich would end the program at a closed pipe
         console.print(render(run, _findings(run), console))
