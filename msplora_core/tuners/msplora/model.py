@@ -1,103 +1,19 @@
-"""The PEFT tuner of MSPLoRA: its layers, the model that holds them, and files with every shared tensor once."""
+"""The PEFT tuner of MSPLoRA: who shares with whom, and files with every shared tensor once."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora_core.names import SCALES
 from msplora_core.tuners.msplora.config import MSPLoraConfig
+from msplora_core.tuners.msplora.layer import LowRankPair, MSPLoraLinear
 from msplora_core.tuners.msplora.pyramid import assign_owners
-from msplora_core.tuners.strict import AdapterLayer, StrictTuner, register, unadapted_modules
-
-
-class LowRankPair(nn.Module):
-    """One pair of factors: A (rank, in_features), Kaiming uniform; B (out_features, rank), zero.
-
-    A shared pair is one object held by many layers, so it exists once in memory, whatever moves,
-    casts or loads it.
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.empty(rank, in_features))
-        self.B = nn.Parameter(torch.zeros(out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as LoRA initialises its A
-
-
-class MSPLoraLinear(AdapterLayer):
-    """A linear layer (``nn.Linear``, transformers' ``Conv1D``, or a quantised one) with MSPLoRA adapters.
-
-    Args:
-        base_layer: The layer to adapt; frozen.
-        quantization_backend: PEFT's access to a quantised weight, or None.
-    """
-
-    adapter_layer_names = ("msplora_global", "msplora_mid", "msplora_layer")
-    other_param_names = ("scaling", "msplora_dropout")
-
-    def __init__(self, base_layer: nn.Module, quantization_backend: QuantizationBackend | None = None) -> None:
-        super().__init__(base_layer)
-        self.quantization_backend = quantization_backend
-        features: Any = _get_in_out_features(self.get_base_layer())
-        self.in_features, self.out_features = features
-        self.msplora_global = nn.ModuleDict()
-        self.msplora_mid = nn.ModuleDict()
-        self.msplora_layer = nn.ModuleDict()
-        self.msplora_dropout = nn.ModuleDict()
-        self.scaling: dict[str, dict[str, float]] = {}
-
-    def pairs(self, scale: str) -> Any:
-        """The pairs of one scale, by adapter name."""
-        return getattr(self, f"msplora_{scale}")
-
-    def add_adapter(
-        self, adapter_name: str, pairs: dict[str, LowRankPair], scaling: dict[str, float], dropout: float
-    ) -> None:
-        """Attach one adapter: a pair (its own or another layer's) and a scaling for every scale."""
-        for scale, pair in pairs.items():
-            self.pairs(scale)[adapter_name] = pair
-        self.scaling[adapter_name] = scaling
-        self.msplora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-
-    def concatenated_factors(self, adapter_name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """All scales as one pair: A (R, in_features) and scaled B (out_features, R), R the sum of ranks.
-
-        The sum of the scales' products is the product of the concatenations, so the layer costs two
-        matrix products however many scales there are.
-        """
-        scaling = self.scaling[adapter_name]
-        pairs = {scale: self.pairs(scale)[adapter_name] for scale in SCALES if scale in scaling}
-        # A shared pair lives on one device; with the model spread over several, the others read it from there.
-        A = torch.cat([pair.A.to(device) for pair in pairs.values()])
-        B = torch.cat([pair.B.to(device) * scaling[scale] for scale, pair in pairs.items()], dim=1)
-        return A, B
-
-    def _adapted(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        A, B = self.concatenated_factors(adapter_name, x.device)
-        inputs = self.msplora_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        return result + F.linear(F.linear(inputs, A), B)
-
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The update dW in the base weight's own layout: (out, in), for ``Conv1D`` (in, out)."""
-        base_layer: Any = self.get_base_layer()
-        A, B = self.concatenated_factors(adapter_name, base_layer.weight.device)
-        delta = B.float() @ A.float()  # half precision products are slow or missing on some processors
-        return delta.T if isinstance(base_layer, Conv1D) else delta
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Yes: the update is a low-rank product."""
-        return True
+from msplora_core.tuners.strict import StrictTuner, register, unadapted_modules
 
 
 class MSPLoraModel(StrictTuner):
