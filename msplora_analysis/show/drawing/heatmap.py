@@ -63,7 +63,16 @@ def mark_absent(ax: Axes, x_edges: Array, top: float, bottom: float, text: str) 
 
 
 def width_for(style: Style, layers: int, beside: float = 0) -> float:
-    """The narrowest width in which every layer can be labelled, else every 2nd, 4th, ...; `beside`: inches taken."""
+    """The narrowest width in which every layer can be labelled, else every 2nd, 4th, ...
+
+    Args:
+        style: Its widths are those to choose from.
+        layers: How many stand side by side.
+        beside: Inches that something else takes.
+
+    Returns:
+        Inches.
+    """
     for step in (1,) if style.grows else _STEPS:
         for width in style.widths:
             if step * _pitch_of(width - beside, layers) >= _PITCH:
@@ -75,6 +84,11 @@ def square_panels(style: Style, layers: list[int], panels: int) -> tuple[Figure,
     """A figure of squares, layer i down and layer j across.
 
     The panels stand side by side where there is room for that, else one above the other.
+
+    Args:
+        style: How wide it may be.
+        layers: Down and across each square.
+        panels: How many squares.
     """
     n, full = len(layers), style.widest
     every = _pitch_of(full, n, panels) >= _PITCH

@@ -22,7 +22,11 @@ _EDGE = 6.0  # points between a text and the edge of the figure, at least
 def title(figure: Figure, heading: str, *notes: str, math: bool = False) -> None:
     """A short heading with what was averaged in brackets; on lines of their own where the figure is too narrow.
 
-    Without `math` a $ in a name is a $.
+    Args:
+        figure: The figure, which grows with each line.
+        heading: What it shows.
+        notes: What stands in the brackets; empty ones are left out.
+        math: Whether $ begins a formula; else a $ in a name is a $.
     """
     heading, note = printable(heading), printable(", ".join(filter(None, notes)))
     room = 72 * figure.get_figwidth() - 2 * _EDGE
