@@ -7,9 +7,11 @@ model = peft.get_peft_model(base, MSPLoraConfig(r=8, target_modules=["query", "v
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-import wrapt
 
 from msplora_core.version import __version__
 
@@ -19,11 +21,36 @@ if TYPE_CHECKING:
 __all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__"]
 
 
-# PEFT takes seconds to import, and `msplora-train --help` must not wait for it: the method is
-# registered now if PEFT is loaded, else as soon as it is, which takes a finder of modules without wrapt.
-@wrapt.when_imported("peft")
-def _register(peft: Any) -> None:
+def _register() -> None:
     importlib.import_module("msplora_core.tuners.msplora")
+
+
+class _WhenPeftIsImported:
+    """Registers MSPLoRA with PEFT once PEFT is loaded: it takes seconds to import, and the command line must not wait.
+
+    PEFT has no entry point for methods, and wrapt's hook costs 0.1 s at every start.
+    """
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                _register()
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _WhenPeftIsImported())
 
 
 def __getattr__(name: str) -> Any:
