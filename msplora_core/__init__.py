@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from msplora_core.version import __version__
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
     from msplora_core.tuners.msplora import MSPLoraConfig, MSPLoraModel
 
 __all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__"]
-
-
-def _register() -> None:
-    importlib.import_module("msplora_core.tuners.msplora")
 
 
 class _WhenPeftIsImported:
@@ -38,24 +33,20 @@ class _WhenPeftIsImported:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
-
-            def load_and_register(module: ModuleType) -> None:
-                load(module)
-                _register()
-
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = lambda peft: (load(peft), importlib.import_module(_TUNER))  # type: ignore
         return spec
 
 
+_TUNER = "msplora_core.tuners.msplora"
 if "peft" in sys.modules:
-    _register()
+    importlib.import_module(_TUNER)
 else:
     sys.meta_path.insert(0, _WhenPeftIsImported())
 
 
 def __getattr__(name: str) -> Any:
     if name in ("MSPLoraConfig", "MSPLoraModel"):
-        return getattr(importlib.import_module("msplora_core.tuners.msplora"), name)
+        return getattr(importlib.import_module(_TUNER), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

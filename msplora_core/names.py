@@ -50,16 +50,6 @@ def halved_ranks(r: int) -> dict[str, int]:
     return {scale: r // divisor for scale, divisor in RANK_DECAY.items()}
 
 
-def ranks_text(ranks: Mapping[str, int | str]) -> str:
-    """The ranks of the scales, joined in order.
-
-    Example:
-        >>> ranks_text({"global": 8, "mid": 4, "layer": 2})
-        '8/4/2'
-    """
-    return "/".join(str(ranks[scale]) for scale in SCALES if scale in ranks)
-
-
 def method_label(method: str, ranks: int | str | Mapping[str, int | str] | None = None) -> str:
     """A method with its ranks, as a table's row or a figure's legend has it.
 
@@ -81,4 +71,5 @@ def method_label(method: str, ranks: int | str | Mapping[str, int | str] | None 
     if not isinstance(ranks, Mapping):
         return f"{name} r={ranks}"
     scales = [scale for scale in SCALES if scale in ranks]
-    return f"{name} {ranks_text(ranks)}" + ("" if len(scales) == len(SCALES) else f" {'+'.join(scales)}")
+    label = f"{name} {'/'.join(str(ranks[scale]) for scale in scales)}"
+    return label if len(scales) == len(SCALES) else f"{label} {'+'.join(scales)}"
