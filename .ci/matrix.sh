@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=$(realpath -s "${1:-python3}")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONPATH=
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 PYTHONPATH=  # to compile all of torch takes a minute
 failed=0
 
 # A copy: a build folder that lies here would go into the wheel; and tests must not see the packages beside them.
@@ -29,7 +29,7 @@ PY
 }
 pinned() { grep -iE "^($1)==" constraints.txt; }
 torch=$(pinned torch)
-tools="pytest pytest-mpl hypothesis pillow"
+tools="pytest pytest-xdist pytest-mpl hypothesis pillow"
 
 part() { # TITLE PYTHON TESTS PACKAGES...
     local title=$1 base=$2 tests=$3 start=$SECONDS bin="$work/venv/bin"
@@ -38,7 +38,7 @@ part() { # TITLE PYTHON TESTS PACKAGES...
     # shellcheck disable=SC2086
     if "$base" -m venv "$work/venv" && "$bin/pip" install --quiet "$@" $tools >"$work/log" 2>&1 &&
         "$bin/pip" install --quiet --no-deps "$wheel" >>"$work/log" 2>&1 &&
-        (cd "$work/tests" && "$bin/python" -m pytest -p no:cacheprovider -m "not slow" $tests >>"$work/log" 2>&1); then
+        (cd "$work/tests" && "$bin/python" -m pytest -p no:cacheprovider -m "not slow" --numprocesses 2 --dist worksteal $tests >>"$work/log" 2>&1); then
         echo "$title: $(grep -E '[0-9]+ passed' "$work/log" | tail -1 | tr -d '=' | xargs), $((SECONDS - start)) s in all"
     else
         failed=1
