@@ -266,8 +266,9 @@ def workspace(tmp_path: Path, provided: Path, monkeypatch: pytest.MonkeyPatch) -
     import datasets
 
     from msplora_analysis import formats as adapter_formats
-    from msplora_analysis.show.drawing.plot import Plot
+    from msplora_analysis.show.drawing.plot import KINDS, Plot
     from msplora_core.data import loading
+    from msplora_core.data.acceptability import generate
 
     for path in provided.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -278,12 +279,7 @@ def workspace(tmp_path: Path, provided: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".datasets"))
 
-    def generate(*args: Any) -> loading.Split:
-        split = generated(*args)
-        return loading.Split(split.rows[:20], split.source)
-
-    generated = loading._generate
-    monkeypatch.setattr(loading, "_generate", generate)
+    monkeypatch.setattr(loading, "generate", lambda split: generate(split, size=20))
 
     def write(plot: Plot, folder: Path, formats: Any, style: str | None = None) -> list[Path]:
         paths = numbers(plot, folder, ())
@@ -295,6 +291,7 @@ def workspace(tmp_path: Path, provided: Path, monkeypatch: pytest.MonkeyPatch) -
     numbers = Plot.write
     monkeypatch.setattr(Plot, "write", write)
     yield tmp_path
+    KINDS.pop("largest_values", None)  # a page adds it
     adapter_formats.added.cache_clear()
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
