@@ -21,7 +21,7 @@ __all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__"]
 
 
 class _WhenPeftIsImported:
-    """Registers MSPLoRA with PEFT once PEFT is loaded: it takes seconds to import, and the command line must not wait.
+    """Registers our methods with PEFT once that is loaded: it takes seconds, and the command line must not wait.
 
     PEFT has no entry point for methods, and wrapt's hook costs 0.1 s at every start.
     """
@@ -32,21 +32,22 @@ class _WhenPeftIsImported:
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-            spec.loader.exec_module = lambda peft: (load(peft), importlib.import_module(_TUNER))  # type: ignore
+            loader: Any = spec.loader
+            load = loader.exec_module
+            loader.exec_module = lambda peft: (load(peft), importlib.import_module(_TUNERS))
         return spec
 
 
-_TUNER = "msplora_core.tuners.msplora"
+_TUNERS = "msplora_core.tuners"
 if "peft" in sys.modules:
-    importlib.import_module(_TUNER)
+    importlib.import_module(_TUNERS)
 else:
     sys.meta_path.insert(0, _WhenPeftIsImported())
 
 
 def __getattr__(name: str) -> Any:
     if name in ("MSPLoraConfig", "MSPLoraModel"):
-        return getattr(importlib.import_module(_TUNER), name)
+        return getattr(importlib.import_module(f"{_TUNERS}.msplora"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

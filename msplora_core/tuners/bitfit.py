@@ -1,13 +1,14 @@
 """BitFit as a native PEFT method: configuration, layer, tuner; importing this file registers it with PEFT."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from peft.utils import PeftType, register_peft_method
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora_core.tuners.strict import AdapterLayer, StrictTuner, TargetedConfig, register, unadapted_modules
+from msplora_core.tuners.strict import AdapterLayer, StrictTuner, TargetedConfig, unadapted_modules
 
 
 @dataclass
@@ -17,7 +18,11 @@ class BitFitConfig(TargetedConfig):
     ``target_modules`` are the modules whose biases to train; default all that have one.
     """
 
-    peft_type: Any = "BITFIT"  # PEFT has a closed enumeration
+    title: ClassVar[str] = "BitFit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("BITFIT")
 
 
 class BitFitLayer(AdapterLayer):
@@ -36,10 +41,12 @@ class BitFitLayer(AdapterLayer):
         super().__init__(base_layer)
         self.bitfit_bias = nn.ParameterDict()
 
-    def add_adapter(self, adapter_name: str, config: BitFitConfig, trainable: bool) -> None:
+    def update_layer(self, adapter_name: str, config: BitFitConfig, trainable: bool) -> None:
         """Attach one adapter: a change of the bias, zero."""
-        zero = torch.zeros(self.get_base_weight().shape)
-        self.bitfit_bias[adapter_name] = nn.Parameter(zero, requires_grad=trainable)
+        change = torch.zeros(self.get_base_weight().shape)
+        if not config.init_weights:
+            nn.init.normal_(change)
+        self.bitfit_bias[adapter_name] = nn.Parameter(change, requires_grad=trainable)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _adapted(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
@@ -95,4 +102,4 @@ def _has_bias(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.LayerNorm, Conv1D)) and module.bias is not None
 
 
-register(BitFitConfig, BitFitModel)
+register_peft_method(name="bitfit", config_cls=BitFitConfig, model_cls=BitFitModel)

@@ -1,15 +1,16 @@
 """Bottleneck adapters with AdapterDrop as a native PEFT method; importing this file registers them with PEFT."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import _get_in_out_features, check_target_module_exists
+from peft.utils import PeftType, register_peft_method
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 
-from msplora_core.tuners.strict import AdapterLayer, StrictTuner, TargetedConfig, register
+from msplora_core.tuners.strict import AdapterLayer, StrictTuner, TargetedConfig
 
 
 @dataclass
@@ -30,12 +31,14 @@ class BottleneckConfig(TargetedConfig):
         ValueError: a bottleneck or a number of dropped layers out of its range.
     """
 
+    title: ClassVar[str] = "bottleneck"
+
     bottleneck: int = 16
     dropped_layers: int = 0
-    peft_type: Any = "BOTTLENECK"  # PEFT has a closed enumeration
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.peft_type = PeftType("BOTTLENECK")
         for name, least in (("bottleneck", 1), ("dropped_layers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least {least}")
@@ -46,27 +49,26 @@ class BottleneckLinear(AdapterLayer):
 
     Args:
         base_layer: The linear layer; frozen.
-        features: Width of its output.
         number: Number of the transformer layer that it is in, from 0.
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
 
-    def __init__(self, base_layer: nn.Module, features: int, number: int) -> None:
+    def __init__(self, base_layer: nn.Module, number: int) -> None:
         super().__init__(base_layer)
-        self.features = features
         self.number = number
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
         self.is_dropped = False
         """Whether training leaves the adapters out, for now; evaluation never does."""
 
-    def add_adapter(self, adapter_name: str, config: BottleneckConfig, trainable: bool) -> None:
+    def update_layer(self, adapter_name: str, config: BottleneckConfig, trainable: bool) -> None:
         """Attach one adapter, which changes nothing before training."""
-        down, up = nn.Linear(self.features, config.bottleneck), nn.Linear(config.bottleneck, self.features)
-        nn.init.normal_(down.weight, std=0.02)  # as the weights of BERT
-        for zero in (down.bias, up.weight, up.bias):
-            nn.init.zeros_(zero)
+        down, up = nn.Linear(self.out_features, config.bottleneck), nn.Linear(config.bottleneck, self.out_features)
+        if config.init_weights:
+            nn.init.normal_(down.weight, std=0.02)  # as the weights of BERT
+            for zero in (down.bias, up.weight, up.bias):
+                nn.init.zeros_(zero)
         self.bottleneck_down[adapter_name] = down.requires_grad_(trainable)
         self.bottleneck_up[adapter_name] = up.requires_grad_(trainable)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -119,7 +121,7 @@ class BottleneckModel(StrictTuner):
                 f"the target module '{name}' is a {type(base_layer).__name__}; bottleneck adapters "
                 "stand behind linear layers: change target_modules or exclude_modules"
             )
-        return BottleneckLinear(target, features, layer_number(name))
+        return BottleneckLinear(target, layer_number(name))
 
 
 def layer_number(name: str) -> int:
@@ -127,4 +129,4 @@ def layer_number(name: str) -> int:
     return next((int(part) for part in name.split(".") if part.isdecimal()), 0)
 
 
-register(BottleneckConfig, BottleneckModel)
+register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)

@@ -1,6 +1,11 @@
 """MSPLoRA as a native PEFT method; importing this package registers it with PEFT."""
 
-from msplora_core.tuners.msplora.config import MSPLoraConfig
-from msplora_core.tuners.msplora.model import MSPLoraModel
+from peft.utils import register_peft_method
 
-__all__ = ["MSPLoraConfig", "MSPLoraModel"]
+from .config import MSPLoraConfig
+from .layer import LowRankPair, MSPLoraLinear
+from .model import MSPLoraModel
+
+__all__ = ["LowRankPair", "MSPLoraConfig", "MSPLoraLinear", "MSPLoraModel"]
+
+register_peft_method(name="msplora", config_cls=MSPLoraConfig, model_cls=MSPLoraModel)

@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from msplora_core.names import SCALES, halved_ranks
-from msplora_core.tuners.strict import TargetedConfig
+from peft.utils import PeftType
+
+from ..strict import TargetedConfig
+
+SCALES = ("global", "mid", "layer")
+"""The scales, from the most to the least shared."""
 
 
 @dataclass
@@ -34,6 +38,8 @@ class MSPLoraConfig(TargetedConfig):
         ValueError: a rank that is not a positive whole number, an unknown scale, or an unknown bias.
     """
 
+    title: ClassVar[str] = "MSPLoRA"
+
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
@@ -43,10 +49,10 @@ class MSPLoraConfig(TargetedConfig):
     bias: str = "none"
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    peft_type: Any = "MSPLORA"  # PEFT has a closed enumeration
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.peft_type = PeftType("MSPLORA")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: say which layers to adapt")
         if isinstance(self.r, list):
@@ -68,7 +74,7 @@ class MSPLoraConfig(TargetedConfig):
                     f"r={self.r!r} must be a positive multiple of 4, so that r, r/2 and r/4 are ranks; give "
                     'ranks={"global": .., "mid": .., "layer": ..} for others'
                 )
-            return halved_ranks(self.r)
+            return {"global": self.r, "mid": self.r // 2, "layer": self.r // 4}
         if not self.ranks or not set(self.ranks) <= set(SCALES):
             raise ValueError(f"ranks={self.ranks!r} must name scales among {', '.join(SCALES)}")
         for scale, rank in self.ranks.items():

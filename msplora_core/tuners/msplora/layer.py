@@ -5,27 +5,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from msplora_core.names import SCALES
-from msplora_core.tuners.strict import AdapterLayer
+from ..strict import AdapterLayer
+from .config import SCALES, MSPLoraConfig
 
 
 class LowRankPair(nn.Module):
-    """One pair of factors: A (rank, in_features), Kaiming uniform; B (out_features, rank), zero.
+    """One pair of factors: A (rank, in_features), Kaiming uniform; B (out_features, rank), zero or as A.
 
     A shared pair is one object held by many layers, so it exists once in memory, whatever moves,
     casts or loads it.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, zero: bool = True) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.zeros(out_features, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as LoRA initialises its A
+        if not zero:
+            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
 
 
 class MSPLoraLinear(AdapterLayer):
@@ -42,8 +43,6 @@ class MSPLoraLinear(AdapterLayer):
     def __init__(self, base_layer: nn.Module, quantization_backend: QuantizationBackend | None = None) -> None:
         super().__init__(base_layer)
         self.quantization_backend = quantization_backend
-        features: Any = _get_in_out_features(self.get_base_layer())
-        self.in_features, self.out_features = features
         self.msplora_global = nn.ModuleDict()
         self.msplora_mid = nn.ModuleDict()
         self.msplora_layer = nn.ModuleDict()
@@ -54,13 +53,17 @@ class MSPLoraLinear(AdapterLayer):
         """The pairs of one scale, by adapter name."""
         return getattr(self, f"msplora_{scale}")
 
-    def add_adapter(
-        self, adapter_name: str, pairs: dict[str, LowRankPair], scaling: dict[str, float], dropout: float
+    def update_layer(  # type: ignore[override]
+        self, adapter_name: str, config: MSPLoraConfig, trainable: bool, pairs: dict[str, LowRankPair]
     ) -> None:
-        """Attach one adapter: a pair (its own or another layer's) and a scaling for every scale."""
-        for scale, pair in pairs.items():
-            self.pairs(scale)[adapter_name] = pair
-        self.scaling[adapter_name] = scaling
+        """Attach one adapter, with the pairs of the layers before that it shares; the others are made here."""
+        for scale, rank in config.scale_ranks().items():
+            pair = pairs.get(scale)
+            if pair is None:
+                pair = LowRankPair(self.in_features, self.out_features, rank, zero=config.init_weights)
+            self.pairs(scale)[adapter_name] = pair.requires_grad_(trainable)
+        self.scaling[adapter_name] = config.scale_scalings()
+        dropout = config.lora_dropout
         self.msplora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -85,10 +88,13 @@ class MSPLoraLinear(AdapterLayer):
         return result + F.linear(F.linear(inputs, A), B)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The update dW in the base weight's own layout: (out, in), for ``Conv1D`` (in, out)."""
+        """The update dW, in the factors' dtype and the base weight's layout: (out, in), for ``Conv1D`` (in, out)."""
         base_layer: Any = self.get_base_layer()
         A, B = self.concatenated_factors(adapter_name, base_layer.weight.device)
-        delta = B.float() @ A.float()  # half precision products are slow or missing on some processors
+        dtype = A.dtype
+        if A.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            A, B = A.float(), B.float()  # half precision products are slow or missing on some processors
+        delta = (B @ A).to(dtype)
         return delta.T if isinstance(base_layer, Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

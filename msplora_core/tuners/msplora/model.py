@@ -1,5 +1,6 @@
 """The PEFT tuner of MSPLoRA: who shares with whom, and files with every shared tensor once."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,12 +9,13 @@ from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_li
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from msplora_core.tuners.msplora.config import MSPLoraConfig
-from msplora_core.tuners.msplora.layer import LowRankPair, MSPLoraLinear
-from msplora_core.tuners.msplora.pyramid import assign_owners
-from msplora_core.tuners.strict import StrictTuner, register, unadapted_modules
+from ..strict import StrictTuner, saved, unadapted_modules
+from .config import MSPLoraConfig
+from .layer import LowRankPair, MSPLoraLinear
+from .pyramid import assign_owners, is_numbered
 
 
 class MSPLoraModel(StrictTuner):
@@ -29,10 +31,18 @@ class MSPLoraModel(StrictTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Decide who shares with whom, and raise every error about targets before any module is replaced."""
+        if self.named_in_file is not None and "layer" not in peft_config.scale_ranks():
+            raise ValueError(
+                "without the scale 'layer', a state dict does not name every module that shares its tensors: inject "
+                "the adapter without state_dict, by target_modules, and load the tensors with set_peft_model_state_dict"
+            )
+        by_name = peft_config.target_modules
         _maybe_include_all_linear_layers(peft_config, model)
+        if peft_config.target_modules is not by_name:
+            _leave_out_unnumbered(peft_config)
         shapes: dict[str, tuple[int, int]] = {}
         for name, base_layer in unadapted_modules(model):
-            if not name or not self._check_target_module_exists(peft_config, name):
+            if not self._is_target(peft_config, name):
                 continue
             if not isinstance(base_layer, (nn.Linear, Conv1D)) and self._quantization_backend(base_layer) is None:
                 raise ValueError(
@@ -57,38 +67,26 @@ class MSPLoraModel(StrictTuner):
     def _layer(self, target: nn.Module, base_layer: nn.Module, name: str) -> MSPLoraLinear:
         return MSPLoraLinear(target, self._quantization_backend(target))
 
-    def _add_adapter(
+    def _update_layer(
         self, layer: MSPLoraLinear, adapter_name: str, config: MSPLoraConfig, name: str, trainable: bool
     ) -> None:
-        pairs: dict[str, LowRankPair] = {}
-        for scale, rank in config.scale_ranks().items():
-            owner = self._owners[name][scale]
-            if owner == name:
-                pairs[scale] = LowRankPair(layer.in_features, layer.out_features, rank).requires_grad_(trainable)
-            else:
-                pairs[scale] = self.model.get_submodule(owner).pairs(scale)[adapter_name]
-        layer.add_adapter(adapter_name, pairs, config.scale_scalings(), config.lora_dropout)
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
-        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        aliases = _keys_of_pairs(model, adapter_name)
-        return {key: tensor for key, tensor in tensors.items() if aliases.get(key, key) == key}
+        pairs: dict[str, LowRankPair] = {
+            scale: self.model.get_submodule(self._owners[name][scale]).pairs(scale)[adapter_name]
+            for scale in config.scale_ranks()
+            if self._owners[name][scale] != name
+        }
+        layer.update_layer(adapter_name, config, trainable, pairs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for key, owner_key in _keys_of_pairs(model, adapter_name).items():
-            remapped[key] = remapped[owner_key]
+            # the owner's is enough, but PEFT warns of keys that are not there; a sharded one cannot be given twice
+            if not isinstance(parameters.get(key), DTensor):
+                remapped[key] = remapped[owner_key]
         return remapped
 
     @classmethod
@@ -106,10 +104,17 @@ def _keys_of_pairs(model: nn.Module, adapter_name: str) -> dict[str, str]:
         for attribute in module.adapter_layer_names:
             pairs = getattr(module, attribute)
             if adapter_name in pairs:
-                key = f"{module_name}.{attribute}.{adapter_name}"
+                key = f"{saved(module_name)}.{attribute}.{adapter_name}"
                 first_key = first_keys.setdefault(id(pairs[adapter_name]), key)
                 keys.update({f"{key}.{factor}": f"{first_key}.{factor}" for factor in ("A", "B")})
     return keys
 
 
-register(MSPLoraConfig, MSPLoraModel)
+def _leave_out_unnumbered(config: Any) -> None:
+    """Take out of all linear layers those in no numbered layer, such as a pooler: nothing shares with them."""
+    left_out = {name for name in config.target_modules if not is_numbered(name)}
+    if left_out:
+        config.target_modules = config.target_modules - left_out
+        warnings.warn(
+            f"'all-linear' leaves out what stands in no numbered layer: {', '.join(sorted(left_out))}", stacklevel=2
+        )

@@ -22,6 +22,11 @@ class ModuleAddress(NamedTuple):
     module: str
 
 
+def is_numbered(name: str) -> bool:
+    """Whether a module stands in a numbered layer."""
+    return any(part.isdecimal() for part in name.split("."))
+
+
 def parse_module_name(name: str) -> ModuleAddress:
     """Split a dotted module name into stack, layer number and module type.
 
