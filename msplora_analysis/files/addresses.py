@@ -12,9 +12,7 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,25 +157,3 @@ def _parse_int(digits: str) -> int:
     if len(digits) > 300:
         raise ValueError(f"a number of {len(digits)} digits, more than float64 has")
     return int(digits)
-
-
-@contextmanager
-def local_copy(place: Place, limit: int) -> Iterator[Path]:
-    """The path of a local file, or of a copy of a remote one that lasts as long as the context.
-
-    Raises:
-        AnalysisError: A remote file has more than ``limit`` bytes.
-    """
-    with open_binary(place) as file:
-        if isinstance(place, Path):
-            yield place
-            return
-        size = file.seek(0, os.SEEK_END)
-        if size > limit:
-            raise AnalysisError(
-                f"{place}: all of its {size} bytes would have to be fetched; download it, or save it as "
-                "safetensors, of which only what is needed is fetched"
-            )
-    with tempfile.NamedTemporaryFile(prefix="msplora-") as copy:
-        place.download(copy.name)
-        yield Path(copy.name)

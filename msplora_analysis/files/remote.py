@@ -105,11 +105,6 @@ class Remote:
             files.add(name)
         return tree
 
-    def download(self, path: str) -> None:
-        """Write the whole file to a local path."""
-        with one_line(self):
-            self.fs.get_file(self.path, path)
-
 
 class RemoteFile(io.RawIOBase):
     """A remote file open to read: fsspec fetches blocks when they are first read, and keeps them in a file."""

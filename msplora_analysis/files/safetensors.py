@@ -17,12 +17,11 @@ import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
-from msplora_analysis.files.tensors import FloatArray, Shape, TensorFile, is_text
+from msplora_analysis.files.tensors import MOST_AXES, FloatArray, Shape, TensorFile, check_name
 
 # The safetensors library takes 100 MB. A tensor needs 100 bytes or so, and an adapter of every expert of the largest
 # models has fewer than 200,000; parsed, the worst header takes twenty times its size.
 _MAX_HEADER = 32 * 2**20
-_MAX_AXES = 64  # of numpy
 _KEPT_HEADER = 2**20  # bytes: a larger one is not worth the memory
 _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -182,10 +181,10 @@ def _entry(name: str, value: Any) -> _Entry:
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise _Malformed(f"tensor {name} has shape {shape} and offsets {offsets}")
     # What numpy cannot make an array of, which an axis of length 0 would hide below.
-    if len(shape) > _MAX_AXES or math.prod(n or 1 for n in shape) >= 2**59:
+    if len(shape) > MOST_AXES or math.prod(n or 1 for n in shape) >= 2**59:
         raise _Malformed(f"tensor {name} has shape {shape}, which is too large")
-    if not is_text(name):
-        raise _Malformed(f"the name of tensor {name} is not valid Unicode")
+    if fault := check_name(name):
+        raise _Malformed(fault)
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise _Malformed(f"tensor {name} is of unknown type {dtype!r}")
     if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:

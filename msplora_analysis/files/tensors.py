@@ -13,6 +13,8 @@ from msplora_analysis.files.addresses import Place
 if TYPE_CHECKING:
     from typing import Self
 
+MOST_AXES = 64  # of numpy
+MOST_LETTERS = 1024  # of a name; the longest of real models have 200
 Shape = tuple[int, ...]
 FloatArray = NDArray[np.floating[Any]]
 
@@ -40,6 +42,15 @@ class TensorFile:
 
     def __exit__(self, *_: object) -> None:
         """Close the file."""
+
+
+def check_name(name: str) -> str | None:
+    """What is wrong with the name of a tensor, if anything: what no table can hold, or what only slows reading down."""
+    if len(name) > MOST_LETTERS:
+        return f"the name of tensor {name[:100]}... has {len(name)} characters; expected at most {MOST_LETTERS}"
+    if not is_text(name):
+        return f"the name of tensor {name} is not valid Unicode"
+    return None
 
 
 def is_text(name: str) -> bool:

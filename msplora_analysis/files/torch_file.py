@@ -1,143 +1,220 @@
-"""Read ``.bin`` and ``.pt`` files with PyTorch, as tensors and nothing else.
+"""Read ``.bin`` and ``.pt`` files of PyTorch with numpy alone: what ``torch.save`` writes of a dictionary of tensors.
 
-PyTorch is given ``weights_only=True``, which runs no code of the file. What it would not check is
-checked here before: that nothing in the file claims more memory than the file has bytes.
+A file is a zip archive (PyTorch >= 1.6) of a pickle, ``<name>/data.pkl``, and of the bytes of every storage,
+``<name>/data/<key>``, none of them compressed; or, before, five pickles and then the storages, each behind the
+number of its values. ``torch_pickle`` reads pickles without running them.
 """
 
 from __future__ import annotations
 
-import pickletools
+import io
 import zipfile
-from contextlib import ExitStack
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+import zlib
+from typing import IO, Any, NamedTuple
+
+import numpy as np
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import Place, local_copy
-from msplora_analysis.files.tensors import FloatArray, TensorFile, is_text
+from msplora_analysis.files.addresses import Place, open_binary
+from msplora_analysis.files.tensors import FloatArray, TensorFile, check_name
+from msplora_analysis.files.torch_pickle import RefusedError, Storage, Stored, kind_of, unpickle
 
-if TYPE_CHECKING:
-    import torch
-
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
-_MOST_FETCHED = 4 * 2**30  # bytes of a remote file, which is fetched whole
+_READABLE = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+_READABLE_ALONE = {"int64": "<i8", "int32": "<i4"}  # one number: alpha, say
 _MOST_PICKLED = 8 * 2**20  # bytes of the pickle that names the tensors: some 40,000 of them
-_BYTES = b"\nbytearray\n"  # the one function PyTorch allows that makes as much memory as it is asked for
+_MOST_LISTED = 8 * 2**20  # bytes of the list of a zip archive's entries
+_MOST_SHARED = 256  # how often the bytes of a file may be read for different tensors: tied weights of every layer
+_ZIP = b"PK\3\4"
+_MAGIC = 0x1950A86A20F9469CFC6C
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "adapter", "lora")
 
 
+class _Place(NamedTuple):
+    """Where a storage lies in the file."""
+
+    begin: int
+    size: int
+
+
 class TorchFile(TensorFile):
-    """A ``.bin`` or ``.pt`` file: a dictionary of tensors, or one of a few names in a dictionary of more."""
+    """A ``.bin`` or ``.pt`` file: a dictionary of tensors, or one of a few names in a dictionary of more.
+
+    A tensor is read when it is asked for, so memory stays flat.
+    """
 
     def __init__(self, path: Place) -> None:
-        self.path = path
-        if find_spec("torch") is None:
-            raise AnalysisError(
-                f"{path}: reading it needs PyTorch; run `pip install torch`, or save the adapter as safetensors"
-            )
-        self._stack = ExitStack()
+        self.path, self.metadata = path, {}
+        self._file = _Bounded(open_binary(path))
         try:
-            file = self._stack.enter_context(local_copy(path, _MOST_FETCHED))
-            loaded = self._load(file)
-            self._tensors: dict[str, torch.Tensor] = self._named(loaded)
-            self._check(self._tensors)
+            self._size = self._file.seek(0, io.SEEK_END)
+            self._file.seek(0)
+            zipped = self._file.read(len(_ZIP)) == _ZIP
+            self._file.seek(0)
+            loaded, self._places = (_read_zip if zipped else _read_legacy)(self._file)
+            self._tensors = self._named(loaded)
+            self._check()
+        except (RefusedError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
+            self._file.close()
+            raise self._error(str(error) or type(error).__name__) from None
+        except OSError as error:
+            self._file.close()
+            raise AnalysisError(f"{path}: cannot be read: {error.strerror or error}") from None
         except BaseException:
-            self._stack.close()
+            self._file.close()
             raise
-        self.shapes, self.metadata = {n: tuple(t.shape) for n, t in self._tensors.items()}, {}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def __exit__(self, *_: object) -> None:
-        self._tensors = {}
-        self._stack.close()
+        self._file.close()
 
     def read(self, name: str) -> FloatArray:
-        import torch
-
-        tensor = self._tensors[name].detach()
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if kind not in _FLOATS and not (kind in ("int64", "int32") and tensor.numel() == 1):  # alpha, say
+        tensor = self._tensors[name]
+        kind = _READABLE.get(tensor.kind)
+        if kind is None and tensor.count == 1:
+            kind = _READABLE_ALONE.get(tensor.kind)
+        if tensor.storage is None:
+            raise AnalysisError(f"{self.path}: tensor {name} is {tensor.kind}; expected a dense tensor")
+        if kind is None:
             raise AnalysisError(
-                f"{self.path}: tensor {name} is of type {kind}; expected float64, float32, float16 or bfloat16"
+                f"{self.path}: tensor {name} is of type {tensor.kind}; expected one of {', '.join(_READABLE)}"
             )
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            what = "without data (meta)" if tensor.device.type == "meta" else str(tensor.layout).removeprefix("torch.")
-            raise AnalysisError(f"{self.path}: tensor {name} is {what}; expected a dense tensor")
-        array: FloatArray = (tensor.float() if kind == "bfloat16" else tensor).resolve_neg().numpy()
-        return array
+        begin = self._places[tensor.storage.key].begin + tensor.storage.begin + tensor.offset * tensor.item
+        raw = np.empty(tensor.span * tensor.item, np.uint8)
+        self._read_into(raw.data, begin)
+        values = raw.view(kind)
+        if tensor.kind == "bfloat16":  # the upper half of a float32
+            values = np.left_shift(values, 16, dtype="<u4").view("<f4")
+        strides = [stride * values.itemsize for stride in tensor.strides]
+        array: FloatArray = np.lib.stride_tricks.as_strided(values, tensor.shape, strides)
+        return -array if tensor.negated else array
 
-    def _load(self, file: Path) -> Any:
-        import torch
-
+    def _read_into(self, target: memoryview, offset: int) -> None:
         try:
-            mapped = zipfile.is_zipfile(file)  # only the zip layout (PyTorch >= 1.6) can be mapped
-            with open(file, "rb") as opened:
-                (self._check_zip if mapped else self._check_legacy)(opened)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        except AnalysisError:
-            raise
-        except Exception as error:  # pickle, zip and torch each raise their own kinds
-            raise AnalysisError(
-                f"{self.path}: PyTorch cannot open it: {_reason(error)}; save or copy it again"
-            ) from None
+            self._file.seek(offset)
+            if self._file.readinto(target) != len(target):
+                raise self._error("it ends early")
+        except OSError as error:
+            raise AnalysisError(f"{self.path}: cannot be read: {error.strerror}") from None
 
-    def _check_zip(self, file: BinaryIO) -> None:
-        pickled = 0
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                    raise self._error(f"its entry {entry.filename} is compressed, which PyTorch never does")
-                if entry.filename.endswith(".pkl"):
-                    pickled += entry.file_size
-                    if pickled > _MOST_PICKLED:
-                        raise self._error(f"its names and shapes take {pickled} bytes")
-                    if _BYTES in archive.read(entry):
-                        raise self._error("it asks for a bytearray")
-
-    def _check_legacy(self, file: BinaryIO) -> None:
-        """A file without zip: five pickles, and then the data of the tensors."""
-        for _ in range(5):
-            for operation, argument, position in pickletools.genops(file):
-                if (position or 0) > _MOST_PICKLED:
-                    raise self._error(f"its names and shapes take more than {_MOST_PICKLED} bytes")
-                if operation.name == "GLOBAL" and "bytearray" in str(argument):
-                    raise self._error("it asks for a bytearray")
-
-    def _named(self, loaded: Any) -> dict[str, Any]:
+    def _named(self, loaded: Any) -> dict[str, Stored]:
         """The dictionary of tensors that the file is, or that it holds under a name that is usual."""
-        import torch
+        if not isinstance(loaded, dict):
+            raise AnalysisError(f"{self.path}: expected a dictionary of named tensors, got {kind_of(loaded)}")
+        inner = [loaded[name] for name in _NESTED if type(loaded.get(name)) is dict and loaded[name]]
+        for tensors in (loaded, *inner):
+            if all(type(name) is str and type(tensor) is Stored for name, tensor in tensors.items()):
+                return tensors
+        name, other = next((n, t) for n, t in loaded.items() if type(n) is not str or type(t) is not Stored)
+        raise AnalysisError(
+            f"{self.path}: expected a dictionary of named tensors; {name!r} is of type {kind_of(other)}"
+        )
 
-        if isinstance(loaded, dict):
-            inner = [loaded[name] for name in _NESTED if isinstance(loaded.get(name), dict) and loaded[name]]
-            for tensors in (loaded, *inner):
-                if all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
-                    return tensors
-            name, other = next((n, t) for n, t in loaded.items() if not isinstance(n, str) or not torch.is_tensor(t))
-            raise AnalysisError(
-                f"{self.path}: expected a dictionary of named tensors; {name!r} is of type {type(other).__name__}"
-            )
-        raise AnalysisError(f"{self.path}: expected a dictionary of named tensors, got {type(loaded).__name__}")
-
-    def _check(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Raise AnalysisError for a name that is no text, and a tensor with more values than it has memory."""
-        import torch
-
-        for name, tensor in tensors.items():
-            if not is_text(name):
-                raise self._error(f"the name of tensor {name} is not valid Unicode")
-            if tensor.layout != torch.strided or tensor.device.type != "cpu":
-                continue  # a type that ``read`` refuses
-            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+    def _check(self) -> None:
+        """Raise for a tensor with more values than it has bytes, or with bytes that are not in the file."""
+        total = 0
+        for name, tensor in self._tensors.items():
+            if fault := check_name(name):
+                raise self._error(fault)
+            if tensor.storage is None or not tensor.item:  # a type that ``read`` refuses
+                continue
+            if tensor.count * tensor.item > tensor.storage.size:
                 raise AnalysisError(
                     f"{self.path}: tensor {name} of shape {list(tensor.shape)} is an expanded view of fewer values; "
                     "save it contiguous"
                 )
+            place = self._places.get(tensor.storage.key)
+            if place is None:
+                raise RefusedError(f"the data of tensor {name} is missing")
+            end = (tensor.offset + tensor.span) * tensor.item if tensor.span else 0
+            stored = tensor.storage.begin + tensor.storage.size
+            if end > tensor.storage.size or stored > place.size or place.begin + place.size > self._size:
+                raise RefusedError(f"tensor {name} reads beyond its data")
+            total += tensor.span * tensor.item
+        if total > _MOST_SHARED * self._size:
+            raise AnalysisError(f"{self.path}: its tensors share few bytes; expected each with data of its own")
 
     def _error(self, what: str) -> AnalysisError:
         return AnalysisError(f"{self.path}: not a file of PyTorch's tensors: {what}; save or copy it again")
 
 
-def _reason(error: Exception) -> str:
-    """What is wrong, without PyTorch's advice on how to run the code of a file all the same."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-    return text.partition(" was not an allowed global")[0] or type(error).__name__
+class _Bounded(io.BufferedReader):
+    """A file of which no more is read at once than the pickle or the list of a zip archive may have."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            at = self.tell()
+            size = self.seek(0, io.SEEK_END) - at
+            self.seek(at)
+        if size > max(_MOST_LISTED, _MOST_PICKLED):
+            raise RefusedError(f"its names and shapes take {size} bytes; expected at most {_MOST_PICKLED}")
+        return super().read(size)
+
+
+def _read_zip(file: IO[bytes]) -> tuple[Any, dict[str, _Place]]:
+    """What was saved, and where its storages are."""
+    try:
+        archive = zipfile.ZipFile(file)  # only reads the list of entries
+    except (ValueError, OverflowError) as error:  # struct's and zipfile's own
+        if isinstance(error, RefusedError):
+            raise
+        raise RefusedError("its list of entries is damaged") from None
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    # One and the same to every reader: PyTorch finds names whatever their case.
+    if len({name.lower() for name in entries}) < len(archive.infolist()):
+        raise RefusedError("an entry occurs twice")
+    pickles = [name for name in entries if name.lower().endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1 or not pickles[0].endswith("data.pkl"):
+        raise RefusedError("it has no data.pkl, or several")
+    top = pickles[0].removesuffix("data.pkl")
+    for entry in entries.values():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise RefusedError(f"its entry {entry.filename[:100]} is compressed, which PyTorch never does")
+    order = entries.get(f"{top}byteorder")
+    if order is not None and _content(file, order) != b"little":
+        raise RefusedError("its numbers are big-endian")
+    storages: dict[str, Storage] = {}
+    loaded = unpickle(io.BytesIO(_content(file, entries[pickles[0]])), storages)
+    data = {key: entries[f"{top}data/{key}"] for key in storages if f"{top}data/{key}" in entries}
+    return loaded, {key: _place(file, entry) for key, entry in data.items()}
+
+
+def _content(file: IO[bytes], entry: zipfile.ZipInfo) -> bytes:
+    begin, size = _place(file, entry)
+    file.seek(begin)
+    content = file.read(size)
+    if zlib.crc32(content) != entry.CRC:
+        raise RefusedError(f"its entry {entry.filename[:100]} is damaged")
+    return content
+
+
+def _place(file: IO[bytes], entry: zipfile.ZipInfo) -> _Place:
+    """Where the data of an entry is: behind its own header, of 30 bytes and two texts."""
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != _ZIP:
+        raise RefusedError("its list of entries is damaged")
+    texts = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return _Place(entry.header_offset + 30 + texts, entry.file_size)
+
+
+def _read_legacy(file: IO[bytes]) -> tuple[Any, dict[str, _Place]]:
+    """A file without zip: a magic number, a version, facts of the machine, what was saved, keys, and the storages."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = io.BytesIO(file.read(min(_MOST_PICKLED, size)))
+    storages: dict[str, Storage] = {}
+    if (unpickle(head), unpickle(head)) != (_MAGIC, 1001):
+        raise RefusedError("it does not begin as one")
+    about, loaded, keys = unpickle(head), unpickle(head, storages), unpickle(head)
+    if type(about) is not dict or not about.get("little_endian"):
+        raise RefusedError("its numbers are big-endian")
+    places: dict[str, _Place] = {}
+    at = head.tell()
+    for key in keys if type(keys) is list else ():
+        if type(key) is not str or key not in storages or at > size:
+            raise RefusedError("its list of storages is malformed")
+        file.seek(at)
+        values = int.from_bytes(file.read(8), "little")
+        places[key] = _Place(at + 8, values * storages[key].item)
+        at = sum(places[key])
+    return loaded, places

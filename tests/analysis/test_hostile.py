@@ -29,6 +29,7 @@ from msplora_analysis.files.addresses import read_json
 from msplora_analysis.files.opening import open_tensors
 
 torch.set_num_threads(1)
+NO_TENSORS = "not a file of PyTorch's tensors"
 NAME = "base_model.model.layer.0.query.lora_A.weight"
 
 
@@ -271,9 +272,8 @@ def test_pickles_run_nothing(tmp_path, zipped, place):
     bomb = Bomb(tmp_path / "ran")
     value = {"value": {"x": bomb}, "key": {("a",): bomb}, "state_dict": {"state_dict": bomb}}.get(place)
     path = save(tmp_path / "x.bin", value or {**FACTORS, "config": bomb}, _use_new_zipfile_serialization=zipped)
-    assert (
-        load_error(path) == f"{path}: PyTorch cannot open it: Unsupported global: GLOBAL io.open; save or copy it again"
-    )
+    expected = f"{path}: {NO_TENSORS}: it asks for io.open, which is no part of a dictionary of tensors; save or copy"
+    assert load_error(path).startswith(expected)
     assert not (tmp_path / "ran").exists()
 
 
@@ -281,13 +281,13 @@ def test_pickles_run_nothing(tmp_path, zipped, place):
 def test_other_pickles_and_zips(tmp_path, content):
     path = tmp_path / "x.bin"
     path.write_bytes(content)
-    assert load_error(path).startswith(f"{path}: PyTorch cannot open it: ")
+    assert load_error(path).startswith(f"{path}: {NO_TENSORS}: ")
 
 
 def test_bytearray_of_any_size(tmp_path):
     for zipped in (True, False):
         path = save(tmp_path / "x.bin", {"x": bytearray(1)}, _use_new_zipfile_serialization=zipped)
-        assert "it asks for a bytearray" in load_error(path)
+        assert "it asks for builtins.bytearray" in load_error(path)
 
 
 def test_compressed_entries_are_refused(tmp_path):
@@ -305,16 +305,16 @@ def test_pickle_of_many_small_values(tmp_path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("x/data.pkl", b"\x80\x02(" + b"]" * 2**24 + b".")
     with at_most(5, 100):
-        assert "its names and shapes take 16777220 bytes" in load_error(path)
+        assert "its names and shapes take 16777220 bytes; expected at most" in load_error(path)
     path.write_bytes(b"\x80\x02(" + b"]" * 2**16 + b".")
-    assert "cannot open it" in load_error(path)
+    assert NO_TENSORS in load_error(path)
 
 
 def test_claims_beyond_the_file(tmp_path):
     whole = save(tmp_path / "x.bin", FACTORS).read_bytes()
     for stop in range(0, len(whole), 97):
         (tmp_path / "x.bin").write_bytes(whole[:stop])
-        assert "PyTorch cannot open it" in load_error(tmp_path / "x.bin")
+        assert NO_TENSORS in load_error(tmp_path / "x.bin")
     huge = torch.zeros(4)
     path = save(tmp_path / "x.bin", {"x": huge})
     data = path.read_bytes()
@@ -355,8 +355,11 @@ def test_dictionaries_in_a_dictionary(tmp_path, key):
         ({"\ud800": torch.ones(1)}, "the name of tensor \\ud800 is not valid Unicode"),
         ({"x": torch.ones(2, 2).to_sparse()}, "tensor x is sparse_coo; expected a dense tensor"),
         ({"x": torch.ones(2, 2, device="meta")}, "tensor x is without data (meta); expected a dense tensor"),
-        ({"x": torch.ones(2, dtype=torch.complex64)}, "tensor x is of type complex64; expected float64, float32"),
-        ({"x": torch.ones(2).to(torch.float8_e4m3fn)}, "tensor x is of type float8_e4m3fn; expected float64"),
+        (
+            {"x": torch.ones(2, dtype=torch.complex64)},
+            "tensor x is of type complex64; expected one of",
+        ),
+        ({"x": torch.ones(2).to(torch.float8_e4m3fn)}, "tensor x is of type float8_e4m3fn; expected one of"),
     ],
 )
 def test_values_of_other_kinds(tmp_path, value, what):
@@ -384,14 +387,14 @@ def test_tar_of_the_oldest_layout(tmp_path):
     with tarfile.open(path, "w") as file:
         for name in ("storages", "tensors", "pickle"):
             file.addfile(tarfile.TarInfo(name), io.BytesIO())
-    assert load_error(path).startswith(f"{path}: PyTorch cannot open it: ")
+    assert load_error(path).startswith(f"{path}: {NO_TENSORS}: ")
 
 
 @pytest.mark.parametrize("size", range(0, 1000, 83))
 def test_legacy_file_that_is_cut_off(tmp_path, size):
     path = save(tmp_path / "x.bin", FACTORS, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[: min(size, path.stat().st_size - 1)])
-    assert "PyTorch cannot open it" in load_error(path)
+    assert NO_TENSORS in load_error(path)
 
 
 def test_legacy_storage_that_claims_a_terabyte(tmp_path):
@@ -402,6 +405,99 @@ def test_legacy_storage_that_claims_a_terabyte(tmp_path):
     path.write_bytes(data.replace(number, pickle.dumps(2**38, 2)[2:-1]))
     with at_most(20, 200):
         assert str(path) in load_error(path)
+
+
+def zipped(path: Path, pickled: bytes, name: str = "x/data.pkl", data: bytes = bytes(16)) -> Path:
+    """A file of PyTorch's layout around a pickle written by hand, with one storage, "0"."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(name, pickled)
+        file.writestr("x/data/0", data)
+        file.writestr("x/version", b"3\n")
+    return path
+
+
+STORAGE = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ"  # 4 float32
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def named(value: bytes) -> bytes:
+    """The pickle of {"x": value}."""
+    return b"\x80\x02}U\x01x" + value + b"s."
+
+
+def view(offset: bytes = b"K\x00", shape: bytes = b"K\x02", stride: bytes = b"K\x01") -> bytes:
+    return REBUILD + b"(" + STORAGE + offset + shape + b"\x85" + stride + b"\x85\x89}tR"
+
+
+def test_the_pickles_written_here_are_read(tmp_path):
+    path = zipped(tmp_path / "x.bin", named(view()), data=np.arange(4, dtype="<f4").tobytes())
+    np.testing.assert_array_equal(tensors(path)["x"], torch.load(path)["x"].numpy())
+    np.testing.assert_array_equal(tensors(path)["x"], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("pickled", "what"),
+    [
+        (named(view(offset=b"K\x03")), "tensor x reads beyond its data"),
+        (named(view(offset=b"J\xff\xff\xff\xff")), "a tensor has a malformed shape"),
+        (named(view(stride=b"M\xff\xff")), "tensor x reads beyond its data"),
+        (named(view(shape=b"\x8a\x08" + b"\xff" * 7 + b"\x7f")), "a tensor has a malformed shape"),
+        (named(view(shape=b"K\x05", stride=b"K\x00")), "is an expanded view of fewer values"),
+        (named(view().replace(b"K\x04", b"K\x05", 1).replace(b"K\x02", b"K\x05", 1)), "reads beyond its data"),
+        (named(view().replace(b"U\x010", b"U\x011")), "the data of tensor x is missing"),
+        (named(b"ctorch\nTensor\nK\x02K\x06\x86R"), "it calls torch.Tensor"),
+        (named(b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85R"), "it calls torch.FloatStorage"),
+        (named(b"ctorch\nTensor\n)\x81"), "the operation NEWOBJ"),
+        (named(view() + b"}U\x05dtypeK\x01sb"), "it sets attributes"),
+        (named(b"ccollections\nCounter\n)Ra"), "it appends to what is no list"),
+        (b"\x80\x02}" + b"(" * 3 + b"K\x01\x85K\x02u.", "a key of type tuple"),
+        (b"\x80\x02}\x8a\x09\xff\xff\xff\xff\xff\xff\xff\x1f\x00K\x02s.", "a key of type int"),
+        (b"\x80\x02]2.", "the operation DUP"),
+        (b"\x80\x04\x95.", "damaged or cut off"),
+        (b"R.", "damaged or cut off"),
+        (b"h\x00.", "damaged or cut off"),
+        (b"(", "damaged or cut off"),
+    ],
+)
+def test_pickles_that_ask_for_more_than_tensors(tmp_path, pickled, what):
+    message = error(open_tensors, zipped(tmp_path / "x.bin", pickled))
+    assert message.startswith(str(tmp_path / "x.bin"))
+    assert what in message
+
+
+def test_keys_that_hash_for_ever(tmp_path):
+    nested = b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(200))
+    with at_most(5, 100):
+        assert "a key of type tuple" in error(open_tensors, zipped(tmp_path / "x.bin", b"\x80\x02}" + nested + b"Ns."))
+
+
+def test_a_name_in_capitals_is_no_way_around(tmp_path):
+    save(tmp_path / "y.bin", FACTORS)
+    with zipfile.ZipFile(tmp_path / "y.bin") as old, zipfile.ZipFile(tmp_path / "x.bin", "w") as new:
+        for item in old.infolist():
+            new.writestr(item.filename.replace("data.pkl", "DATA.PKL"), old.read(item))
+    assert "it has no data.pkl" in load_error(tmp_path / "x.bin")
+    path = zipped(tmp_path / "x.bin", named(view()))
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("X/Data.pkl", b"")
+    assert "an entry occurs twice" in error(open_tensors, path)
+
+
+def test_attributes_of_tensors_and_dictionaries_are_left_alone(tmp_path):
+    tensor, state = torch.ones(2, 2), OrderedDict(FACTORS)
+    tensor.shape_ = tensor.numpy = "planted"
+    state.get = state.values = "planted"
+    for zipped in (True, False):
+        path = save(tmp_path / "x.pt", {"x": tensor}, _use_new_zipfile_serialization=zipped)
+        np.testing.assert_array_equal(tensors(path)["x"], np.ones((2, 2)))
+        assert tensors(save(tmp_path / "x.pt", state, _use_new_zipfile_serialization=zipped)).keys() == FACTORS.keys()
+
+
+def test_many_tensors_of_the_same_bytes(tmp_path):
+    many = {f"x{i}": torch.zeros(1).expand(1) for i in range(10)} | dict.fromkeys(
+        map(str, range(900)), torch.ones(9999)
+    )
+    assert "share few bytes" in error(open_tensors, save(tmp_path / "x.bin", many))
 
 
 def test_json_object_may_be_anything(tmp_path):
