@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sklearn.metrics import matthews_corrcoef
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction
 
 from msplora_core.data.instructions import IGNORED
 from msplora_core.data.tasks import Task
+from msplora_core.moments import Array
 
 
 def metric_function(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -23,19 +23,49 @@ def metric_function(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        if task.metric == "perplexity":
-            losses, tokens = np.asarray(prediction.predictions, np.float64).sum(0)
-            perplexity = float(np.exp(losses / tokens))
-            return {"perplexity": perplexity, "loss": math.log(perplexity)}
-        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-        if task.metric == "pearson":
-            return {"pearson": float(np.corrcoef(logits.squeeze(-1), labels)[0, 1])}
-        classes = logits.argmax(-1)
-        if task.metric == "matthews_correlation":
-            return {"matthews_correlation": float(matthews_corrcoef(labels, classes))}
-        return {"accuracy": float((classes == labels).mean())}
+        predictions, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        value = float(metric_value(task.metric, predictions, labels, np.ones(len(predictions))))
+        loss = {"loss": math.log(value)} if task.metric == "perplexity" else {}
+        return {task.metric: value} | loss
 
     return compute
+
+
+def metric_value(metric: str, predictions: Array, labels: Array, counts: Array) -> Array:
+    """A metric of samples of the examples; see :func:`metric_function` for the metrics.
+
+    Args:
+        metric: ``accuracy``, ``matthews_correlation``, ``pearson`` or ``perplexity``.
+        predictions: (examples, n): logits of classes, the one number of a regression, or sums of losses and of tokens.
+        labels: (examples,); of no use to the perplexity.
+        counts: (..., examples), how often each example is in a sample.
+
+    Returns:
+        (...), float64.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if metric == "perplexity":
+            sums = counts @ predictions.astype(np.float64)
+            return np.exp(sums[..., 0] / sums[..., 1])
+        if metric == "pearson":
+            x, y = predictions[:, 0].astype(np.float64), labels.astype(np.float64)
+            x, y = x - x.mean(), y - y.mean()  # so that the products below lose no digits
+            n, sx, sy, sxx, syy, sxy = (counts @ each for each in (np.ones_like(x), x, y, x * x, y * y, x * y))
+            return (n * sxy - sx * sy) / np.sqrt((n * sxx - sx**2) * (n * syy - sy**2))
+        classes = predictions.argmax(-1)
+        correct = counts @ (classes == labels)
+        total = counts.sum(-1)
+        if metric == "accuracy":
+            return correct / total
+        if metric == "matthews_correlation":  # Gorodkin 2004, for any number of classes
+            found = [(counts @ (classes == k), counts @ (labels == k)) for k in range(predictions.shape[1])]
+            together = sum(p * t for p, t in found)
+            spread = (total**2 - sum(p * p for p, _ in found)) * (total**2 - sum(t * t for _, t in found))
+            return np.where(spread > 0, (correct * total - together) / np.sqrt(spread), 0.0)
+    raise ValueError(f"metric={metric!r}: expected accuracy, matthews_correlation, pearson or perplexity")
 
 
 def sum_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
