@@ -29,6 +29,10 @@ class NotFiniteError(AnalysisError):
     """An adapter that holds NaN or Inf, or whose singular values exceed float64: its training diverged."""
 
 
+class ChangedError(AnalysisError):
+    """A file that changed while it was read: what was read may be of the old content and of the new."""
+
+
 def printable(text: str) -> str:
     """``text`` with everything that a terminal may act on written as escapes.
 

@@ -29,7 +29,7 @@ from msplora_analysis.files.addresses import Place, StrPath, identity, natural_k
 from msplora_analysis.files.opening import FULL_NAMES
 from msplora_core.names import CONFIG
 
-__all__ = ["Adapter", "as_paths", "discover"]
+__all__ = ["Adapter", "as_paths", "discover", "read_config"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
 
     items = _told_apart(list(found.values()))
     names = _run_names(items)
-    adapters = [Adapter(names[item.run], item.step, item.epoch, item.file, _config(item.file)) for item, _ in items]
+    adapters = [Adapter(names[item.run], item.step, item.epoch, item.file, read_config(item.file)) for item, _ in items]
     return sorted(adapters, key=_order)
 
 
@@ -137,7 +137,8 @@ def _expected(full: bool) -> str:
     return f"{kind} found; looked in it and all its folders for {names}{more}"
 
 
-def _config(file: Place) -> dict[str, Any]:
+def read_config(file: Place) -> dict[str, Any]:
+    """The adapter_config.json beside a file of weights; empty if there is none."""
     path = file.parent / CONFIG
     config = read_json(path) if path.is_file() else {}
     if not isinstance(kind := config.get("peft_type", ""), str):

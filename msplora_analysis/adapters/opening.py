@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.discovery import Adapter, read_config
 from msplora_analysis.adapters.magnitude import magnitude_note
-from msplora_analysis.errors import AnalysisError
+from msplora_analysis.errors import AnalysisError, ChangedError
 from msplora_analysis.files.addresses import parse
 from msplora_analysis.files.opening import PairedFile, open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
@@ -27,6 +28,7 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
 
     Raises:
         AnalysisError: the content is not understood; the message names the file.
+        ChangedError: at the end, if what was read is not of one moment.
     """
     with _open(adapter, options) as file:
         try:
@@ -40,6 +42,10 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
                 "ignore_unknown",
             )
         yield file, contents._replace(notes=notes)
+        file.check_unchanged()
+    # Its configuration was read long before, with all others.
+    if isinstance(adapter.file, Path) and repr(read_config(adapter.file)) != repr(adapter.config):
+        raise ChangedError(f"{adapter.file}: the configuration beside it changed while it was read; try again")
 
 
 def unknown_text(names: Sequence[str]) -> str:
@@ -60,4 +66,5 @@ def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[st
     if options.base is None or not adapter.config.get("use_dora"):
         return []
     with open_checkpoint(parse(options.base)) as base:
+        file.states |= base.states
         return [magnitude_note(file, base, adapter.config)]

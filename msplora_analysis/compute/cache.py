@@ -1,8 +1,9 @@
 """Results of earlier calls, so that a second call on a growing run reads only what is new.
 
-One SQLite file for all runs of a user. A result is found again as long as the adapter's file is the
-same: its path, inode, size, and times of modification and change; and its config, the options and
-the version of this package. Reading the data to compare it would cost as much as computing.
+One SQLite file for all runs of a user. A result is found again as long as every file that it comes from is the same:
+its path, device, inode, size, and times of modification and change; and the adapter's config, the options and the
+version of this package. Reading the data to compare it would cost as much as computing. A result is kept only under the
+states that its files had when they were opened for it; the work itself fails if they changed before its end.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import numpy as np
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.compute.results import Row, Spectra
 from msplora_analysis.files.opening import INDEX_SUFFIX
+from msplora_analysis.files.tensors import State, state_of
 from msplora_analysis.options import Options
+from msplora_core.version import __version__
 
 DIRECTORY_VARIABLE = "MSPLORA_CACHE"  # a folder; empty: no cache
 
-_VERSION = 1  # of what is stored and how it is computed: raise it when either changes
+_VERSION = 2  # of what is stored and how it is computed: raise it when either changes
 _KEPT = 90 * 86_400  # seconds after which an entry that nobody asked for is dropped
 _SETTLED = 2.0  # seconds: a file changed more recently may change again within one tick of its clock
 
@@ -43,9 +46,21 @@ def open_cache() -> Cache | None:
         folder = Path(chosen)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return Cache(folder / f"spectra-{_VERSION}.sqlite")
+        return _opened(folder / f"spectra-{_VERSION}.sqlite")
     except (OSError, sqlite3.Error):  # a read-only home, say: everything works without a cache
         return None
+
+
+def _opened(path: Path) -> Cache:
+    """The cache at ``path``; one that a power cut has damaged is made anew."""
+    try:
+        return Cache(path)
+    except sqlite3.OperationalError:  # locked, or no room
+        raise
+    except sqlite3.DatabaseError:
+        for end in ("", "-wal", "-shm"):
+            Path(f"{path}{end}").unlink(missing_ok=True)
+        return Cache(path)
 
 
 class Cache:
@@ -53,23 +68,27 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(path, timeout=10, isolation_level=None)
-        # A torn cache after a power cut is no loss; waiting for the disk would be.
+        self._is_writable = True
+        # A torn cache after a power cut is no loss, and its digests tell; waiting for the disk would be one.
         for statement in (
             "PRAGMA journal_mode = WAL",
             "PRAGMA synchronous = OFF",
-            "CREATE TABLE IF NOT EXISTS spectra (key BLOB PRIMARY KEY, used INTEGER, rows BLOB, sigma BLOB)",
+            "CREATE TABLE IF NOT EXISTS spectra "
+            "(key BLOB PRIMARY KEY, used INTEGER, digest BLOB, rows BLOB, sigma BLOB)",
         ):
             self._database.execute(statement)
         self._database.execute("DELETE FROM spectra WHERE used < ?", (int(time.time()) - _KEPT,))
 
     def get(self, adapter: Adapter, options: Options) -> Spectra | None:
         """The result for this very file, if it is known."""
-        key = _key(adapter, options)
-        if key is None:
+        identity = _identity(adapter, options)
+        if identity is None:
             return None
+        key = _key(identity, adapter, options)
         try:
-            found = self._database.execute("SELECT rows, sigma, used FROM spectra WHERE key = ?", (key,)).fetchone()
-            if found is None:
+            asked = "SELECT rows, sigma, used, digest FROM spectra WHERE key = ?"
+            found = self._database.execute(asked, (key,)).fetchone()
+            if found is None or found[3] != _digest(key, *found[:2]):
                 return None
             stored = json.loads(zlib.decompress(found[0]))
             rows = [Row(*row) for row in stored["rows"]]
@@ -77,59 +96,71 @@ class Cache:
             ends = np.cumsum(stored["lengths"])
             if len(rows) != len(ends) or (len(ends) and ends[-1] != len(values)):
                 return None
-            if found[2] < time.time() - _KEPT / 10:
-                self._database.execute("UPDATE spectra SET used = ? WHERE key = ?", (int(time.time()), key))
+            if abs(time.time() - found[2]) > _KEPT / 10:
+                self._write("UPDATE spectra SET used = ? WHERE key = ?", int(time.time()), key)
         except (sqlite3.Error, ValueError, KeyError, TypeError, zlib.error):
             return None
         return Spectra(adapter, rows, np.split(values, ends[:-1]), stored["unknown"], stored["notes"])
 
     def put(self, adapter: Adapter, options: Options, spectra: Spectra) -> None:
-        """Keep a result, unless the file is so fresh that a change of it might go unseen."""
-        key = _key(adapter, options)
-        if key is None:
+        """Keep a result, unless a file of it is no longer what was read, or so fresh that a change might go unseen."""
+        identity = _identity(adapter, options)
+        if identity is None or not spectra.built_in or not spectra.files:
             return
+        if not spectra.files <= {state for _, state in identity}:
+            return
+        key = _key(identity, adapter, options)
         stored = {
             "rows": spectra.rows,
             "lengths": [len(values) for values in spectra.sigma],
             "unknown": list(spectra.unknown),
             "notes": list(spectra.notes),
         }
+        rows = zlib.compress(json.dumps(stored).encode(), 1)
         sigma = np.concatenate([np.empty(0), *spectra.sigma]).astype("<f8").tobytes()
-        try:
-            self._database.execute(
-                "INSERT OR REPLACE INTO spectra VALUES (?, ?, ?, ?)",
-                (key, int(time.time()), zlib.compress(json.dumps(stored).encode(), 1), sigma),
-            )
-        except sqlite3.Error:
-            return
+        digest = _digest(key, rows, sigma)
+        self._write("INSERT OR REPLACE INTO spectra VALUES (?, ?, ?, ?, ?)", key, int(time.time()), digest, rows, sigma)
+
+    def _write(self, statement: str, *values: object) -> None:
+        if self._is_writable:
+            try:
+                self._database.execute(statement, values)
+            except sqlite3.Error:  # locked for long, or no room: not to be waited for again
+                self._is_writable = False
 
     def close(self) -> None:
         self._database.close()
 
 
-def _key(adapter: Adapter, options: Options) -> bytes | None:
-    """A digest of what decides the result; None for a file that may still change unseen."""
+Identity = list[tuple[str, State]]  # real path and state of every file that decides a result
+
+
+def _identity(adapter: Adapter, options: Options) -> Identity | None:
+    """What the files are now; None if one is remote, or may still change unseen."""
     try:
-        identity = [_identity(path) for path in _files(adapter, options)]
+        identity = [(os.path.realpath(path), state_of(path)) for path in _files(adapter, options)]
     except OSError:
         return None
-    if max(changed for *_, changed in identity) > (time.time() - _SETTLED) * 1e9:
-        return None
-    text = json.dumps([identity, adapter.config, repr(options)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+    settled = max(state[-1] for _, state in identity) <= (time.time() - _SETTLED) * 1e9
+    return identity if settled else None
 
 
 def _files(adapter: Adapter, options: Options) -> Iterator[Path]:
     """Every file that the result comes from; of a model in several files, all in its folder."""
     for place in (adapter.file, options.base):
         if place is not None:
-            path = Path(place)  # an address is no file: looking at it fails, and there is no key
+            path = Path(place)  # an address is no file: looking at it fails, and there is no identity
             yield path
             if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
                 folder = path if path.is_dir() else path.parent
                 yield from sorted(file for file in folder.iterdir() if file.is_file())
 
 
-def _identity(path: Path) -> tuple[str, int, int, int, int]:
-    status = os.stat(path)
-    return os.path.realpath(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def _key(identity: Identity, adapter: Adapter, options: Options) -> bytes:
+    """A digest of what decides the result."""
+    text = json.dumps([__version__, identity, adapter.config, repr(options)], sort_keys=True, default=str)
+    return _digest(text.encode(errors="surrogatepass"))
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()

@@ -51,7 +51,8 @@ def measure(piece: Piece, options: Options) -> Redundancy:
             _between_scales(file, acting, options.top_k)
             for acting in _share(list(_acting(contents.matrices, places).values()), piece)
         ]
-    return Redundancy(piece.adapter, pairs, scales, contents.unknown, [*contents.notes, *notes])
+    files = frozenset(file.states.values())
+    return Redundancy(piece.adapter, pairs, scales, contents.unknown, [*contents.notes, *notes], files)
 
 
 def _places(matrices: Sequence[Matrix]) -> dict[tuple[Any, ...], list[Matrix]]:

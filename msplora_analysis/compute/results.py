@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import State
 
 
 class Row(NamedTuple):
@@ -31,7 +32,8 @@ class Row(NamedTuple):
 class Spectra(NamedTuple):
     """All matrices of an adapter, and the singular values (descending) of each.
 
-    ``unknown``: tensor names that were left out. ``notes``: what a reader must know of the adapter.
+    ``unknown``: tensor names that were left out. ``notes``: what a reader must know of the adapter. ``files``: the
+    states of all local files that they come from. ``built_in``: whether a format of this package read them.
     """
 
     adapter: Adapter
@@ -39,19 +41,22 @@ class Spectra(NamedTuple):
     sigma: Sequence[NDArray[np.floating[Any]]]
     unknown: Sequence[str]
     notes: Sequence[str]
+    files: frozenset[State] = frozenset()
+    built_in: bool = True
 
 
 Columns = dict[str, Any]  # column -> values, or one value for all rows
 
 
 class Redundancy(NamedTuple):
-    """Rows of both tables of what an adapter's updates share, in blocks; ``unknown`` and ``notes`` as in Spectra."""
+    """Rows of both tables of what an adapter's updates share, in blocks; the other fields as in Spectra."""
 
     adapter: Adapter
     pairs: Sequence[Columns]
     scales: Sequence[Columns]
     unknown: Sequence[str]
     notes: Sequence[str]
+    files: frozenset[State] = frozenset()
 
 
 T = TypeVar("T", Spectra, Redundancy)
@@ -60,7 +65,7 @@ T = TypeVar("T", Spectra, Redundancy)
 def joined(parts: Sequence[T]) -> T:
     """One result from those of the parts of an adapter, in order."""
     first = parts[0]
-    of_parts = [name for name in first._fields if name not in ("adapter", "unknown")]
+    of_parts = [name for name in first._fields if name not in ("adapter", "unknown", "files", "built_in")]
     together: dict[str, Any] = {name: [value for part in parts for value in getattr(part, name)] for name in of_parts}
     return first._replace(**together | {"notes": list(dict.fromkeys(together["notes"]))})
 

@@ -8,6 +8,7 @@ and no worker waits for another. What the cache holds is not computed again.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -22,11 +23,13 @@ from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.executors import cpus, executor_of
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.compute.results import Failure, Result, Row, Spectra, T, joined
-from msplora_analysis.errors import AnalysisError, NotFiniteError
+from msplora_analysis.errors import AnalysisError, ChangedError, NotFiniteError
+from msplora_analysis.formats import is_built_in
 from msplora_analysis.formats.updates import Matrix
 from msplora_analysis.options import Execution, Options
 
 _TASK = 2**24  # bytes of adapter files in one task
+_LOOKS, _PAUSE = 3, 0.2  # how often a file that changes is read, and seconds between
 _WORTH_PROCESSES = 2**25  # bytes below which starting processes costs more than it saves
 
 
@@ -86,6 +89,8 @@ def compute_each(
             parts.append(result)
             if piece.part == piece.parts - 1:
                 whole = _joined(parts)
+                if whole is None:  # replaced between two parts
+                    (whole,) = _compute([Piece(piece.number, piece.adapter)], options, work)
                 parts = []
                 if store and not piece.is_cached and not isinstance(whole, Failure):
                     store.put(piece.adapter, options, whole)
@@ -156,7 +161,7 @@ def _compute(pieces: Sequence[Piece], options: Options, work: Work[T]) -> Result
     results: Results[T] = []
     for piece in pieces:
         try:
-            results.append(work(piece, options))
+            results.append(_read(piece, options, work))
         except AnalysisError as error:
             results.append(Failure(piece.adapter, str(error), isinstance(error, NotFiniteError), error.arguments))
         except MemoryError:
@@ -166,10 +171,21 @@ def _compute(pieces: Sequence[Piece], options: Options, work: Work[T]) -> Result
     return results
 
 
+def _read(piece: Piece, options: Options, work: Work[T]) -> T:
+    """The result of ``work``, of one moment: a file that changes meanwhile is read again, but not for ever."""
+    for _ in range(_LOOKS - 1):
+        try:
+            return work(piece, options)
+        except ChangedError:
+            time.sleep(_PAUSE)
+    return work(piece, options)
+
+
 def _spectra(piece: Piece, options: Options) -> Spectra:
     with opened(piece.adapter, options, base_notes=piece.part == 0) as (file, contents):
         matrices = _share(contents.matrices, piece.part, piece.parts)
         spectra = adapter_spectra(file, matrices, options.top_k)
+        built_in = is_built_in(piece.adapter.config, file)
     notes = list(contents.notes)
     if any(found.frobenius is not None for found in spectra):
         notes.append(
@@ -180,7 +196,8 @@ def _spectra(piece: Piece, options: Options) -> Spectra:
         Row(m.scale, m.group, m.module, m.name, m.update.rows, m.update.cols, m.update.rank, found.frobenius)
         for m, found in zip(matrices, spectra, strict=True)
     ]
-    return Spectra(piece.adapter, rows, [found.sigma for found in spectra], contents.unknown, notes)
+    files = frozenset(file.states.values())
+    return Spectra(piece.adapter, rows, [found.sigma for found in spectra], contents.unknown, notes, files, built_in)
 
 
 def _share(matrices: Sequence[Matrix], part: int, parts: int) -> Sequence[Matrix]:
@@ -193,13 +210,15 @@ def _share(matrices: Sequence[Matrix], part: int, parts: int) -> Sequence[Matrix
     return [m for m, start in zip(matrices, starts, strict=False) if start * parts // total == part]
 
 
-def _joined(parts: Results[T]) -> T | Failure:
-    """The result of an adapter from those of its parts, or the first failure."""
+def _joined(parts: Results[T]) -> T | Failure | None:
+    """The result of an adapter from those of its parts, or the first failure; None if they are of different files."""
     good: list[T] = []
     for part in parts:
         if isinstance(part, Failure):
             return part
         good.append(part)
+    if not all(part.files <= good[0].files for part in good):  # the first may have read the base model too
+        return None
     return joined(good)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, read_json
 from msplora_analysis.files.safetensors import SafetensorsFile
-from msplora_analysis.files.tensors import FloatArray, TensorFile
+from msplora_analysis.files.tensors import FloatArray, TensorFile, check_unchanged, state_of
 from msplora_analysis.files.torch_file import TorchFile
 
 INDEX_SUFFIX = ".index.json"
@@ -40,6 +40,7 @@ class ShardedFile(TensorFile):
 
     def __init__(self, path: Place) -> None:
         self.path, self.metadata, self.shapes = path, {}, {}
+        self.states = {path: state_of(path)} if isinstance(path, Path) else {}
         self._opened: TensorFile | None = None
         shards = read_json(path).get("weight_map")
         # A shard is a file beside the index: no path may lead elsewhere.
@@ -74,6 +75,8 @@ class ShardedFile(TensorFile):
             if not file.is_file():
                 raise AnalysisError(f"{self.path}: its shard {shard} is missing; copy it there")
             self._opened = open_tensors(file)
+            check_unchanged({path: state for path, state in self.states.items() if path in self._opened.states})
+            self.states |= self._opened.states
         return self._opened
 
 
@@ -94,6 +97,7 @@ class PairedFile(TensorFile):
             tuned.__exit__()
             raise
         self.path, self.metadata = tuned.path, tuned.metadata
+        self.states = tuned.states | self._base.states
         self.shapes = tuned.shapes | {BASE + name: shape for name, shape in self._base.shapes.items()}
 
     def __exit__(self, *_: object) -> None:

@@ -11,13 +11,14 @@ import json
 import math
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
-from msplora_analysis.files.tensors import MOST_AXES, FloatArray, Shape, TensorFile, check_name
+from msplora_analysis.files.tensors import MOST_AXES, FloatArray, Shape, TensorFile, check_name, state_of
 
 # The safetensors library takes 100 MB. A tensor needs 100 bytes or so, and an adapter of every expert of the largest
 # models has fewer than 200,000; parsed, the worst header takes twenty times its size.
@@ -58,6 +59,7 @@ class SafetensorsFile(TensorFile):
         self.path = path
         self._file = open_binary(path)
         try:
+            self.states = {path: state_of(self._file.fileno())} if isinstance(path, Path) else {}
             self._data, header = self._read_header()
         except BaseException:
             self._file.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from msplora_analysis.errors import ChangedError
 from msplora_analysis.files.addresses import Place
 
 if TYPE_CHECKING:
@@ -17,14 +20,21 @@ MOST_AXES = 64  # of numpy
 MOST_LETTERS = 1024  # of a name; the longest of real models have 200
 Shape = tuple[int, ...]
 FloatArray = NDArray[np.floating[Any]]
+State = tuple[int, ...]
+"""Of a local file: device, inode, size, times of modification and of change. It is another one once the content is."""
 
 
 class TensorFile:
-    """An open file of named tensors."""
+    """An open file of named tensors.
+
+    Attributes:
+        states: Every local file that was opened for it, as it was then.
+    """
 
     path: Place
     shapes: dict[str, Shape]
     metadata: dict[str, str]
+    states: dict[Path, State]
 
     def read(self, name: str) -> FloatArray:
         """One tensor, float16/32/64 (bfloat16 widened to float32), or int32/64 of one element. Not to be changed."""
@@ -36,6 +46,10 @@ class TensorFile:
         They are good until the next call of this file's ``prefetch``. Nothing is done where the tensors are in memory
         already, or are too large to be held together.
         """
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedError if a file is no longer the one that was opened, or no longer what it was then."""
+        check_unchanged(self.states)
 
     def __enter__(self) -> Self:
         return self
@@ -51,6 +65,23 @@ def check_name(name: str) -> str | None:
     if not is_text(name):
         return f"the name of tensor {name} is not valid Unicode"
     return None
+
+
+def state_of(file: Path | int) -> State:
+    """The state of a local file, or of an open one by its descriptor."""
+    status = os.stat(file)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def check_unchanged(states: dict[Path, State]) -> None:
+    """Raise ChangedError if a file has another state than here."""
+    for path, state in states.items():
+        try:
+            if state_of(path) == state:
+                continue
+        except OSError:  # it is gone
+            pass
+        raise ChangedError(f"{path}: it changed while it was read; try again when nothing writes to it")
 
 
 def is_text(name: str) -> bool:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
-from msplora_analysis.files.tensors import FloatArray, TensorFile, check_name
+from msplora_analysis.files.tensors import FloatArray, TensorFile, check_name, state_of
 from msplora_analysis.files.torch_pickle import RefusedError, Storage, Stored, kind_of, unpickle
 
 _READABLE = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
@@ -46,6 +47,7 @@ class TorchFile(TensorFile):
         self.path, self.metadata = path, {}
         self._file = _Bounded(open_binary(path))
         try:
+            self.states = {path: state_of(self._file.fileno())} if isinstance(path, Path) else {}
             self._size = self._file.seek(0, io.SEEK_END)
             self._file.seek(0)
             zipped = self._file.read(len(_ZIP)) == _ZIP

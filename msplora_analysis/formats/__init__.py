@@ -74,6 +74,11 @@ def find_format(config: Config, file: TensorFile) -> Format:
     raise AnalysisError(f"adapter_config.json: peft_type {kind!r} is not supported; supported: {supported}")
 
 
+def is_built_in(config: Config, file: TensorFile) -> bool:
+    """Whether a file's format is one of this package, and not of another, whose version may change unseen."""
+    return find_format(config, file) in built_in()
+
+
 def looks_like_adapter(names: Collection[str]) -> bool:
     """Whether tensors of these names are an adapter that needs no adapter_config.json."""
     return any(known.lone(names) for known in _all() if known.lone)

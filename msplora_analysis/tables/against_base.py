@@ -77,6 +77,8 @@ def measure(
                 rows.append(_keys(adapter, matrix) | compare(original, update, *vectors[turned]))
             if progress:
                 progress((done + 1) * len(adapters) / len(updates), len(adapters))
+        for file in (weights, *opened):
+            file.check_unchanged()
     return pd.DataFrame(rows, columns=[*KEYS, "ratio", "intruders", "examined", "cosine"])
 
 

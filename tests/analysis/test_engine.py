@@ -189,7 +189,7 @@ def test_ctrl_c_leaves_valid_tables_that_a_second_call_completes(runs, tmp_path,
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True, env=environment
     )
-    cache = tmp_path / "cache" / "spectra-1.sqlite"
+    cache = tmp_path / "cache" / "spectra-2.sqlite"
     while not (cache.exists() and cached(cache) >= 2) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
