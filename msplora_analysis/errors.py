@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from msplora_core.names import printable
+
+__all__ = ["AnalysisError", "ChangedError", "NotFiniteError", "printable"]
+
 _LONGEST = 1500  # characters of a message
 
 
@@ -31,13 +35,3 @@ class NotFiniteError(AnalysisError):
 
 class ChangedError(AnalysisError):
     """A file that changed while it was read: what was read may be of the old content and of the new."""
-
-
-def printable(text: str) -> str:
-    """``text`` with everything that a terminal may act on written as escapes.
-
-    Such are line breaks, control and direction characters, and lone surrogates.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msplora_core.data.tasks import ClassificationTask, InstructionTask, Task
-from msplora_core.errors import TrainingError
+from msplora_core.errors import TrainingError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,8 +131,8 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **files)
         model = auto_class.from_pretrained(source.location, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # whatever the files are taken for: the libraries below raise a dozen types
+        reason = reason_of(error)
         hint = (
             "" if source.is_local else "; without a network give 'model' a local folder, or minilm (an embedded model)"
         )

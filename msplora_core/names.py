@@ -73,3 +73,20 @@ def method_label(method: str, ranks: int | str | Mapping[str, int | str] | None 
     scales = [scale for scale in SCALES if scale in ranks]
     label = f"{name} {'/'.join(str(ranks[scale]) for scale in scales)}"
     return label if len(scales) == len(SCALES) else f"{label} {'+'.join(scales)}"
+
+
+def printable(text: str) -> str:
+    """A text with everything that a terminal may act on written as escapes.
+
+    Such are line breaks, control and direction characters, and lone surrogates.
+
+    Args:
+        text: Anything, such as a name in a stranger's file.
+
+    Example:
+        >>> print(printable("red: \x1b[31m"))
+        red: \\x1b[31m
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

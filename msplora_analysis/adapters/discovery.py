@@ -140,10 +140,7 @@ def _expected(full: bool) -> str:
 def read_config(file: Place) -> dict[str, Any]:
     """The adapter_config.json beside a file of weights; empty if there is none."""
     path = file.parent / CONFIG
-    config = read_json(path) if path.is_file() else {}
-    if not isinstance(kind := config.get("peft_type", ""), str):
-        raise AnalysisError(f"{path}: peft_type must be a string, got {kind!r}; save the adapter again")
-    return config
+    return read_json(path, {"peft_type?": str}) if path.is_file() else {}
 
 
 def _order(adapter: Adapter) -> tuple[Any, ...]:

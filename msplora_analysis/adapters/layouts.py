@@ -12,11 +12,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from msplora_analysis.errors import AnalysisError
+from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_json
 from msplora_analysis.files.opening import FULL_NAMES, open_tensors
 from msplora_analysis.formats import looks_like_adapter
 from msplora_core.names import CONFIG, STATE, WEIGHTS
+from msplora_core.records import SETTINGS, TRAINER_STATE, Schema, fits, shown
 
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Each in order of preference, where a folder holds several copies of one adapter or model.
@@ -98,7 +99,7 @@ def describe(file: Place) -> Saved:
     state = (checkpoint if match else folder) / STATE
     # Beside checkpoints, the state of a run's folder is that of its end: it belongs to the last of them.
     if own is None and state.is_file() and (match or not _has_checkpoints(folder)):
-        content = read_json(state)
+        content = read_json(state, TRAINER_STATE)
         known = _number(state, content, "epoch")
         epoch = epoch if known is None else known
         if step is None:
@@ -128,26 +129,32 @@ def _looks_like_adapter(file: Place) -> bool:
 
 
 def _number(path: Place, content: dict[str, Any], key: str) -> int | float | None:
-    value = content.get(key)
+    value: int | float | None = content.get(key)
     if value is None:
         return None
-    # The tables hold whole numbers as int64; NaN compares false.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**63:
-        raise AnalysisError(f"{path}: {key} must be a number, got {value!r}")
+    if not abs(value) < 2**63:  # the tables hold whole numbers as int64; NaN compares false
+        raise AnalysisError(f"{path}: {key} must be a number, got {shown(value)}")
     return int(value) if value == int(value) else value
 
 
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What a run was trained with, by its run.json: task, seed, method, ...; empty where it does not say."""
+    """What a run was trained with, by its run.json: task, seed, method, ...; without what it does not say.
+
+    The file may be of another program: what does not fit is left out.
+    """
     settings = record.get("settings")
-    return settings if isinstance(settings, dict) else {}
+    if not isinstance(settings, dict):
+        return {}
+    kinds = {name.rstrip("?"): kind for name, kind in SETTINGS.items()}
+    known = {name: value for name, value in settings.items() if fits(value, kinds.get(name, object))}
+    return {name: printable(value) if isinstance(value, str) else value for name, value in known.items()}
 
 
-def nearest_json(file: Place, name: str) -> dict[str, Any]:
+def nearest_json(file: Place, name: str, schema: Schema = None) -> dict[str, Any]:
     """The JSON object ``name`` beside a file, or at most two folders above; empty if there is none."""
     folder = file.parent
     for _ in range(3):
         if (folder / name).is_file():
-            return read_json(folder / name)
+            return read_json(folder / name, schema)
         folder = folder.parent
     return {}

@@ -67,8 +67,8 @@ def compress(
         dropped = table.loc[table["rank"] == 0, "name"]
         if len(dropped):
             more = ", ..." if len(dropped) > 3 else ""
-            print(f"left out, as rank 0 is kept of them ({len(dropped)}): {', '.join(dropped[:3])}{more}")
-        print(f"parameters: {source.parameters:,} in the file, {table['parameters'].sum():,} kept ({chosen})")
+            terminal.say(f"left out, as rank 0 is kept of them ({len(dropped)}): {', '.join(dropped[:3])}{more}")
+        terminal.say(f"parameters: {source.parameters:,} in the file, {table['parameters'].sum():,} kept ({chosen})")
         terminal.print_paths([out])
 
 

@@ -65,7 +65,7 @@ def results(
                 shown.add_row(escape(method), parameters, *texts)
             console.print(shown, end="\n\n")
     for folder in table.attrs["unfinished"]:
-        print(f"left out: {folder} has no results yet (continue it with msplora-train --resume)")
+        terminal.say(f"left out: {folder} has no results yet (continue it with msplora-train --resume)")
     if out is not None:
         arguments.make_folder(out)
         written = [out / name for name in ("results.csv", "results.md", "results.tex")]

@@ -8,7 +8,6 @@ Hub; ``s3://``, ``gs://``, ``https://``, ``github://``, ``memory://`` and others
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import stat
@@ -20,12 +19,13 @@ from typing import Any, NamedTuple
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.remote import Remote, RemoteFile
 from msplora_core.names import PARTIAL
+from msplora_core.records import MOST_BYTES, RecordError, Schema, check
+from msplora_core.records import parse as parse_json
 
 StrPath = str | os.PathLike[str]
 Place = Path | Remote
 
 _KEPT_JSON = 2**15  # bytes
-_LARGEST_JSON = 32 * 2**20  # bytes; parsed, the worst takes twenty times as much
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:// is a drive
 
 
@@ -127,33 +127,28 @@ def open_binary(place: Place) -> io.RawIOBase:
         raise AnalysisError(f"{place}: cannot be opened: {error.strerror}") from None
 
 
-def read_json(place: Place) -> dict[str, Any]:
-    """A JSON object. Raises AnalysisError if the file holds anything else."""
+def read_json(place: Place, schema: Schema = None) -> dict[str, Any]:
+    """A JSON object that fits a schema of ``msplora_core.records``. Raises AnalysisError if the file holds another."""
     with open_binary(place) as file:
         try:
             size = file.seek(0, os.SEEK_END)
-            if size > _LARGEST_JSON:
-                raise AnalysisError(f"{place}: it has {size} bytes; expected at most {_LARGEST_JSON}")
+            if size > MOST_BYTES:
+                raise AnalysisError(f"{place}: it has {size} bytes; expected at most {MOST_BYTES}")
             file.seek(0)
             content = file.readall()
         except OSError as error:
             raise AnalysisError(f"{place}: cannot be read: {error.strerror}") from None
     try:
-        value = (_parse if size < _KEPT_JSON else _parse.__wrapped__)(content)
-    except (ValueError, RecursionError) as error:
-        raise AnalysisError(f"{place}: not valid JSON: {error}; save or copy it again") from None
-    if not isinstance(value, dict):
-        raise AnalysisError(f"{place}: expected a JSON object, got {type(value).__name__}")
+        value = (_parse if size < _KEPT_JSON else parse_json)(content)
+        if not isinstance(value, dict):
+            raise AnalysisError(f"{place}: expected a JSON object, got {type(value).__name__}")
+        check(value, schema or {})
+    except RecordError as error:
+        raise AnalysisError(f"{place}: {error}; save or copy it again") from None
     return value
 
 
 @lru_cache(maxsize=16)
 def _parse(content: bytes) -> Any:
     """A run's checkpoints have one configuration: kept once, it does not fill the memory. Not to be changed."""
-    return json.loads(content, parse_int=_parse_int)
-
-
-def _parse_int(digits: str) -> int:
-    if len(digits) > 300:
-        raise ValueError(f"a number of {len(digits)} digits, more than float64 has")
-    return int(digits)
+    return parse_json(content)

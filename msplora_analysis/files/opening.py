@@ -17,6 +17,7 @@ from msplora_analysis.files.torch_file import TorchFile
 INDEX_SUFFIX = ".index.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 FULL_NAMES = tuple(name + suffix for name in _SINGLE for suffix in ("", INDEX_SUFFIX))  # in order of preference
+_INDEX = {"weight_map": {...: str}}
 BASE = "base:"  # tensors of the base are named with it
 
 
@@ -42,17 +43,14 @@ class ShardedFile(TensorFile):
         self.path, self.metadata, self.shapes = path, {}, {}
         self.states = {path: state_of(path)} if isinstance(path, Path) else {}
         self._opened: TensorFile | None = None
-        shards = read_json(path).get("weight_map")
+        self._shards: dict[str, str] = read_json(path, _INDEX)["weight_map"]
         # A shard is a file beside the index: no path may lead elsewhere.
-        if not isinstance(shards, dict) or not all(
-            isinstance(shard, str) and shard and Path(shard).name == shard for shard in shards.values()
-        ):
-            raise AnalysisError(f"{path}: its weight_map is not of tensor names and file names; save or copy it again")
-        self._shards: dict[str, str] = shards
+        if outside := next((shard for shard in self._shards.values() if not shard or Path(shard).name != shard), None):
+            raise AnalysisError(f"{path}: weight_map names {outside}, no file beside it; save or copy it again")
         try:
-            for shard in dict.fromkeys(shards.values()):
+            for shard in dict.fromkeys(self._shards.values()):
                 shapes = self._open(shard).shapes
-                for name in (name for name, at in shards.items() if at == shard):
+                for name in (name for name, at in self._shards.items() if at == shard):
                     if name not in shapes:
                         raise AnalysisError(f"{path}: tensor {name} is not in its shard {shard}; save or copy it again")
                     self.shapes[name] = shapes[name]

@@ -72,7 +72,7 @@ class TorchFile(TensorFile):
     def read(self, name: str) -> FloatArray:
         tensor = self._tensors[name]
         kind = _READABLE.get(tensor.kind)
-        if kind is None and tensor.count == 1:
+        if kind is None and tensor.values == 1:
             kind = _READABLE_ALONE.get(tensor.kind)
         if tensor.storage is None:
             raise AnalysisError(f"{self.path}: tensor {name} is {tensor.kind}; expected a dense tensor")
@@ -119,7 +119,7 @@ class TorchFile(TensorFile):
                 raise self._error(fault)
             if tensor.storage is None or not tensor.item:  # a type that ``read`` refuses
                 continue
-            if tensor.count * tensor.item > tensor.storage.size:
+            if tensor.values * tensor.item > tensor.storage.size:
                 raise AnalysisError(
                     f"{self.path}: tensor {name} of shape {list(tensor.shape)} is an expanded view of fewer values; "
                     "save it contiguous"

@@ -95,7 +95,7 @@ class Stored(NamedTuple):
     negated: bool = False
 
     @property
-    def count(self) -> int:
+    def values(self) -> int:
         """How many values it has."""
         return math.prod(self.shape)
 

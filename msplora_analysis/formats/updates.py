@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from msplora_analysis.errors import printable
 from msplora_analysis.files.addresses import natural_key
 from msplora_core import names
 
@@ -128,7 +129,8 @@ class Matrix:
         scale: One of SCALES.
         group: Which of the scale's groups, from 0; for "layer" and "total" the number of the layer, None without one.
         module: Last name of the module ("query").
-        name: Dotted path of the module in the base model.
+        name: Dotted path of the module in the base model. What a terminal acts on is written as escapes, in ``module``
+            too: it goes into tables, figures and messages from here.
         update: Its factors; ``update.rank``, an upper bound of its rank, is how many singular values it is given.
     """
 
@@ -137,6 +139,10 @@ class Matrix:
     module: str
     name: str
     update: Update
+
+    def __post_init__(self) -> None:
+        for field in ("module", "name"):
+            object.__setattr__(self, field, printable(getattr(self, field)))
 
 
 class Contents(NamedTuple):

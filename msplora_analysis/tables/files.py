@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msplora_analysis.errors import AnalysisError
+from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.tables.columns import KEYS, VALUES
 from msplora_core.atomic import replacing
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetWriter
 
 FORMATS = ("parquet", "csv")
+_MARK = "'"  # before a text in a CSV file that begins as a formula does; reading takes it off
+_FORMULA = rf"^({_MARK}*[=+\-@\t\r])"
+_MARKED = rf"^{_MARK}({_MARK}*[=+\-@\t\r])"
 
 
 @contextmanager
@@ -35,12 +39,45 @@ def table_writer(path: Path, schema: pa.Schema) -> Iterator[ParquetWriter | CSVW
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetWriter as Writer
     else:
-        from pyarrow.csv import CSVWriter as Writer
+        Writer = _csv_writer()
     try:
-        with replacing(path) as beside, Writer(beside, schema) as writer:
+        # An open file, for pyarrow takes no path that is not UTF-8.
+        with replacing(path) as beside, open(beside, "wb") as file, Writer(file, schema) as writer:
             yield writer
     except OSError as error:
         raise AnalysisError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _csv_writer() -> type[CSVWriter]:
+    """pyarrow's writer, but for the mark before texts that a spreadsheet would take for a formula."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from pyarrow.csv import CSVWriter
+
+    class Marking(CSVWriter):
+        def write(self, batch: pa.RecordBatch | pa.Table) -> None:
+            for i, field in enumerate(batch.schema):
+                if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+                    marked = pc.replace_substring_regex(batch[field.name], _FORMULA, rf"{_MARK}\1")
+                    batch = batch.set_column(i, field, marked)
+            super().write(batch)
+
+    return Marking
+
+
+def marked(table: pd.DataFrame) -> pd.DataFrame:
+    """A table for a CSV file: its texts with the mark before what a spreadsheet would take for a formula."""
+    return _texts_mapped(table, lambda text: re.sub(_FORMULA, rf"{_MARK}\1", text))
+
+
+def _texts_mapped(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    """A table with each of its texts changed; each different one once."""
+    changed = {}
+    for name in table.columns[[kind.kind == "O" for kind in table.dtypes]]:
+        texts = {text: change(text) for text in table[name].unique() if isinstance(text, str)}
+        if any(text != new for text, new in texts.items()):
+            changed[name] = table[name].map(lambda cell, texts=texts: texts.get(cell, cell))
+    return table.assign(**changed)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -111,7 +148,8 @@ def read_table(
     if missing := [name for name in types if name not in table]:
         raise AnalysisError(f"{path}: not a {kind}: no column {', '.join(missing)}; expected {expected}")
     try:
-        return with_whole_epochs(table.astype({name: kind for name, kind in known.items() if name in table}))
+        typed_table = table.astype({name: kind for name, kind in known.items() if name in table})
+        return with_whole_epochs(_texts_mapped(typed_table, printable))
     except (TypeError, ValueError) as error:
         raise AnalysisError(f"{path}: a column is not of its type: {error}") from None
 
@@ -119,7 +157,8 @@ def read_table(
 def _parquet(path: Path) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.read_parquet(path)
+    with open(path, "rb") as file:
+        return pd.read_parquet(file)
 
 
 def _csv(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
@@ -130,8 +169,9 @@ def _csv(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
         column_types={name: kinds.get(kind, kind) for name, kind in types.items()},
         null_values=[""],  # a run may be called "NA"
     )
-    table: pd.DataFrame = csv.read_csv(path, convert_options=options).to_pandas()
-    return table
+    with open(path, "rb") as file:  # pyarrow takes no path that is not UTF-8
+        table: pd.DataFrame = csv.read_csv(file, convert_options=options).to_pandas()
+    return _texts_mapped(table, lambda text: re.sub(_MARKED, r"\1", text))
 
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from msplora_core.data.acceptability import generate
 from msplora_core.data.instructions import hold_out
 from msplora_core.data.tasks import EMBEDDED_TASK, ClassificationTask, InstructionTask, Row, Task
 from msplora_core.errors import TrainingError
+from msplora_core.records import MOST_BYTES, RecordError, check, parse, shown
 
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
@@ -78,16 +80,17 @@ def _read_file(task: Task, path: Path) -> Split:
     rows: list[Row] = []
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            while line := file.readline(MOST_BYTES + 1):
+                number += 1
+                if len(line) > MOST_BYTES:
+                    raise RecordError(f"it has more than {MOST_BYTES} bytes")
                 if line.strip():
-                    rows.append(json.loads(line))
-                    if not isinstance(rows[-1], dict):
-                        found = type(rows[-1]).__name__
-                        raise TrainingError(f"{path}, line {number}: expected a JSON object, found {found}")
-    except json.JSONDecodeError as error:
-        raise TrainingError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+                    rows.append(parse(line))
+                    check(rows[-1], {})
+    except RecordError as error:
+        raise TrainingError(f"{path}, line {number}: {error}; expected one JSON object a line, in UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise TrainingError(f"{path}: cannot be read ({error}); expected UTF-8 JSON Lines") from error
     return _checked(task, rows, str(path))
 
@@ -130,7 +133,7 @@ def _checked(task: Task, rows: list[Row], source: str) -> Split:
                     f"{where}: the column '{column}' is missing; {task.name} needs {', '.join(columns)}"
                 )
             if column in task.text_columns and not isinstance(row[column], str):
-                raise TrainingError(f"{where}: '{column}' must be text, found {row[column]!r}")
+                raise TrainingError(f"{where}: '{column}' must be text, found {shown(row[column])}")
         kept = {column: row[column] for column in columns}
         if isinstance(task, ClassificationTask):
             kept["label"] = _label(task, row["label"], where)
@@ -144,4 +147,5 @@ def _label(task: ClassificationTask, label: object, where: str) -> int | float:
     if isinstance(label, types) and not isinstance(label, bool) and low <= label <= high:
         return label if task.label_range is None else float(label)
     number = "whole number" if task.label_range is None else "number"
-    raise TrainingError(f"{where}: the label {label!r} is wrong; {task.name} needs a {number} from {low:g} to {high:g}")
+    needed = f"{task.name} needs a {number} from {low:g} to {high:g}"
+    raise TrainingError(f"{where}: the label {shown(label)} is wrong; {needed}")

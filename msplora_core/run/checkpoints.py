@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there: written aside, flushed, then renamed; checked before resuming."""
 
-import json
 import os
 import re
 import shutil
@@ -9,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from msplora_core import names
+from msplora_core import names, records
 from msplora_core.atomic import flush
-from msplora_core.errors import TrainingError
+from msplora_core.errors import TrainingError, reason_of
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 METHOD_STATE = "method_state.pt"
@@ -96,8 +95,8 @@ def fault(folder: Path) -> str | None:
     for path in needed:
         if not path.is_file():
             return f"{path.name} is missing"
-        if not _readable(path):
-            return f"{path.name} is damaged or cut off"
+        if reason := _damage(path):
+            return f"{path.name} is damaged or cut off: {reason}"
     return None
 
 
@@ -130,18 +129,46 @@ def told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _readable(path: Path) -> bool:
+@contextmanager
+def continuing(folder: Path) -> Iterator[None]:
+    """Tell of a failure to continue from the files of a checkpoint.
+
+    Raises:
+        TrainingError: it names the folder, the reason, and how to go on.
+    """
+    from torch import OutOfMemoryError
+
+    try:
+        yield
+    except (TrainingError, OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of PyTorch, pickle, zip, or of the optimizer that is given something else
+        raise TrainingError(
+            f"{folder}: training cannot continue from it ({reason_of(error)}); delete it to continue from an earlier "
+            "checkpoint, or start anew with overwrite=True"
+        ) from error
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file, if anything; None for one that is whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        if path.suffix == ".json":  # also the index of a model in several files
-            json.loads(path.read_bytes())
+        if path.name == names.STATE:
+            from transformers import TrainerState
+
+            unknown = records.read(path, records.RESUMED_STATE).keys() - TrainerState.__dataclass_fields__.keys()
+            if unknown:
+                raise records.RecordError(f"{records.shown(min(unknown))} is not known to this Trainer")
+        elif path.suffix == ".json":  # also the index of a model in several files
+            records.read(path, {})
         elif path.suffix == ".safetensors":
             with safe_open(path, "np"):  # compares the file's length with its header
                 pass
         else:
             with zipfile.ZipFile(path) as archive:  # as torch.save writes it, with a checksum of every tensor
-                return archive.testzip() is None
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, EOFError):
-        return False
-    return True
+                if damaged := archive.testzip():
+                    return f"of {records.shown(damaged)}"
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return reason_of(error)
+    return None

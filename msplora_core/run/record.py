@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 import msplora_core
+from msplora_core import records
 from msplora_core.atomic import replacing
 from msplora_core.data.loading import Split
 from msplora_core.data.tasks import get_task
@@ -52,7 +53,9 @@ def check_output_dir(settings: Settings) -> Path | None:
         own = options_of(Settings) | options_of(type(settings.method))
         older = {n: f.default if f.option.unrecorded is None else f.option.unrecorded for n, f in own.items()}
         before = older | recorded  # whatever came after the record is as it was then
-        changed = [f"{n} {before.get(n)!r} -> {value!r}" for n, value in asked.items() if value != before.get(n)]
+        changed = [
+            f"{n} {records.shown(before.get(n))} -> {value!r}" for n, value in asked.items() if value != before.get(n)
+        ]
         if changed:
             raise TrainingError(
                 f"{folder}: the run to resume has other settings ({'; '.join(changed)}); repeat its settings, "
@@ -106,12 +109,13 @@ def notes_on_resuming(settings: Settings, run: dict[str, Any]) -> list[str]:
     if not settings.resume or not (folder / RECORD).is_file():
         return []
     before = read(folder)
+    data, weights = before.get("data", {}), before.get("model", {}).get("weights_sha256")
     changed = [
         f"the {name} data ({run['data'][name]['source']})"
         for name in run["data"]
-        if before["data"][name]["sha256"] != run["data"][name]["sha256"]
+        if data.get(name, {}).get("sha256") != run["data"][name]["sha256"]
     ]
-    if before["model"]["weights_sha256"] != run["model"]["weights_sha256"]:
+    if weights != run["model"]["weights_sha256"]:
         changed.append(f"the weights of the model ({run['model']['name']})")
     if changed:
         raise TrainingError(
@@ -119,8 +123,8 @@ def notes_on_resuming(settings: Settings, run: dict[str, Any]) -> list[str]:
             "or start anew with overwrite=True"
         )
     notes = [f"{note}: passed over" for note in checkpoints.newest_whole(folder)[1]]
-    now, then = ({**record["versions"], **{k: record.get(k) for k in _CIRCUMSTANCES}} for record in (run, before))
-    other = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
+    now, then = ({**r.get("versions", {}), **{k: r.get(k) for k in _CIRCUMSTANCES}} for r in (run, before))
+    other = [f"{name} {str(then.get(name))[:99]} -> {now[name]}" for name in now if now[name] != then.get(name)]
     if other:
         notes.append(f"other circumstances than the run began with ({', '.join(other)}): results may differ slightly")
     return notes
@@ -175,13 +179,14 @@ def read(folder: Path) -> dict[str, Any]:
     """Read a run's record.
 
     Raises:
-        TrainingError: the record is not JSON.
+        TrainingError: the record is none of ``msplora-train``.
     """
     path = folder / RECORD
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record: dict[str, Any] = records.read(path, records.RUN_RECORD)
+    except (OSError, records.RecordError) as error:
         raise TrainingError(f"{path}: cannot be read ({error}); start anew with overwrite=True") from error
+    return record
 
 
 def write(folder: Path, run: dict[str, Any]) -> None:

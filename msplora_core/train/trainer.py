@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from msplora_core import names
+from msplora_core import names, records
 from msplora_core.errors import TrainingError
 from msplora_core.methods.base import Training
 from msplora_core.models import is_head
@@ -67,7 +67,7 @@ class AdapterTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": in_head, "lr": self.head_learning_rate})
         return optimizer
 
-    # --- Checkpoints. Trainer has no hook before one is written or loaded: these three are functions of its own. ---
+    # --- Checkpoints. Trainer has no hook before one is written or loaded: the next are functions of its own. ---
 
     def _get_output_dir(self, trial: None) -> str:
         return str(self._writing_to) if self._writing_to else super()._get_output_dir(trial)
@@ -96,12 +96,17 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.method.state() is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with checkpoints.continuing(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         path = Path(resume_from_checkpoint) / checkpoints.METHOD_STATE
         if not path.is_file():
             raise TrainingError(f"{path}: missing, and training continues from it; start anew with overwrite=True")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with checkpoints.continuing(path.parent):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._continue_with(state, path)
+
+    def _continue_with(self, state: dict[str, Any], path: Path) -> None:
         trained = self._trained()
         if unlike := sorted(trained.keys() ^ state["trained"].keys()):
             raise TrainingError(f"{path}: made for another model ({unlike[0]} is in one alone); give that 'model'")
@@ -109,6 +114,18 @@ class AdapterTrainer(Trainer):
             for name, parameter in trained.items():
                 parameter.copy_(state["trained"][name])
         self.method.load(state["method"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.continuing(Path(str(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.continuing(Path(str(checkpoint))):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with checkpoints.continuing(Path(str(checkpoint))):
+            super()._load_scaler(checkpoint)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -130,7 +147,8 @@ class AdapterTrainer(Trainer):
         """Continue the average of an epoch's training loss where the checkpoint left it."""
         path = checkpoint / _running_loss_name()
         if path.is_file():
-            running = json.loads(path.read_text())
+            with checkpoints.continuing(checkpoint):
+                running = records.read(path, records.RUNNING_LOSS)
             self._tr_loss += running["sum"]
             self._globalstep_last_logged = running["since_step"]
 

@@ -301,9 +301,9 @@ def spoil_index(change):
         (spoil_index(lambda names: names.update(extra=next(iter(names.values())))), "tensor extra is not in its shard"),
         (
             spoil_index(lambda names: names.update(extra="../model.safetensors")),
-            "its weight_map is not of tensor names",
+            "weight_map names ../model.safetensors, no file beside it",
         ),
-        (spoil_index(lambda names: names.update(extra=1)), "its weight_map is not of tensor names"),
+        (spoil_index(lambda names: names.update(extra=1)), "weight_map.extra must be a text"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "expected a JSON object, got list"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "not valid JSON: "),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "no model in this folder; expected one of"),

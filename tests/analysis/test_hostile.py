@@ -152,7 +152,7 @@ def test_names_are_names_and_nothing_else(tmp_path, name, capfd):
         assert "unknown tensors" in load_error(tmp_path / "runs" / "a")
         return
     tables = load_tables(tmp_path / "runs")
-    assert f"layer.0.{name}" in set(tables.metrics["name"])
+    assert printable(f"layer.0.{name}") in set(tables.metrics["name"])
     assert all(run.isprintable() for run in tables.metrics["run"])
     before = set(tmp_path.rglob("*"))
     app(["spectra", str(tmp_path / "runs"), "--out", str(tmp_path / "o")], standalone_mode=False)

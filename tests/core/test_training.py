@@ -171,9 +171,14 @@ def test_data_files_and_fingerprint(data_dir: Path) -> None:
         ('{"sentence": "x", "label": 2}\n', "the label 2 is wrong"),
         ('{"sentence": "x", "label": 0.5}\n', "the label 0.5 is wrong"),
         ('{"sentence": "x", "label": true}\n', "the label True is wrong"),
-        ('{"sentence": "x"\n', "line 1: not JSON"),
-        ("[1]\n", "line 1: expected a JSON object, found list"),
-        (b"\xff\xfe", "cannot be read .*expected UTF-8 JSON Lines"),
+        ('{"sentence": "x"\n', "line 1: not valid JSON"),
+        ('{"sentence": "\\ud800", "label": 1}', "line 1: a text in it is half of a character"),
+        ("[" * 100_000, "line 1: more than 50 levels"),
+        ('{"sentence": "x", "label": %s}' % ("9" * 5000), "line 1: not valid JSON: a number of 5000 digits"),
+        ('{"sentence": "x", "label": %s}' % ("9" * 300), "the label 99999.*[.][.][.] is wrong"),
+        ('{"sentence": "x", "label": "%s"}' % ("9" * 10**6), "the label '99999.*[.][.][.] is wrong"),
+        ("[1]\n", "line 1: it must be an object, got a list of 1"),
+        (b"\xff\xfe", "line 1: not valid JSON: .*expected one JSON object a line, in UTF-8"),
     ],
 )
 def test_bad_data_names_file_row_and_expectation(data_dir: Path, content: str | bytes, message: str) -> None:
@@ -182,6 +187,7 @@ def test_bad_data_names_file_row_and_expectation(data_dir: Path, content: str | 
         load_splits(TASKS["cola"], data_dir)
     assert "cola_train.jsonl" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
 
 
 REAL_ROWS = {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import read_json
+from msplora_analysis.errors import AnalysisError, printable
+from msplora_analysis.files.addresses import read_json, walk
 from msplora_core.names import RECORD, method_label
+from msplora_core.records import SCORED_RUN
 
 # Of runs recorded before run.json named its metric.
 _METRICS = {"cola": "matthews_correlation", "stsb": "pearson", "acceptability": "matthews_correlation"}
@@ -52,7 +54,7 @@ class Score:
 
 
 def find_records(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The run folders at or below ``paths``, each once, sorted within its path.
+    """The run folders at or below ``paths``, each once, in natural order within its path.
 
     Raises AnalysisError for a path that does not exist or has no run below it.
     """
@@ -60,7 +62,7 @@ def find_records(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise AnalysisError(f"{path}: no such folder; give run folders of msplora-train, or folders of such")
-        found = sorted(Path(at) for at, _, files in os.walk(path, followlinks=True) if RECORD in files)
+        found = [Path(place) for place, files, _ in walk(path, set()) if RECORD in files]
         if not found:
             raise AnalysisError(f"{path}: no {RECORD} in it or below; give run folders of msplora-train")
         folders |= {folder.resolve(): folder for folder in found}  # the same run may be given twice
@@ -75,36 +77,36 @@ def read_score(folder: Path, at: str) -> Score | None:
 
     Raises AnalysisError if run.json is not what msplora-train writes.
     """
-    record = read_json(folder / RECORD)
-    try:
-        settings, results = record["settings"], record.get("results")
-        if not results:
-            return None
-        metric = record.get("metric") or {"name": _METRICS.get(settings["task"], "accuracy"), "greater_is_better": True}
-        sign = 1 if metric["greater_is_better"] else -1
-        # not before training: that is the base model's score
-        trained = [result for result in results if result["epoch"] > 0] or results
-        chosen = trained[-1] if at == "last" else max(trained, key=lambda result: sign * _number(result["metric"]))
-        return Score(
-            folder=folder,
-            model=record["model"]["name"],
-            task=settings["task"],
-            seed=settings["seed"],
-            method=method_label(settings["method"], settings.get("ranks") or settings.get("rank")),
-            parameters=record["parameters"]["adapter"],
-            settings=settings,
-            metric=metric["name"],
-            greater_is_better=metric["greater_is_better"],
-            value=_number(chosen["metric"]),
-            epoch=chosen["epoch"],
-        )
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise AnalysisError(
-            f"{folder / RECORD}: not a record of msplora-train ({type(error).__name__}: {error}); "
-            "give run folders that msplora-train wrote"
-        ) from None
+    record = read_json(folder / RECORD, SCORED_RUN)
+    settings, results = record["settings"], record.get("results")
+    if not results:
+        return None
+    metric = record.get("metric") or {"name": _METRICS.get(settings["task"], "accuracy"), "greater_is_better": True}
+    sign = 1 if metric["greater_is_better"] else -1
+    # not before training: that is the base model's score
+    trained = [result for result in results if result["epoch"] > 0] or results
+    chosen = trained[-1] if at == "last" else max(trained, key=lambda result: _rank(result["metric"], sign))
+    return Score(
+        folder=folder,
+        model=printable(record["model"]["name"]),
+        task=printable(settings["task"]),
+        seed=settings["seed"],
+        method=printable(method_label(settings["method"], settings.get("ranks") or settings.get("rank"))),
+        parameters=record["parameters"]["adapter"],
+        settings=settings,
+        metric=printable(metric["name"]),
+        greater_is_better=metric["greater_is_better"],
+        value=_number(chosen["metric"]),
+        epoch=chosen["epoch"],
+    )
 
 
-def _number(value: Any) -> float:
-    """A metric; one that is not defined (a constant prediction) counts as the worst and is shown as missing."""
-    return float("nan") if value is None else float(value)
+def _rank(metric: float | None, sign: int) -> float:
+    """What the best epoch has most of; one that is not defined (a constant prediction) is the worst."""
+    value = _number(metric)
+    return -math.inf if math.isnan(value) else sign * value
+
+
+def _number(value: float | None) -> float:
+    """A metric; one that is not defined is shown as missing."""
+    return math.nan if value is None else float(value)

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from msplora_analysis.errors import AnalysisError
+from msplora_analysis.errors import AnalysisError, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,9 +93,14 @@ def closed_pipe_ignored() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def say(text: object) -> None:
+    """Print one line; what a terminal would act on in it is written as escapes."""
+    print(printable(str(text)))
+
+
 def print_paths(paths: Iterable[Path]) -> None:
     for path in paths:
-        print(path)
+        say(path)
 
 
 @contextmanager

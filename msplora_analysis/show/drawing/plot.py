@@ -12,6 +12,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.style import settings
 from msplora_analysis.show.drawing.venues import style_of
+from msplora_analysis.tables.files import marked
 from msplora_analysis.tables.matrices import choose, method_labels, slug, stacks
 from msplora_core.atomic import replacing
 
@@ -35,7 +36,7 @@ class Plot:
 
     def write(self, folder: Path, formats: Sequence[str], style: str | None = None) -> list[Path]:
         """`stem`.<format> for each format and `stem`.csv, each complete or not there at all. Returns the paths."""
-        csv = _whole_epochs(self.numbers).to_csv(index=False, lineterminator="\n").encode()
+        csv = marked(_whole_epochs(self.numbers)).to_csv(index=False, lineterminator="\n").encode()
         paths = [_write(folder / f"{self.stem}.csv", lambda file: file.write(csv))]
         if self.draw and formats:
             figure = self.draw(self.numbers, style)

@@ -19,6 +19,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Folder, Place, read_json, walk
 from msplora_analysis.options import Execution, Options
 from msplora_core.names import RECORD, STATE
+from msplora_core.records import TRAINER_STATE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,12 +168,11 @@ class Run:
         return adapters
 
     def _read_state(self, file: Path) -> None:
-        state = read_json(file)
-        history = state.get("log_history")
-        if isinstance(history, list) and len(history) >= len(self.history):
-            self.history = [entry for entry in history if isinstance(entry, dict)]
-        epochs = state.get("num_train_epochs")
-        self.epochs = epochs if isinstance(epochs, (int, float)) and epochs > 0 else self.epochs
+        state = read_json(file, TRAINER_STATE)
+        history = state.get("log_history") or []
+        if len(history) >= len(self.history):
+            self.history = history
+        self.epochs = state.get("num_train_epochs") or self.epochs
 
     def _not_read(self, place: Path, signature: Signature, message: str) -> None:
         if _age(signature) < _GIVEN_UP:

@@ -15,6 +15,7 @@ from rich.text import Text
 from msplora_analysis.errors import printable
 from msplora_analysis.show.watch.following import Means, Point, Run
 from msplora_core.names import method_label
+from msplora_core.records import fits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,9 +93,10 @@ def rows(points: Sequence[Point], most: int) -> list[Row]:
 def sparkline(values: Sequence[float | None], width: int, bars: str = _BARS, zero: bool = False) -> str:
     """A bar for each value, the last ones where they do not all fit; a space for None.
 
-    zero: the lowest bar stands for 0, rather than for the smallest value.
+    zero: the lowest bar stands for 0, rather than for the smallest value. What is not finite is a space too.
     """
     shown = values[-width:]
+    shown = [value if value is not None and math.isfinite(value) else None for value in shown]
     known = [value for value in shown if value is not None]
     if not known:
         return " " * len(shown)
@@ -132,7 +134,7 @@ def _progress(run: Run, bars: str, width: int) -> list[Text]:
     parts = []
     if points:
         adapter = points[-1].adapter
-        total = f" of {epochs:g}" if isinstance(epochs, (int, float)) else ""
+        total = "" if epochs is None else f" of {epochs:g}"
         parts.append(when(points[-1]).replace(",", f"{total},", 1) if adapter.epoch is not None else when(points[-1]))
         parts.append(f"{len(points)} checkpoint{'s' if len(points) > 1 else ''}")
     if run.deleted:
@@ -141,10 +143,8 @@ def _progress(run: Run, bars: str, width: int) -> list[Text]:
         parts.append("finished")
     parts += [f"{printable(name)} is being written" for name in run.writing[:2]]
     lines = [Text(", ".join(parts), overflow="ellipsis", no_wrap=True)] if parts else []
-    logged = {
-        name: [float(entry[name]) for entry in run.history if isinstance(entry.get(name), (int, float))]
-        for name in _logged(run.history)
-    }
+    values_of = {name: [e[name] for e in run.history if fits(e.get(name), float)] for name in _logged(run.history)}
+    logged = {name: [float(value) for value in values] for name, values in values_of.items() if values}
     texts = {name: f"{values[-1]:.4g}" for name, values in logged.items()}
     beside = sum(len(name) + len(text) + 5 for name, text in texts.items())
     room = max(4, min(12, (width - beside) // max(len(texts), 1)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group
 from rich.live import Live
 
-from msplora_analysis.errors import AnalysisError
+from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.show.watch.following import Run
 from msplora_analysis.show.watch.keys import Wait, quit_key
 from msplora_analysis.show.watch.screen import line, render, when
@@ -100,7 +100,7 @@ def _print_lines(run: Run, wait: Wait, interval: float) -> None:
             print(line(point), flush=True)
         waiting = _waiting(run)
         if waiting != said and waiting:
-            print(waiting, file=sys.stderr)
+            print(printable(waiting), file=sys.stderr)
         said = waiting
         if wait(interval):
             return
