@@ -62,13 +62,18 @@ def formula(
 
 
 def commands() -> str:
-    """Both commands with their subcommands, arguments, options and examples, as Markdown."""
+    """All commands with their subcommands, arguments, options and examples, as Markdown."""
     import msplora_analysis.cli
     import msplora_core.cli
+    import msplora_core.measure.cli
 
     return "\n".join(
         _reference(name, cli.app)
-        for name, cli in (("msplora-analyze", msplora_analysis.cli), ("msplora-train", msplora_core.cli))
+        for name, cli in (
+            ("msplora-analyze", msplora_analysis.cli),
+            ("msplora-train", msplora_core.cli),
+            ("msplora-measure", msplora_core.measure.cli),
+        )
     )
 
 

@@ -2,6 +2,11 @@
 
 from msplora_core import MSPLoraConfig
 model = peft.get_peft_model(base, MSPLoraConfig(r=8, target_modules=["query", "value"]))
+
+and measure what a trained adapter is worth to its task:
+
+from msplora_core import record_moments
+record_moments(model, batches).save("adapter/moments.safetensors")
 """
 
 from __future__ import annotations
@@ -15,9 +20,17 @@ from typing import TYPE_CHECKING, Any
 from msplora_core.version import __version__
 
 if TYPE_CHECKING:
+    from msplora_core.measure.recording import record_moments
     from msplora_core.tuners.msplora import MSPLoraConfig, MSPLoraModel
 
-__all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__"]
+__all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__", "record_moments"]
+
+_HEAVY = {
+    "MSPLoraConfig": "msplora_core.tuners.msplora",
+    "MSPLoraModel": "msplora_core.tuners.msplora",
+    "record_moments": "msplora_core.measure.recording",
+}
+"""Where public names are that must not be imported before somebody asks for them."""
 
 
 class _WhenPeftIsImported:
@@ -46,8 +59,8 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("MSPLoraConfig", "MSPLoraModel"):
-        return getattr(importlib.import_module(f"{_TUNERS}.msplora"), name)
+    if name in _HEAVY:
+        return getattr(importlib.import_module(_HEAVY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import os
-import re
-import signal
 import sys
-import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from textwrap import indent
@@ -17,36 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msplora_core import __version__
 from msplora_core.data.tasks import get_task
 from msplora_core.errors import TrainingError
 from msplora_core.methods import method_options, methods_table
 from msplora_core.options import Field, options_of
+from msplora_core.run.console import Version, make_app, quiet_libraries, run, spelled, stopped
 from msplora_core.run.distributed import is_writer, leave
 from msplora_core.run.settings import Settings, make_settings
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from msplora_core.train.training import EpochResult
 
-_PATIENCE = 5.0
-"""Seconds that a process other than the writing one waits before it tells of an error of its own."""
-
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    # Plain help starts in less than half the time of rich help.
-    rich_markup_mode=None,
-    # Without a value here, `--help` makes typer import pydantic to check that none is given.
-    context_settings={"default_map": {"help": False}},
-)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"msplora {__version__}")
-        raise typer.Exit
+app = make_app()
 
 
 def _parameters() -> Iterator[inspect.Parameter]:
@@ -60,24 +36,17 @@ def _parameters() -> Iterator[inspect.Parameter]:
                 yield _parameter(own, Field(type_, replace(option, help=option.help + told), None))
         else:
             yield _parameter(name, field)
-    version = typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    yield inspect.Parameter(
-        "version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, version]
-    )
+    yield inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Version)
 
 
 def _parameter(name: str, field: Field) -> inspect.Parameter:
     type_: Any = str if field.option.parse else field.type
     # the name alone: else typer makes a --no-... of every switch
-    option = typer.Option(_spelled(name), help=field.option.help)
+    option = typer.Option(spelled(name), help=field.option.help)
     type_ = type_ | None if field.default is None else type_
     annotation: Any = Annotated[type_, option]
     default = inspect.Parameter.empty if field.default is ... else field.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def train(**given: Any) -> None:
@@ -90,7 +59,7 @@ def train(**given: Any) -> None:
         if option.parse is not None and given[name] is not None:
             given[name] = option.parse(given[name])
     settings = make_settings(**given, progress_bar=sys.stderr.isatty())
-    _quiet_libraries()
+    quiet_libraries()
     state = "nothing was written yet"
     try:
         from msplora_core.train import training
@@ -100,7 +69,7 @@ def train(**given: Any) -> None:
     except ModuleNotFoundError as error:
         raise TrainingError(f"training needs the package {error.name}; run: pip install 'msplora[train]'") from error
     except KeyboardInterrupt as stop:
-        raise _stopped(stop, state) from None
+        raise stopped(stop, state) from None
     if is_writer():
         _print_results(results, settings)
     leave()
@@ -122,31 +91,6 @@ Examples:
   msplora-train --model smollm2 --task alpaca --data-dir data --output-dir runs/alpaca
 """
 )(train)
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it: treated as Ctrl-C is, so that nothing half-written stays behind."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
-def _stopped(stop: KeyboardInterrupt, state: str) -> typer.Exit:
-    if is_writer():
-        print(f"stopped: {state}", file=sys.stderr)
-    return typer.Exit(143 if isinstance(stop, _Terminated) else 130)
-
-
-def _quiet_libraries() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what PEFT calls there
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of kernels that could be downloaded
-    # PEFT looks whether the vocabulary was resized, and cannot for a GGUF file; it never is here
-    warnings.filterwarnings("ignore", message="Could not find a config file")
 
 
 def _print_results(results: list[EpochResult], settings: Settings) -> None:
@@ -173,28 +117,7 @@ def _print_results(results: list[EpochResult], settings: Settings) -> None:
 
 def main() -> None:
     """Run the command; bad input ends in one line on standard error and exit status 1, Ctrl-C in 130 (SIGTERM: 143)."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app()
-    except TrainingError as error:
-        message = _for_the_command_line(str(error))
-    except OSError as error:  # whatever no module foresaw, such as a full disk
-        message = f"{error.filename or 'system'}: {error.strerror or error}"
-    try:
-        # What goes wrong in one process mostly does in all, and is told by the writing one; a launcher ends the others.
-        if not is_writer():
-            time.sleep(_PATIENCE)
-    except KeyboardInterrupt:
-        sys.exit(1)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _for_the_command_line(message: str) -> str:
-    """A message that tells arguments, as ``seed=-1`` or ``'seed'``, with the command's options in their place."""
-    names = "|".join(options_of(Settings) | method_options())
-    told = rf"'({names})'|(?<![\w/.'-])({names})=(True\b)?"
-    return re.sub(told, lambda m: _spelled(m[1] or m[2]) + ("=" if m[2] and not m[3] else ""), message)
+    run(app, options_of(Settings) | method_options())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import msplora_analysis as ma
 import msplora_analysis.cli
 import msplora_core
 import msplora_core.cli
+import msplora_core.measure.cli
 from msplora_analysis.ask.comparison import compare
 from msplora_analysis.ask.findings import KINDS, base
 from msplora_analysis.ask.results import summary
@@ -118,7 +119,9 @@ def test_every_command_and_option_is_on_the_page(site: Site) -> None:
     page = site.pages["commands.html"]
     analyze: Any = typer.main.get_command(msplora_analysis.cli.app)
     train: Any = typer.main.get_command(msplora_core.cli.app)
+    measure: Any = typer.main.get_command(msplora_core.measure.cli.app)
     commands = {f"msplora-analyze {name}": command for name, command in analyze.commands.items()}
+    commands |= {f"msplora-measure {name}": command for name, command in measure.commands.items()}
     for name, command in {**commands, "msplora-train": train}.items():
         section = re.search(rf"<h[23][^>]*><code>{name}</code>.*?(?=<h[23]|</article>)", page, re.DOTALL)
         assert section, name
@@ -133,7 +136,8 @@ def test_every_public_name_is_on_the_python_page(site: Site) -> None:
     for name in {*ma.__all__} - {"__version__"}:
         assert f'id="msplora_analysis.{name}"' in page, name
     assert 'id="msplora_core.MSPLoraConfig"' in page
-    assert {"MSPLoraConfig", "MSPLoraModel", "__version__"} == {*msplora_core.__all__}
+    assert 'id="msplora_core.record_moments"' in page
+    assert {"MSPLoraConfig", "MSPLoraModel", "__version__", "record_moments"} == {*msplora_core.__all__}
     assert "m_eff_&lt;k&gt;" in page
 
 

@@ -36,11 +36,13 @@ from markdown_it import MarkdownIt
 
 import msplora_analysis.cli
 import msplora_core.cli
+import msplora_core.measure.cli
 from msplora_core.models import EMBEDDED_MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 APPS = {"msplora-analyze": msplora_analysis.cli.app, "msplora-train": msplora_core.cli.app}
+APPS["msplora-measure"] = msplora_core.measure.cli.app
 
 # What lies in the folder of a page, beside what all have: runs of examples/, or one checkpoint of them.
 RUNS = {"runs/cola/msplora": "msplora-8-8-8", "runs/cola/lora": "lora-8"}

@@ -102,15 +102,16 @@ class Update:
             a, b = self.a().to(dtype), (self.b() @ core).to(dtype)
             self.layer.__dict__["concatenated_factors"] = lambda adapter_name, device: (a, b)
         else:
-            (part,) = self.parts
-            _tensor(self.layer.lora_B[self.adapter]).data = (_wide(part.b) @ core).to(part.b.dtype)
+            (part,), b = self.parts, _factors(self.layer, self.adapter)[1]
+            b.data = (_wide(part.b) @ core).to(part.b.dtype).reshape(b.shape)
 
     def restore(self) -> None:
         """Put B A back, the very tensors that were there."""
         if isinstance(self.layer, MSPLoraLinear):
             self.layer.__dict__.pop("concatenated_factors", None)
         else:
-            _tensor(self.layer.lora_B[self.adapter]).data = self.parts[0].b
+            b = _factors(self.layer, self.adapter)[1]
+            b.data = self.parts[0].b.view(b.shape)
 
 
 def updates_of(model: nn.Module) -> dict[str, Update]:
@@ -153,12 +154,13 @@ def _parts(name: str, layer: Any, adapter: str) -> tuple[Part, ...]:
     if isinstance(layer, LoraLayer):
         if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
             return ()
-        if adapter in layer.lora_A and not isinstance(layer, ParamWrapper):
-            a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-            if isinstance(a, nn.Linear) and isinstance(b, nn.Linear):
-                return (Part("layer", a.weight.data, b.weight.data, layer.scaling[adapter]),)
+        kinds = {type(factors[adapter]) for factors in (layer.lora_A, layer.lora_B) if adapter in factors}
+        a, b = (factor.data.flatten(1) for factor in _factors(layer, adapter))
+        fits = a.shape[0] == b.shape[1]  # not so of a convolution in groups
+        if fits and kinds <= {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d} and not isinstance(layer, ParamWrapper):
+            return (Part("layer", a, b, layer.scaling[adapter]),)
     raise TrainingError(
-        f"{name}: {type(layer).__name__} cannot be measured; expected linear modules with LoRA, AdaLoRA or MSPLoRA"
+        f"{name}: {type(layer).__name__} cannot be measured; expected modules with LoRA, AdaLoRA or MSPLoRA"
     )
 
 
@@ -177,8 +179,13 @@ def evaluating(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[None
             module.training = True
 
 
-def _tensor(factor: Any) -> torch.Tensor:
-    return factor.weight if isinstance(factor, nn.Linear) else factor
+def _factors(layer: Any, adapter: str) -> tuple[Any, Any]:
+    """The parameters A and B of a layer of LoRA or AdaLoRA; those of a convolution have four dimensions."""
+    if adapter not in layer.lora_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    pair = layer.lora_A[adapter], layer.lora_B[adapter]
+    a, b = (factor.weight if isinstance(factor, nn.Module) else factor for factor in pair)
+    return a, b
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from msplora_core.data.encoding import encode
-from msplora_core.data.instructions import IGNORED
+from msplora_core.data.encoding import collator, encode
 from msplora_core.data.loading import load_splits
 from msplora_core.data.tasks import ClassificationTask, InstructionTask, Task, get_task
 from msplora_core.errors import TrainingError
@@ -24,8 +23,6 @@ from msplora_core.train.progress import show_progress
 from msplora_core.train.trainer import AdapterTrainer, Recorder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from msplora_core.run.settings import Settings
 
 
@@ -87,7 +84,7 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
         args=_training_arguments(settings, eval_on_start=last_checkpoint is None),
         train_dataset=encoded["train"].examples,
         eval_dataset=encoded["validation"].examples,
-        data_collator=_collator(task, tokenizer),
+        data_collator=collator(task, tokenizer),
         compute_metrics=metric_function(task),
         preprocess_logits_for_metrics=sum_token_losses if isinstance(task, InstructionTask) else None,
         method=method.training(model, settings.seed),
@@ -130,15 +127,6 @@ class _InPlace(TrainingArguments):
     """Arguments for a model whose parts are on their devices already."""
 
     place_model_on_device = False
-
-
-def _collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
-    # The bare function: given the collator itself, Trainer would copy the tokenizer into every checkpoint.
-    if not isinstance(task, InstructionTask):
-        return DataCollatorWithPadding(tokenizer).__call__
-    tokenizer.padding_side = "right"  # positions then count from the first token, not from the padding
-    multiple = 8 if torch.cuda.is_available() else None  # the size that tensor cores want
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=multiple).__call__
 
 
 def _check_batches(settings: Settings) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from msplora_core import MSPLoraConfig, cli
 from msplora_core.errors import TrainingError
-from msplora_core.run import distributed, record
+from msplora_core.run import console, distributed, record
 from msplora_core.run.settings import Settings
 from msplora_core.train.trainer import AdapterTrainer
 from msplora_core.train.training import train
@@ -183,10 +183,10 @@ def test_shared_parameters_are_reduced_once_and_the_base_is_halved(
 
 def test_an_error_of_all_processes_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = toy_settings(tmp_path)
-    monkeypatch.setattr(cli, "_PATIENCE", 60.0)
+    monkeypatch.setattr(console, "_PATIENCE", 60.0)
     arguments = ["--model", settings.model, "--data-dir", str(settings.data_dir), "--output-dir", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["msplora-train", *arguments, "--task", "cola", "--batch-size", "7"])
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: os._exit(3))  # as if the launcher ended it
+    monkeypatch.setattr(console.time, "sleep", lambda seconds: os._exit(3))  # as if the launcher ended it
 
     def work() -> None:
         try:

@@ -48,6 +48,8 @@ class MSPLoraLinear(AdapterLayer):
         self.msplora_layer = nn.ModuleDict()
         self.msplora_dropout = nn.ModuleDict()
         self.scaling: dict[str, dict[str, float]] = {}
+        self.hidden = nn.Identity()
+        """Gives A x back as it is: a place for hooks, as LoRA's modules have."""
 
     def pairs(self, scale: str) -> Any:
         """The pairs of one scale, by adapter name."""
@@ -85,7 +87,7 @@ class MSPLoraLinear(AdapterLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         A, B = self.concatenated_factors(adapter_name, x.device)
         inputs = self.msplora_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        return result + F.linear(F.linear(inputs, A), B)
+        return result + F.linear(self.hidden(F.linear(inputs, A)), B)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The update dW, in the factors' dtype and the base weight's layout: (out, in), for ``Conv1D`` (in, out)."""

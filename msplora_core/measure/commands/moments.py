@@ -1,0 +1,86 @@
+"""``msplora-measure moments``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msplora_core.errors import TrainingError
+from msplora_core.measure.commands.shared import Adapter, BatchSize, DataDir, Model, Task
+from msplora_core.run.console import quiet_libraries, stopped
+from msplora_core.run.distributed import by_writer, is_writer, leave
+
+EXAMPLES = (
+    "msplora-measure moments runs/cola/checkpoint-2144",
+    "msplora-measure moments runs/cola --examples 128 --labels given --out given.safetensors",
+    "msplora-measure moments adapter --model FacebookAI/roberta-base --task mrpc --data-dir glue",
+)
+
+
+def moments(
+    adapter: Adapter,
+    data_dir: DataDir = None,
+    model: Model = None,
+    task: Task = None,
+    examples: Annotated[int, typer.Option(min=1, help="The first N training examples, in file order.")] = 512,
+    labels: Annotated[
+        str, typer.Option(help="sampled: drawn from the model, for the true Fisher information; given: the data's.")
+    ] = "sampled",
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write.  [default: moments.safetensors beside the adapter]")
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="Labels sampled for each example.  [default: more where examples are few]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled labels.")] = 0,
+    cores: Annotated[
+        bool,
+        typer.Option("--cores", help="Keep each example's gradient at the updates' cores too (rank 16 at most)."),
+    ] = False,
+    batch_size: BatchSize = None,
+) -> None:
+    """Record what the task asks of each update of an adapter, from the first training examples.
+
+    Forward and backward over the examples, without dropout; the model is not changed. The analysis finds the file
+    beside the adapter: spectra, compress and advise are weighted by it.
+    """
+    from msplora_core.moments import MOMENTS
+
+    quiet_libraries()
+    try:
+        from msplora_core.measure.loading import find_adapter, load_subject
+        from msplora_core.measure.recording import check_labels, record_moments
+
+        check_labels(labels)
+        path = out or find_adapter(adapter).adapter / MOMENTS
+        if path.is_dir():
+            raise TrainingError(f"out={path}: is a folder; expected a file, such as {path / MOMENTS}")
+        subject = load_subject(adapter, data_dir=data_dir, model=model, task=task)
+        batches = subject.batches("train", examples, batch_size)
+        found = record_moments(
+            subject.model,
+            batches,
+            labels=labels,
+            draws=draws,
+            seed=seed,
+            keep_cores=cores,
+            progress=sys.stderr.isatty() and is_writer(),
+            about=subject.about("train"),
+        )
+        by_writer(lambda: found.save(path))
+    except ModuleNotFoundError as error:
+        raise TrainingError(f"measuring needs the package {error.name}; run: pip install 'msplora[train]'") from error
+    except KeyboardInterrupt as stop:
+        raise stopped(stop, "nothing was written") from None
+    if is_writer():
+        about = found.about
+        print(
+            f"{path}: {len(found.modules)} modules, {about['examples']} examples ({about['tokens']:,} tokens), labels "
+            f"{about['labels']}, {about['draws']} an example"
+        )
+        for note in about["notes"]:
+            print(f"note: {note}")
+    leave()

@@ -1,0 +1,110 @@
+"""What the command lines of training and measuring share: their looks, their errors, how they end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msplora_core.errors import TrainingError
+from msplora_core.run.distributed import is_writer
+from msplora_core.version import __version__
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_PATIENCE = 5.0
+"""Seconds that a process other than the writing one waits before it tells of an error of its own."""
+
+
+def make_app() -> typer.Typer:
+    """An empty command line."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        # Plain help starts in less than half the time of rich help.
+        rich_markup_mode=None,
+        # Without a value here, `--help` makes typer import pydantic to check that none is given.
+        context_settings={"default_map": {"help": False}},
+    )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"msplora {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+]
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it: treated as Ctrl-C is, so that nothing half-written stays behind."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def stopped(stop: KeyboardInterrupt, state: str) -> typer.Exit:
+    """The end of a command that was told to stop; ``state`` says what it leaves behind."""
+    if is_writer():
+        print(f"stopped: {state}", file=sys.stderr)
+    return typer.Exit(143 if isinstance(stop, _Terminated) else 130)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries from telling what no user of a command needs to know."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what PEFT calls there
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of kernels that could be downloaded
+    # PEFT looks whether the vocabulary was resized, and cannot for a GGUF file; it never is here
+    warnings.filterwarnings("ignore", message="Could not find a config file")
+
+
+def run(app: typer.Typer, options: Iterable[str]) -> None:
+    """Run a command line; bad input ends in one line on standard error and exit status 1, Ctrl-C in 130 (SIGTERM: 143).
+
+    Args:
+        options: The arguments, by name, that an error may tell of and that the command line has as options.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except TrainingError as error:
+        message = _for_the_command_line(str(error), options)
+    except OSError as error:  # whatever no module foresaw, such as a full disk
+        message = f"{error.filename or 'system'}: {error.strerror or error}"
+    try:
+        # What goes wrong in one process mostly does in all, and is told by the writing one; a launcher ends the others.
+        if not is_writer():
+            time.sleep(_PATIENCE)
+    except KeyboardInterrupt:
+        sys.exit(1)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def spelled(name: str) -> str:
+    """An argument as an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _for_the_command_line(message: str, options: Iterable[str]) -> str:
+    """A message that tells arguments, as ``seed=-1`` or ``'seed'``, with the command's options in their place."""
+    names = "|".join(options)
+    told = rf"'({names})'|(?<![\w/.'-])({names})=(True\b)?"
+    return re.sub(told, lambda m: spelled(m[1] or m[2]) + ("=" if m[2] and not m[3] else ""), message)
