@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-import msplora_core
 from msplora_core import records
 from msplora_core.atomic import replacing
 from msplora_core.data.loading import Split
@@ -21,6 +20,7 @@ from msplora_core.names import RECORD, method_label
 from msplora_core.options import options_of
 from msplora_core.run import checkpoints, distributed
 from msplora_core.run.settings import Settings
+from msplora_core.version import __version__
 
 _CIRCUMSTANCES = ("processes", "device")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -155,7 +155,7 @@ def describe_run(settings: Settings, source: ModelSource, splits: dict[str, Spli
             name: {"source": split.source, "rows": len(split.rows), "sha256": split.fingerprint}
             for name, split in splits.items()
         },
-        "versions": {"msplora": msplora_core.__version__, "python": platform.python_version()}
+        "versions": {"msplora": __version__, "python": platform.python_version()}
         | {library: importlib.metadata.version(library) for library in _LIBRARIES},
         "processes": distributed.process_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
