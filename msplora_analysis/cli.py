@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from msplora_analysis.commands.shared.declaring import all_commands
-from msplora_analysis.commands.shared.terminal import with_options
+from msplora_analysis.commands.shared.terminal import end_cleanly, with_options
 from msplora_analysis.errors import AnalysisError, printable
 
 
@@ -62,6 +62,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a letter that the terminal's encoding lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    end_cleanly()
     try:
         app(prog_name="msplora-analyze")
     except AnalysisError as error:

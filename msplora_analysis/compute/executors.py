@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -30,7 +32,7 @@ def cpus() -> int:
 
 @contextmanager
 def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
-    """An executor as long as the context lasts.
+    """An executor as long as the context lasts; at its end, what is not done is dropped.
 
     Args:
         workers: Processes on this machine; None is the executor of one.
@@ -41,7 +43,11 @@ def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
     """
     if dask is not None:
         with _dask_client(dask) as client:
-            yield client.get_executor(pure=False)
+            executor = client.get_executor(pure=False)
+            try:
+                yield executor
+            finally:
+                executor.shutdown(wait=False)  # the cluster forgets what is not done
     elif workers > 1:
         # A copy of this process starts at once, but only one without threads may be copied.
         method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
@@ -49,8 +55,12 @@ def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
         with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_start_worker) as executor:
             try:
                 yield executor
-            finally:
+            except BaseException:  # nobody waits for what they still compute
+                if sys.version_info >= (3, 11, 5):  # older ones may wait for ever for a pool that dies
+                    for process in list((executor._processes or {}).values()):
+                        process.kill()
                 executor.shutdown(cancel_futures=True)
+                raise
     else:
         yield None
 
@@ -73,7 +83,20 @@ def _one_blas_thread() -> Iterator[None]:
 def _start_worker() -> None:
     # Ctrl-C reaches every process of the terminal: the one that waits for the workers ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What the first process does when it is to end, a copy of it must not.
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # a collection would write to, and so copy, all that is shared with the first process
+
+
+def _end_with_parent() -> None:
+    """However the first process ends, ``kill -9`` included, its workers do, and what they hold open is closed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager
@@ -87,5 +110,13 @@ def _dask_client(address: str) -> Iterator[Client]:
     except (OSError, ValueError, TimeoutError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise AnalysisError(f"dask={address}: no scheduler can be reached there: {reason}", "dask") from None
-    with client:
+    try:
         yield client
+    finally:
+        loggers = [logging.getLogger(name) for name in ("distributed", "tornado.application")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:  # they tell at length of results that come while the client leaves
+            logger.setLevel(logging.CRITICAL + 1)
+        client.close()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

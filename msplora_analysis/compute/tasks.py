@@ -131,21 +131,17 @@ def _in_order(
     """The result of every piece. Tasks are given out ahead, but only so far that memory stays flat."""
     ahead = 4 * getattr(executor, "_max_workers", 16) if executor is not None else 0
     pending: deque[tuple[list[Piece], Future[Results[T]]]] = deque()
-    try:
-        for pieces, known in tasks:
-            if known is None and executor is not None:
-                pending.append((pieces, executor.submit(_compute, pieces, options, work)))
-            else:
-                done: Future[Results[T]] = Future()
-                done.set_result(_compute(pieces, options, work) if known is None else [known])
-                pending.append((pieces, done))
-            while len(pending) > ahead:
-                yield from _result(*pending.popleft())
-        while pending:
+    for pieces, known in tasks:
+        if known is None and executor is not None:
+            pending.append((pieces, executor.submit(_compute, pieces, options, work)))
+        else:
+            done: Future[Results[T]] = Future()
+            done.set_result(_compute(pieces, options, work) if known is None else [known])
+            pending.append((pieces, done))
+        while len(pending) > ahead:
             yield from _result(*pending.popleft())
-    finally:
-        for _, future in pending:
-            future.cancel()
+    while pending:
+        yield from _result(*pending.popleft())
 
 
 def _result(pieces: list[Piece], future: Future[Results[T]]) -> Iterator[tuple[Piece, T | Failure]]:

@@ -49,18 +49,18 @@ Version = Annotated[
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it: treated as Ctrl-C is, so that nothing half-written stays behind."""
+    """SIGTERM, as schedulers send it, or SIGHUP of a closed terminal: as Ctrl-C, nothing half-written stays behind."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    raise _Terminated(number)
 
 
 def stopped(stop: KeyboardInterrupt, state: str) -> typer.Exit:
     """The end of a command that was told to stop; ``state`` says what it leaves behind."""
     if is_writer():
         print(f"stopped: {state}", file=sys.stderr)
-    return typer.Exit(143 if isinstance(stop, _Terminated) else 130)
+    return typer.Exit(128 + (stop.args[0] if isinstance(stop, _Terminated) else signal.SIGINT))
 
 
 def quiet_libraries() -> None:
@@ -76,12 +76,14 @@ def quiet_libraries() -> None:
 
 
 def run(app: typer.Typer, options: Iterable[str]) -> None:
-    """Run a command line; bad input ends in one line on standard error and exit status 1, Ctrl-C in 130 (SIGTERM: 143).
+    """Run a command line; bad input ends in one line on standard error and status 1, a signal in 128 and its number.
 
     Args:
         options: The arguments, by name, that an error may tell of and that the command line has as options.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     try:
         app()
     except TrainingError as error:

@@ -82,6 +82,18 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def end_cleanly() -> None:
+    """Have a scheduler's signal, or a closed terminal, end the program as an exception does: nothing stays behind."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, end)
+
+
 @contextmanager
 def closed_pipe_ignored() -> Iterator[None]:
     """The files are written: that nobody reads the rest of the output (`| head`) is no failure."""

@@ -74,6 +74,7 @@ class Run:
         self.finished = False
         self._cache = cache
         self._known: dict[Path, Signature] = {}  # folder -> that of what was read there
+        self._seen: dict[Path, tuple[Signature, float]] = {}  # folder -> that of the last looks, and since when
         self._run: tuple[str, ...] = ()
 
     def update(self) -> Iterator[Point]:
@@ -150,7 +151,7 @@ class Run:
 
     def _adapters(self, place: Path, files: set[str], signature: Signature) -> Sequence[Adapter]:
         """Those of a folder that changed; none while it is being written."""
-        if STATE not in files and _age(signature) < _SETTLING:
+        if STATE not in files and self._age(place, signature) < _SETTLING:
             self.writing.append(self._name(place))
             return []
         try:
@@ -175,11 +176,18 @@ class Run:
         self.epochs = state.get("num_train_epochs") or self.epochs
 
     def _not_read(self, place: Path, signature: Signature, message: str) -> None:
-        if _age(signature) < _GIVEN_UP:
+        if self._age(place, signature) < _GIVEN_UP:
             self.writing.append(self._name(place))
         else:
             self._known[place] = signature  # until it changes
             self.problems[self._name(place)] = message
+
+    def _age(self, place: Path, signature: Signature) -> float:
+        """Seconds since the last change of a folder: by their times, or by our looks if the clock was set back."""
+        if self._seen.get(place, ((), 0.0))[0] != signature:
+            self._seen[place] = signature, time.monotonic()
+        written = max(changed for *_, changed in signature) / 1e9
+        return max(time.time() - written, time.monotonic() - self._seen[place][1])
 
     def _keep(self, point: Point) -> None:
         """In its place; an older one of the same step, which was written anew, goes."""
@@ -208,11 +216,6 @@ def _signature(place: Path, files: set[str]) -> Signature:
                 continue
             found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
     return tuple(found)
-
-
-def _age(signature: Signature) -> float:
-    """Seconds since the last change."""
-    return time.time() - max(changed for *_, changed in signature) / 1e9
 
 
 def _order(adapter: Adapter) -> tuple[bool, float, float]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +40,7 @@ def watch(folder: Path, *, interval: float = 2.0, once: bool = False, cache: boo
         _show_once(run)
         return
     console = Console(highlight=False)
-    with suppress(KeyboardInterrupt), _ends_cleanly(), quit_key() as wait:
+    with suppress(KeyboardInterrupt), quit_key() as wait:
         if console.is_terminal:
             _show(run, console, wait, interval)
         else:
@@ -127,19 +125,3 @@ def _findings(run: Run) -> pd.DataFrame | None:
         return run.findings() if run.points else None
     except AnalysisError:
         return None
-
-
-@contextmanager
-def _ends_cleanly() -> Iterator[None]:
-    """A request to end (kill, a closed terminal) leaves the terminal as it was too."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
