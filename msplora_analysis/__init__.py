@@ -5,6 +5,7 @@
     spectra = ma.load_spectra("runs/cola")   # one row per singular value
     metrics = ma.load_metrics("runs/cola")   # one row per matrix
     pairs = ma.load_pairs("runs/cola")       # one row per two layers: what they share
+    ablation = ma.load_ablation("runs/cola") # one row per part left out: what the task loses
     ma.diagnose("runs/cola")                 # what deserves a look
     ma.compare("runs/a", "runs/b")           # two methods, with intervals
 
@@ -28,7 +29,13 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.live.callback import SpectraCallback as SpectraCallback
     from msplora_analysis.show.figures import draw_figures as draw_figures
     from msplora_analysis.show.figures import write_figures as write_figures
+    from msplora_analysis.show.figures.metric_against_rank import plot_metric_against_rank as plot_metric_against_rank
+    from msplora_analysis.show.figures.predicted_against_measured import (
+        plot_predicted_against_measured as plot_predicted_against_measured,
+    )
+    from msplora_analysis.show.figures.what_carries import plot_what_carries as plot_what_carries
     from msplora_analysis.show.report import report as report
+    from msplora_analysis.tables.ablation import load_ablation as load_ablation
     from msplora_analysis.tables.files import read_spectra as read_spectra
     from msplora_analysis.tables.load import load_metrics as load_metrics
     from msplora_analysis.tables.load import load_spectra as load_spectra
@@ -46,6 +53,7 @@ _MODULES = {
     "diagnose": "interface",
     "draw_figures": "show.figures",
     "export": "write.concatenate",
+    "load_ablation": "tables.ablation",
     "load_metrics": "tables.load",
     "load_pairs": "tables.pairs",
     "load_redundancy": "tables.pairs",
@@ -53,6 +61,9 @@ _MODULES = {
     "load_scale_pairs": "tables.pairs",
     "load_spectra": "tables.load",
     "load_tables": "tables.load",
+    "plot_metric_against_rank": "show.figures.metric_against_rank",
+    "plot_predicted_against_measured": "show.figures.predicted_against_measured",
+    "plot_what_carries": "show.figures.what_carries",
     "read_spectra": "tables.files",
     "report": "show.report",
     "write_figures": "show.figures",

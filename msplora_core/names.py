@@ -13,6 +13,8 @@ CONFIG = "adapter_config.json"
 """PEFT's configuration of an adapter."""
 WEIGHTS = "adapter_model.safetensors"
 """PEFT's file of an adapter's tensors."""
+ABLATION = "ablation"
+"""The name, before the dot, of the files of an ablation."""
 PARTIAL = ".partial"
 """The folder inside a run folder for what is being written or deleted. Nothing outside it is ever half there."""
 

@@ -22,6 +22,9 @@ from msplora_analysis.ask.findings import KINDS, base
 from msplora_analysis.ask.results import summary
 from msplora_analysis.compute.measures import registry
 from msplora_analysis.tables import pairs as load
+from msplora_core.measure.ablation import ablate
+
+from .core.test_ablation import adapted, batches_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -161,6 +164,15 @@ def types(table: pd.DataFrame) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """Of a toy model, as if it had cost what was predicted."""
+    table = ablate(adapted("bert", "msplora"), batches_of("bert")).table("accuracy")
+    folder = tmp_path_factory.mktemp("toy")
+    table.assign(predicted_kl=table["kl"]).to_parquet(folder / "ablation.parquet")
+    return ma.load_ablation(folder)
+
+
+@pytest.fixture(scope="module")
 def redundancy() -> Any:
     return ma.load_redundancy(RUNS, details=True)
 
@@ -185,6 +197,11 @@ def test_comparison_findings_and_results_are_documented() -> None:
     assert documented("results") == results
 
 
+def test_ablations_are_documented(ablation: pd.DataFrame) -> None:
+    found = types(ablation)
+    assert list(found.items())[4:] == list(documented("ablation").items())
+
+
 def test_ranks_are_documented(tmp_path: Path) -> None:
     adapter = RUNS[0] / "checkpoint-270"
     with pytest.warns(UserWarning, match="no head"):
@@ -192,13 +209,13 @@ def test_ranks_are_documented(tmp_path: Path) -> None:
     assert documented("ranks.csv of export and compress") == written
 
 
-def test_numbers_of_figures_are_documented(redundancy: Any) -> None:
+def test_numbers_of_figures_are_documented(redundancy: Any, ablation: pd.DataFrame) -> None:
     from msplora_analysis.show.figures import _plots
 
     text = (DOCS / "tables.md").read_text(encoding="utf-8").split("## Numbers of figures")[1]
     common = set(re.findall(r"`(\w+)`", text.partition("|")[0]))
     rows = dict(re.findall(r"^\| (`.+?) \| (.+) \|$", text, re.MULTILINE))
-    plots = _plots(ma.load_spectra(RUNS), None, redundancy.pairs, redundancy.scales)
+    plots = _plots(ma.load_spectra(RUNS), None, redundancy.pairs, redundancy.scales, ablation)
     seen = set()
     for plot in plots:
         files = next(

@@ -39,10 +39,10 @@ def figures(
     """Draw what the adapters show: figures 3 and 4 of the MSPLoRA paper, and more.
 
     PATH may also be a table that `msplora-analyze spectra` wrote (spectra.parquet or spectra.csv),
-    or the folder that holds it: nothing is then computed again.
+    or the folder that holds it: nothing is then computed again. Tables of `msplora-measure ablate` there are drawn too.
     """
     formats = tuple(f.value for f in format or (arguments.FigureFormat.pdf, arguments.FigureFormat.png))
-    from msplora_analysis.tables.gather import gather_redundancy, gather_spectra
+    from msplora_analysis.tables.gather import gather_ablations, gather_redundancy, gather_spectra
 
     if style is not None:
         from msplora_analysis.show.drawing.venues import style_of
@@ -50,12 +50,15 @@ def figures(
         style_of(style)
     arguments.make_folder(out)
     options = Options(ignore_unknown)
-    with terminal.progress_bar("Reading") as progress:
-        table = gather_spectra(paths, options, Execution(workers, cache=cache, progress=progress))
-    with terminal.progress_bar("Comparing") as progress:
-        pairs, scales = gather_redundancy(paths, options, Execution(workers, progress=progress))
+    table = pairs = scales = None
+    ablation, paths = gather_ablations(paths)
+    if paths:
+        with terminal.progress_bar("Reading") as progress:
+            table = gather_spectra(paths, options, Execution(workers, cache=cache, progress=progress))
+        with terminal.progress_bar("Comparing") as progress:
+            pairs, scales = gather_redundancy(paths, options, Execution(workers, progress=progress))
     from msplora_analysis.show.figures import write_figures
 
-    written = write_figures(table, out, formats, pairs=pairs, scales=scales, style=style)
+    written = write_figures(table, out, formats, pairs=pairs, scales=scales, ablation=ablation, style=style)
     with terminal.closed_pipe_ignored():
         terminal.print_paths(written)

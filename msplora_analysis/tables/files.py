@@ -180,6 +180,8 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_whole_epochs(table: pd.DataFrame) -> pd.DataFrame:
-    """``epoch`` as Int64 where all are whole numbers."""
+    """``epoch``, if it is there, as Int64 where all are whole numbers."""
+    if "epoch" not in table:
+        return table
     known = table["epoch"].dropna()
     return table.astype({"epoch": "Int64"}) if (known == known.round()).all() else table

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from msplora_analysis.adapters.layouts import WEIGHTS_SUFFIXES
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import StrPath, parse
+from msplora_analysis.files.addresses import StrPath, parse, walk
 from msplora_analysis.options import Execution, Options
+from msplora_analysis.tables.ablation import ablations_at, load_ablation
 from msplora_analysis.tables.files import FORMATS, read_spectra, read_table, typed, with_whole_epochs
 from msplora_analysis.tables.load import read_tables
 from msplora_analysis.tables.pairs import DETAILS, PAIRS, SCALES, Tables, read_redundancy, table_of
+from msplora_core.names import ABLATION
 
 
 def gather_spectra(paths: Sequence[StrPath], options: Options, execution: Execution) -> pd.DataFrame:
@@ -55,6 +58,26 @@ def gather_redundancy(paths: Sequence[StrPath], options: Options, execution: Exe
     if adapters := [path for path, file in files.items() if file is None]:
         found.append(read_redundancy(adapters, options, execution, details=True, say=False))
     return Tables(*(joined(of_kind) for of_kind in zip(*found, strict=True)))
+
+
+def gather_ablations(paths: Sequence[StrPath]) -> tuple[pd.DataFrame | None, list[StrPath]]:
+    """The ablations at and under the paths, None if there are none; and the paths that hold adapters or tables too.
+
+    Raises:
+        AnalysisError: an ablation is broken.
+    """
+    others = []
+    for given in paths:
+        place = parse(given)
+        if isinstance(place, Path) and place.is_dir() and table_at(given) is None and any(ablations_at([given])):
+            names = (name for folder in walk(place, set()) for name in folder.files)
+            if not any(name.endswith(WEIGHTS_SUFFIXES) for name in names):
+                continue
+        elif place.name.startswith(f"{ABLATION}."):
+            continue
+        others.append(given)
+    found = list(ablations_at(paths))
+    return (load_ablation(found) if found else None), others
 
 
 def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

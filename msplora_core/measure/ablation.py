@@ -74,7 +74,7 @@ class Ablation:
             seed: Of the samples.
 
         Returns:
-            Columns cut, what, rank, parameters, metric, metric_change, low, high, loss, kl, predicted_kl.
+            Columns cut, what, rank, parameters, metric, metric_change, low, high, kl, predicted_kl, loss.
         """
         import pandas as pd
 
@@ -99,9 +99,9 @@ class Ablation:
                     "metric_change": change[0],
                     "low": low,
                     "high": high,
-                    "loss": loss[i].sum() / tokens,
                     "kl": kl[i].mean(),
                     "predicted_kl": self.predicted[i],
+                    "loss": loss[i].sum() / tokens,
                 }
             )
         return pd.DataFrame(rows).astype({"rank": "Int64"})

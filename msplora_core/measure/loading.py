@@ -53,7 +53,12 @@ class Subject:
         return self.task.recipe.micro_batch_size or _AT_ONCE
 
     def batches(
-        self, split: str = "train", examples: int | None = None, batch_size: int | None = None
+        self,
+        split: str = "train",
+        examples: int | None = None,
+        batch_size: int | None = None,
+        *,
+        by_length: bool = False,
     ) -> list[dict[str, torch.Tensor]]:
         """The first examples of a split, in the order of the file, as the model takes them.
 
@@ -61,6 +66,7 @@ class Subject:
             split: ``train`` or ``validation``.
             examples: How many; None: all.
             batch_size: Examples of a batch; None: :attr:`micro_batch_size`.
+            by_length: The longest first instead, which pads least; too little memory is known at once.
 
         Returns:
             Batches with labels, padded to their own longest example, on the processor.
@@ -69,6 +75,8 @@ class Subject:
 
         own = self.splits[split]
         encoded = encode(Split(own.rows[:examples], own.source), self.task, self.tokenizer, self.max_length).examples
+        if by_length:
+            encoded = sorted(encoded, key=lambda example: -len(example["input_ids"]))
         collate, size = collator(self.task, self.tokenizer), batch_size or self.micro_batch_size
         return [dict(collate(encoded[i : i + size])) for i in range(0, len(encoded), size)]
 

@@ -61,6 +61,27 @@ def comparison_table():
     return pd.DataFrame(rows)
 
 
+def ablation_of(layers, *, modules=("query", "value"), stack="roberta.encoder.layer", run="cola", step=268):
+    """Like `load_ablation` of one MSPLoRA adapter with moments: later layers carry more."""
+    rng = np.random.default_rng(layers)
+    names = [f"{stack}.{layer}.self.{module}" for layer in range(layers) for module in modules]
+    cuts = [("none", "adapter", None)] + [("module", name, None) for name in names]
+    cuts += [("layer", f"{stack}.{layer}", None) for layer in range(layers)] + [("type", m, None) for m in modules]
+    cuts += [("scale", scale, None) for scale in ("global", "mid", "layer", "total")]
+    cuts += [("only_scale", scale, None) for scale in ("global", "mid", "layer")]
+    cuts += [(cut, "adapter", rank) for cut in ("rank", "rank_task") for rank in (1, 2, 4)]
+    table = pd.DataFrame(cuts, columns=["cut", "what", "rank"]).astype({"rank": "Int64"})
+    kl = np.r_[0, np.geomspace(1e-5, 0.3, len(table) - 1)]
+    change = -0.5 * kl**0.5
+    table["parameters"] = 1000
+    table["metric"], table["metric_change"] = 0.5 + change, change
+    width = np.r_[0, rng.uniform(0.01, 0.05, len(table) - 1)]
+    table["low"], table["high"] = change - width, change + width
+    table["kl"], table["predicted_kl"], table["loss"] = kl, kl * rng.uniform(0.4, 2.2, len(table)), 0.5 + kl
+    about = {"run": run, "step": pd.array([step] * len(table), "Int64"), "task": "cola"}
+    return pd.DataFrame(about | {"metric_name": "matthews_correlation"}).join(table)
+
+
 @cache
 def tables(layers):
     """Spectra of LoRA and MSPLoRA, two seeds; those of a LoRA run of seven modules."""
@@ -82,6 +103,11 @@ KINDS = {
     "rank_needed": lambda layers: partial(figures.rank_needed_map, tables(layers)[1]),
     "overlap_between_layers": lambda layers: partial(figures.overlap_between_layers, pairs_of(layers)),
     "decoupling_over_epochs": lambda layers: partial(figures.decoupling_over_epochs, scale_pairs_of(layers)),
+    "what_carries": lambda layers: partial(
+        figures.plot_what_carries, ablation_of(layers, modules=MODULES if layers < 80 else MODULES[:2])
+    ),
+    "metric_against_rank": lambda layers: partial(figures.plot_metric_against_rank, ablation_of(layers)),
+    "predicted_against_measured": lambda layers: partial(figures.plot_predicted_against_measured, ablation_of(layers)),
     "comparison": lambda layers: partial(figures.comparison_with_intervals, comparison_table()),
 }
 

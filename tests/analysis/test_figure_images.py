@@ -35,6 +35,13 @@ CASES = [
     ("overlap_between_layers", 32, "acl-column"),
     ("overlap_between_layers", 80, "icml"),
     ("decoupling_over_epochs", 12, None),
+    ("what_carries", 12, None),
+    ("what_carries", 32, "acl-column"),
+    ("what_carries", 80, None),
+    ("metric_against_rank", 12, None),
+    ("metric_against_rank", 12, "acl-column"),
+    ("predicted_against_measured", 12, None),
+    ("predicted_against_measured", 12, "neurips"),
     ("comparison", 12, None),
     ("comparison", 12, "acl-column"),
 ]

@@ -84,7 +84,8 @@ def plots_of(
     Args:
         function: Draws one of the figures, for Python.
         order: Its place among the others: files are written and listed in this order.
-        needs: "spectra" (as `prepare` makes it), "pairs" or "scales" (as `prepare_pairs` makes them), or "comparison".
+        needs: "spectra" (as `prepare` makes it), "pairs" or "scales" (as `prepare_pairs` makes them), "comparison"
+            or "ablation" (of `compare` and `load_ablation`).
         name: What the names of its files begin with. Default: the name of the function.
     """
 

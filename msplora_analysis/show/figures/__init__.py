@@ -29,7 +29,7 @@ from msplora_analysis.options import Execution, Options, Progress
 from msplora_analysis.show.drawing.figure import Figure, Figures
 from msplora_analysis.show.drawing.plot import FORMATS, KINDS, Plot, all_plots, check_formats
 from msplora_analysis.show.drawing.venues import style_of
-from msplora_analysis.tables.gather import gather_redundancy, gather_spectra
+from msplora_analysis.tables.gather import gather_ablations, gather_redundancy, gather_spectra
 from msplora_analysis.tables.matrices import prepare
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
 
@@ -59,6 +59,7 @@ def draw_figures(
     epoch: float | None = None,
     pairs: pd.DataFrame | None = None,
     scales: pd.DataFrame | None = None,
+    ablation: pd.DataFrame | None = None,
     ignore_unknown: bool = False,
     semantics: str = "paper",
     base: str | PathLike[str] | None = None,
@@ -80,22 +81,24 @@ def draw_figures(
         epoch: See `write_figures`.
         pairs: See `write_figures`.
         scales: See `write_figures`.
+        ablation: See `write_figures`; paths need none.
 
     Raises:
         AnalysisError: For input that cannot be used, and if there is no figure of a name in `which`.
     """
     style_of(style)
     wanted = [which] if isinstance(which, str) else which
+    spectra: pd.DataFrame | None
     if isinstance(paths, pd.DataFrame):
         spectra = paths
     else:
-        listed = [paths] if isinstance(paths, str | PathLike) else list(paths)
+        ablation, listed = gather_ablations([paths] if isinstance(paths, str | PathLike) else list(paths))
         options, execution = Options(ignore_unknown, semantics, base, top_k), Execution(workers, dask, cache, progress)
-        spectra = gather_spectra(listed, options, execution)
+        spectra = gather_spectra(listed, options, execution) if listed else None
         of_pairs = [kind for kind in KINDS.values() if kind.needs in ("pairs", "scales")]
-        if wanted is None or any(_is(name, kind.name) for kind in of_pairs for name in wanted):
+        if listed and (wanted is None or any(_is(name, kind.name) for kind in of_pairs for name in wanted)):
             pairs, scales = gather_redundancy(listed, options, execution)
-    plots = {plot.stem: plot for plot in _plots(spectra, epoch, pairs, scales) if plot.draw}
+    plots = {plot.stem: plot for plot in _plots(spectra, epoch, pairs, scales, ablation) if plot.draw}
     for name in wanted or ():
         if not any(_is(stem, name) for stem in plots):
             raise AnalysisError(f"no figure {name!r} can be drawn of this: choose from {', '.join(plots) or 'none'}")
@@ -104,25 +107,27 @@ def draw_figures(
 
 
 def write_figures(
-    spectra: pd.DataFrame,
+    spectra: pd.DataFrame | None,
     out_dir: Path,
     formats: Sequence[str] = ("pdf", "png"),
     *,
     epoch: float | None = None,
     pairs: pd.DataFrame | None = None,
     scales: pd.DataFrame | None = None,
+    ablation: pd.DataFrame | None = None,
     style: str | None = None,
 ) -> list[Path]:
     """Draw all that the table allows, with the numbers of each figure beside it as CSV. Equal tables give equal bytes.
 
     Args:
-        spectra: The tidy table, of `load_spectra`.
+        spectra: The tidy table, of `load_spectra`; None: only the ablation is drawn.
         out_dir: Made if it is not there.
         formats: Of "pdf", "png" and "svg".
         epoch: Of the figures of one checkpoint (Figure 4 and others); without it the last epoch that all runs share
             which a figure shows.
         pairs: Of `load_redundancy` for the same runs, drawn too.
         scales: As `pairs`.
+        ablation: Of `load_ablation`, drawn too.
         style: See `venues.style_of`.
 
     Returns:
@@ -133,7 +138,7 @@ def write_figures(
     """
     formats = check_formats(formats)
     style_of(style)
-    plots = _plots(spectra, epoch, pairs, scales)
+    plots = _plots(spectra, epoch, pairs, scales, ablation)
     if not plots:
         raise AnalysisError(
             "nothing to draw: figures need checkpoints of two or more epochs, or adapters of numbered layers"
@@ -144,15 +149,20 @@ def write_figures(
 
 
 def _plots(
-    spectra: pd.DataFrame, epoch: float | None, pairs: pd.DataFrame | None, scales: pd.DataFrame | None
+    spectra: pd.DataFrame | None,
+    epoch: float | None,
+    pairs: pd.DataFrame | None,
+    scales: pd.DataFrame | None,
+    ablation: pd.DataFrame | None = None,
 ) -> list[Plot]:
     """All that the tables allow, in order."""
-    matrices = prepare(spectra)
-    labels = dict(zip(matrices["run"], matrices["variant"], strict=True))
-    tables = {"spectra": matrices}
-    for needs, table in (("pairs", pairs), ("scales", scales)):
-        if table is not None and len(table):
-            tables[needs] = prepare_pairs(table[table["run"].isin(labels)], labels)
+    tables = {} if ablation is None else {"ablation": ablation}
+    if spectra is not None:
+        matrices = tables["spectra"] = prepare(spectra)
+        labels = dict(zip(matrices["run"], matrices["variant"], strict=True))
+        for needs, table in (("pairs", pairs), ("scales", scales)):
+            if table is not None and len(table):
+                tables[needs] = prepare_pairs(table[table["run"].isin(labels)], labels)
     return all_plots(tables, epoch)
 
 

@@ -1,0 +1,79 @@
+"""``msplora-measure ablate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msplora_core.errors import TrainingError
+from msplora_core.measure.commands.shared import Adapter, BatchSize, DataDir, Model, Task
+from msplora_core.run.console import quiet_libraries, stopped
+
+EXAMPLES = (
+    "msplora-measure ablate runs/cola/checkpoint-2144 --out runs/cola/checkpoint-2144",
+    "msplora-measure ablate runs/cola --ranks 1,2,4,8 --out ablation --format csv",
+    "msplora-measure ablate adapter --model FacebookAI/roberta-base --task mrpc --data-dir glue --out ablation",
+)
+
+
+def ablate(
+    adapter: Adapter,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the table; the adapter's own, for figures and advise to find it.")
+    ],
+    data_dir: DataDir = None,
+    model: Model = None,
+    task: Task = None,
+    ranks: Annotated[str, typer.Option(help="Ranks that every module is cut to, comma-separated.")] = "1,2,4",
+    format: Annotated[str, typer.Option(help="Of the table: parquet or csv.")] = "parquet",
+    batch_size: BatchSize = None,
+) -> None:
+    """Measure what each part of an adapter is worth: leave it out, and look at metric, loss and KL.
+
+    Leaves out each module, layer, type and scale, keeps each scale alone, and cuts every module to ranks, by its
+    singular values and, with moments beside the adapter, by the task-weighted ones. On the validation examples; the
+    trained head stays. The model runs through the data once for each cut. A second call goes on where one was stopped.
+    """
+    quiet_libraries()
+    chosen = _ranks(ranks)
+    try:
+        from tqdm.auto import tqdm
+
+        from msplora_core.measure.ablation_folder import FORMATS, ablate_to
+        from msplora_core.measure.loading import load_subject
+
+        if format not in FORMATS:
+            raise TrainingError(f"format={format}: expected one of {', '.join(FORMATS)}")
+        if out.exists() and not out.is_dir():
+            raise TrainingError(f"out={out}: is a file; expected a folder")
+        subject = load_subject(adapter, data_dir=data_dir, model=model, task=task)
+        with tqdm(desc="Ablating", unit="pass", disable=not sys.stderr.isatty()) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            path = ablate_to(
+                out,
+                subject,
+                ranks=chosen,
+                format=format,
+                batch_size=batch_size,
+                say=lambda line: tqdm.write(line, file=sys.stderr),
+                progress=progress,
+            )
+    except ModuleNotFoundError as error:
+        raise TrainingError(f"measuring needs the package {error.name}; run: pip install 'msplora[train]'") from error
+    except KeyboardInterrupt as stop:
+        raise stopped(stop, f"the same command goes on from what is measured in {out}") from None
+    print(path)
+
+
+def _ranks(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise TrainingError(f"ranks={text}: expected whole numbers of at least 1, such as 1,2,4")
+    return sorted({int(part) for part in parts})
