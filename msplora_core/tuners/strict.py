@@ -48,7 +48,7 @@ class TargetedConfig(PeftConfig):
         """Write ``adapter_config.json``, and how to load the adapter into README.md: PEFT alone does not know it."""
         super().save_pretrained(save_directory, **kwargs)
         readme = Path(save_directory, "README.md")
-        text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+        text = readme.read_text(encoding="utf-8").rstrip() + "\n" if readme.exists() else ""
         if "import msplora_core" not in text:
             readme.write_text(f"{text}{_HOW_TO_LOAD.format(self)}", encoding="utf-8")
 
@@ -287,6 +287,8 @@ class StrictTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        if hasattr(model, "_fsdp_wrapped_module"):  # PEFT would look for names that it has not, and load nothing
+            raise ValueError("load the adapter first and wrap the model in FullyShardedDataParallel then")
         renamed: dict[str, str] = {}
         for key in dict.fromkeys(cls._adapter_keys(model, adapter_name)):
             name = unwrapped(cls._remove_adapter_name_from_key(key, adapter_name))
@@ -294,7 +296,9 @@ class StrictTuner(BaseTuner):
             renamed |= {name: key, f"base_model.model.{name}": key}
         remapped = {renamed.get(unwrapped(key), key): tensor for key, tensor in state_dict.items()}
         missing = sorted({*renamed.values()} - remapped.keys())
-        extra = sorted(key for key in state_dict if f".{cls.prefix}" in key and unwrapped(key) not in renamed)
+        # a module of the base model may be called like a part of ours
+        known = renamed.keys() | model.state_dict().keys()
+        extra = sorted(key for key in state_dict if f".{cls.prefix}" in key and unwrapped(key) not in known)
         if missing or extra:
             raise ValueError(
                 f"the adapter's file does not fit the model: {_listing(missing)} missing, {_listing(extra)} extra; "

@@ -64,8 +64,8 @@ def test_parameter_counts_are_the_papers(auto, config, targets, rank, msplora, l
 # --- Sharing ---
 
 
-def layers_that_change(model: peft.PeftModel, name: str) -> set[str]:
-    """Adapted modules whose own output changes when the parameter called ``name`` does."""
+def layers_that_change(model: peft.PeftModel, name: str, scale: str) -> set[str]:
+    """Adapted modules whose own output changes when the factor B of this scale of the module called ``name`` does."""
     modules = {key: module for key, module in model.named_modules() if hasattr(module, "msplora_layer")}
 
     def outputs() -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ def layers_that_change(model: peft.PeftModel, name: str) -> set[str]:
             return {key: module(torch.ones(1, module.in_features)) for key, module in modules.items()}
 
     before = outputs()
-    parameter = dict(model.named_parameters(remove_duplicate=False))[name]
+    parameter = modules[name].pairs(scale)["default"].B
     with torch.no_grad():
         parameter.add_(1.0)
     after = outputs()
@@ -100,13 +100,12 @@ def test_each_scale_changes_exactly_its_layers(layers: int, groups: list[range])
         return {f"{stack}.{i}.attention.self.query" for i in numbers}
 
     last = layers - 1
-    prefix = f"{stack}.{last}.attention.self.query.msplora"
-    assert layers_that_change(model, f"{prefix}_global.default.B") == queries(range(layers))
-    assert layers_that_change(model, f"{prefix}_layer.default.B") == queries(range(last, layers))
+    name = f"{stack}.{last}.attention.self.query"
+    assert layers_that_change(model, name, "global") == queries(range(layers))
+    assert layers_that_change(model, name, "layer") == queries(range(last, layers))
     for group in groups:
         for layer in (group[0], group[-1]):
-            name = f"{stack}.{layer}.attention.self.query.msplora_mid.default.B"
-            assert layers_that_change(model, name) == queries(group)
+            assert layers_that_change(model, f"{stack}.{layer}.attention.self.query", "mid") == queries(group)
 
 
 def test_the_update_is_the_papers_sum_with_its_scaling(bert: torch.nn.Module) -> None:
@@ -116,9 +115,9 @@ def test_the_update_is_the_papers_sum_with_its_scaling(bert: torch.nn.Module) ->
     expected = sum(
         16 / rank * pair.B.detach().double() @ pair.A.detach().double()
         for rank, pair in (
-            (8, layer.msplora_global["default"]),
-            (4, layer.msplora_mid["default"]),
-            (2, layer.msplora_layer["default"]),
+            (8, layer.pairs("global")["default"]),
+            (4, layer.pairs("mid")["default"]),
+            (2, layer.pairs("layer")["default"]),
         )
     )
     torch.testing.assert_close(layer.get_delta_weight("default").double(), expected, rtol=1e-5, atol=1e-6)
@@ -130,16 +129,15 @@ def test_explicit_ranks_missing_scale_and_rslora(bert: torch.nn.Module) -> None:
     model = adapt(bert, ranks={"global": 4, "layer": 9}, use_rslora=True, lora_alpha=6)
     randomise(model)
     layer = model.base_model.model.bert.encoder.layer[1].attention.self.value
-    assert len(layer.msplora_mid) == 0
-    pairs = {4: layer.msplora_global["default"], 9: layer.msplora_layer["default"]}
+    assert len(layer.pairs("mid")) == 0
+    pairs = {4: layer.pairs("global")["default"], 9: layer.pairs("layer")["default"]}
     expected = sum(6 / rank**0.5 * pair.B @ pair.A for rank, pair in pairs.items())
     torch.testing.assert_close(layer.get_delta_weight("default"), expected)
 
 
 def test_mid_groups_is_an_option(bert: torch.nn.Module) -> None:
     model = adapt(bert, mid_groups=2)
-    name = "base_model.model.bert.encoder.layer.4.attention.self.query.msplora_mid.default.B"
-    changed = layers_that_change(model, name)
+    changed = layers_that_change(model, "base_model.model.bert.encoder.layer.4.attention.self.query", "mid")
     assert changed == {f"base_model.model.bert.encoder.layer.{i}.attention.self.query" for i in (3, 4, 5)}
 
 
@@ -267,8 +265,7 @@ def test_each_tensor_is_saved_once_and_reload_is_identical(bert: torch.nn.Module
         )
         assert torch.equal(run_model(reloaded), run_model(model))
         layers = reloaded.base_model.model.bert.encoder.layer
-        assert layers[0].attention.self.query.msplora_global is not None
-        shared = [layer.attention.self.query.msplora_global["default"].B for layer in layers]
+        shared = [layer.attention.self.query.pairs("global")["default"].B for layer in layers]
         assert len({parameter.data_ptr() for parameter in shared}) == 1  # still shared after loading
 
 

@@ -1,18 +1,15 @@
 """The PEFT tuner of MSPLoRA: who shares with whom, and files with every shared tensor once."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ..strict import StrictTuner, saved, unadapted_modules
+from ..strict import StrictTuner, unadapted_modules
 from .config import MSPLoraConfig
 from .layer import LowRankPair, MSPLoraLinear
 from .pyramid import assign_owners, is_numbered
@@ -21,8 +18,8 @@ from .pyramid import assign_owners, is_numbered
 class MSPLoraModel(StrictTuner):
     """A model adapted with MSPLoRA (arXiv 2503.21838); made by ``peft.get_peft_model``.
 
-    Each shared pair is one object, held by every layer that uses it. In an adapter file it stands once,
-    under the first of these layers: ``<module>.msplora_global.A``, ``<module>.msplora_mid.B`` and so on.
+    Each shared pair is one object: a part of the first layer that uses it, to which the others refer. So it stands once
+    in state dicts and files, under that layer: ``<module>.msplora_global.A``, ``<module>.msplora_mid.B`` and so on.
     """
 
     prefix = "msplora_"
@@ -70,44 +67,12 @@ class MSPLoraModel(StrictTuner):
     def _update_layer(
         self, layer: MSPLoraLinear, adapter_name: str, config: MSPLoraConfig, name: str, trainable: bool
     ) -> None:
-        pairs: dict[str, LowRankPair] = {
+        shared: dict[str, LowRankPair] = {
             scale: self.model.get_submodule(self._owners[name][scale]).pairs(scale)[adapter_name]
             for scale in config.scale_ranks()
             if self._owners[name][scale] != name
         }
-        layer.update_layer(adapter_name, config, trainable, pairs)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for key, owner_key in _keys_of_pairs(model, adapter_name).items():
-            # the owner's is enough, but PEFT warns of keys that are not there; a sharded one cannot be given twice
-            if not isinstance(parameters.get(key), DTensor):
-                remapped[key] = remapped[owner_key]
-        return remapped
-
-    @classmethod
-    def _adapter_keys(cls, model: nn.Module, adapter_name: str) -> Iterator[str]:
-        return iter(_keys_of_pairs(model, adapter_name).values())
-
-
-def _keys_of_pairs(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Map every state-dict key of a pair's tensor to the key under which it is saved, its first one."""
-    first_keys: dict[int, str] = {}
-    keys: dict[str, str] = {}
-    for module_name, module in model.named_modules():
-        if not isinstance(module, MSPLoraLinear):
-            continue
-        for attribute in module.adapter_layer_names:
-            pairs = getattr(module, attribute)
-            if adapter_name in pairs:
-                key = f"{saved(module_name)}.{attribute}.{adapter_name}"
-                first_key = first_keys.setdefault(id(pairs[adapter_name]), key)
-                keys.update({f"{key}.{factor}": f"{first_key}.{factor}" for factor in ("A", "B")})
-    return keys
+        layer.update_layer(adapter_name, config, trainable, shared)
 
 
 def _leave_out_unnumbered(config: Any) -> None:
