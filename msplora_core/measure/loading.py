@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msplora_core import records
 from msplora_core.data.loading import Split, load_splits
 from msplora_core.data.tasks import ClassificationTask, Task, get_task
 from msplora_core.errors import TrainingError
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 32
 """Examples of a batch, where the task's recipe tells no smaller number."""
+_RUN: records.Schema = {
+    "settings": records.SETTINGS
+    | {"data_dir?": (str, None), "max_length?": int, "precision?": str, "model_dtype?": str, "method?": str}
+}
+"""``run.json``, as far as measuring goes by it."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,9 @@ def find_adapter(path: Path) -> Place:
     if not record.is_file():
         return Place(path)
     try:
-        settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
-        return Place(path, dict(settings))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{record}: not the record of a run ({type(error).__name__}: {error})") from error
+        return Place(path, records.read(record, _RUN)["settings"])
+    except records.RecordError as error:
+        raise TrainingError(f"{record}: not the record of a run ({error}); give 'model' and 'task'") from error
 
 
 def load_subject(

@@ -217,10 +217,10 @@ class _Recorder:
     def _take(self, name: str, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
         assert self.batch is not None
         assert self.draws is not None
-        (ax, mask, tokens), (bg, _, _) = (self.batch.by_example(name, rows) for rows in (hidden, gradient))
+        (ax, padding, tokens), (bg, _, _) = (self.batch.by_example(name, rows) for rows in (hidden, gradient))
         ax, bg = exact(ax), exact(bg)
-        if mask is not None:
-            padding = ~mask.to(ax.device)[..., None]
+        if padding is not None:
+            padding = padding.to(ax.device)
             ax, bg = ax.masked_fill(padding, 0), bg.masked_fill(padding, 0)
         if name not in self.sums:
             r = ax.shape[-1]

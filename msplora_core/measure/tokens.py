@@ -31,13 +31,17 @@ class Tokens:
         own = _mask(batch, "attention_mask", "input_ids", "inputs_embeds")
         self.masks = {mask.shape[1]: mask.bool() for mask in (targets, own) if mask is not None}
         self._counts = {length: int(mask.sum()) for length, mask in self.masks.items()}
+        self._padding = {
+            length: None if self._counts[length] == mask.numel() else ~mask[..., None]
+            for length, mask in self.masks.items()
+        }
 
     def count(self) -> int:
         """How many tokens are no padding."""
         return sum(self._counts.values())
 
     def by_example(self, name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-        """What a module saw, as (examples, length, features); which of it counts (None: all); how many that are.
+        """What a module saw, as (examples, length, features); what of it is padding; how many rows are none.
 
         Args:
             name: The module's, for the error.
@@ -48,9 +52,9 @@ class Tokens:
             TrainingError: nobody can tell which row is of which example.
         """
         *shape, features = rows.shape
-        for length, mask in self.masks.items():
+        for length, padding in self._padding.items():
             if shape in ([self.examples, length], [self.examples * length]):
-                return rows.reshape(self.examples, length, features), mask, self._counts[length]
+                return rows.reshape(self.examples, length, features), padding, self._counts[length]
         if shape == [self.examples] or (shape[:1] == [self.examples] and len(shape) == 2 and not self.masks):
             return rows.reshape(self.examples, -1, features), None, rows.numel() // features
         tokens = f"{' or '.join(map(str, self.masks)) or 'n'} tokens"

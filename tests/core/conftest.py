@@ -52,14 +52,14 @@ def make_llama(layers: int = 6) -> LlamaForCausalLM:
     ).eval()
 
 
-def make_gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=6, n_head=2, vocab_size=60, n_positions=32)).eval()
+def make_gpt2(layers: int = 6) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=layers, n_head=2, vocab_size=60, n_positions=32)).eval()
 
 
-def make_t5() -> T5ForConditionalGeneration:
+def make_t5(layers: int = 6) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(
         T5Config(
-            d_model=32, d_kv=8, d_ff=48, num_layers=6, num_decoder_layers=6, num_heads=4, vocab_size=60,
+            d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_decoder_layers=layers, num_heads=4, vocab_size=60,
             decoder_start_token_id=0,
         )
     ).eval()  # fmt: skip
