@@ -13,6 +13,9 @@ Progress = Callable[[float, int], None]
 
 SEMANTICS = ("paper", "as-executed")
 
+NO_MOMENTS = "none"
+"""Instead of a file of moments: read none."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -26,6 +29,7 @@ class Options:
             difference to it.
         top_k: How many singular values of a whole matrix to compute (None: all of a small one, the
             largest of a large one), and the most directions to compare.
+        moments: A file of moments; "none": read none. None: moments.safetensors beside each adapter, where it is.
 
     Raises:
         AnalysisError: ``semantics`` is neither of the two.
@@ -35,6 +39,7 @@ class Options:
     semantics: str = "paper"
     base: str | os.PathLike[str] | None = None
     top_k: int | None = None
+    moments: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.semantics not in SEMANTICS:

@@ -12,7 +12,7 @@ S_a = mean (A x)(A x)ᵀ and S_b = mean (Bᵀ g)(Bᵀ g)ᵀ, r × r each. With C
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from msplora_core.errors import TrainingError
 MOMENTS = "moments.safetensors"
 """The file's name beside an adapter."""
 VERSION = 1
+_NEEDED = ("s_a", "s_b", "norms")
 _TOLERANCE = 1e-2  # half precision moves a norm by less; another checkpoint's factors differ by more
 
 Array = NDArray[np.floating[Any]]
@@ -165,11 +166,13 @@ class Moments:
         return 0.5 * float(np.mean(np.square(scores, dtype=np.float64)))
 
 
-def read_moments(path: str | Path) -> Moments:
+def read_moments(path: str | Path, *, scores: Collection[str] | None = None) -> Moments:
     """Read a moments file.
 
     Args:
         path: The file.
+        scores: Of which bases to read the scores, such as ``("task",)``: they are nearly all of the file, and spectra
+            need none. None: all scores, and the cores.
 
     Raises:
         TrainingError: it is no moments file, or broken; the message names file and tensor.
@@ -181,14 +184,20 @@ def read_moments(path: str | Path) -> Moments:
     try:
         with safe_open(path, "numpy") as file:
             head = json.loads((file.metadata() or {})["msplora_moments"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            wanted = [name for name in file.keys() if scores is None or name.rpartition("/")[2] in {*_NEEDED, *scores}]  # noqa: SIM118
+            tensors: dict[str, dict[str, Array]] = {}
+            for name in wanted:
+                module, _, key = name.rpartition("/")
+                tensors.setdefault(module, {})[key] = file.get_tensor(name)
         if head["version"] != VERSION:
             raise TrainingError(f"{path}: moments of version {head['version']}, expected {VERSION}; record them anew")
         modules = {}
         for name, shape in head["modules"].items():
-            own = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-            modules[name] = _module(path, name, tuple(shape["scales"]), tuple(shape["ranks"]), own)
-        return Moments(modules, head["about"])
+            modules[name] = _module(path, name, tuple(shape["scales"]), tuple(shape["ranks"]), tensors.get(name, {}))
+        about = dict(head["about"])
+        if not isinstance(draws := about.get("draws", 1), int) or draws < 1:
+            raise TrainingError(f"{path}: draws must be a whole number of at least 1, got {draws!r}; record it anew")
+        return Moments(modules, about)
     except TrainingError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -201,7 +210,7 @@ def _module(
     path: Path, name: str, scales: tuple[str, ...], ranks: tuple[int, ...], arrays: dict[str, Array]
 ) -> ModuleMoments:
     r = sum(ranks)
-    expected = {"s_a": (r, r), "s_b": (r, r), "norms": (2, len(scales))}
+    expected = dict(zip(_NEEDED, ((r, r), (r, r), (2, len(scales))), strict=True))
     cores = arrays.pop("cores", None)
     for key, shape in expected.items():
         if key not in arrays or arrays[key].shape != shape or not np.isfinite(arrays[key]).all():

@@ -16,6 +16,7 @@ from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_json
 from msplora_analysis.files.opening import FULL_NAMES, open_tensors
 from msplora_analysis.formats import looks_like_adapter
+from msplora_core.moments import MOMENTS
 from msplora_core.names import CONFIG, STATE, WEIGHTS
 from msplora_core.records import SETTINGS, TRAINER_STATE, Schema, fits, shown
 
@@ -63,7 +64,7 @@ def adapters_in(folder: Folder, *, full: bool = False) -> list[Place]:
     found += [name for name in DIFFUSERS_NAMES if name in files][:1]
     if not (peft and _CHECKPOINT.fullmatch(place.name)):  # there it is a copy in torchtune's own spelling
         found += sorted(filter(_NUMBERED.fullmatch, files), key=natural_key)
-    for name in sorted(files.difference(PEFT_NAMES, DIFFUSERS_NAMES), key=natural_key):
+    for name in sorted(files.difference(PEFT_NAMES, DIFFUSERS_NAMES, [MOMENTS]), key=natural_key):
         if name.endswith(".safetensors") and not _MODEL.fullmatch(name) and _looks_like_adapter(place / name):
             found.append(name)
     if CONFIG in files and not found:

@@ -167,7 +167,7 @@ def of_results(
         else:
             raise AnalysisError(result.message)
     adapters = [result.adapter for result in good]
-    spectra, metrics = tables_of(adapters, good, (1,))
+    spectra, metrics = tables_of(adapters, good, (1,), any(result.task for result in good))
     latest = [adapter for adapter in newest(adapters) if adapter.file.is_file()]
     pairs, scales = redundancy_of(latest, options, replace(execution, progress=None), details=True, say=False)
     relative = pd.DataFrame()

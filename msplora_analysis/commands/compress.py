@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,13 @@ from msplora_analysis.options import Options
 if TYPE_CHECKING:
     import pandas as pd
 
+    from msplora_analysis.write.truncate import Compressed
+
+
+class Weights(str, Enum):
+    moments = "moments"
+    none = "none"
+
 
 @command(
     "Write the best approximation of an adapter by a plain PEFT LoRA adapter of lower rank.",
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
         "msplora-analyze compress runs/lora-64/checkpoint-500 --out small --energy 0.9",
         "msplora-analyze compress runs/lora-64/checkpoint-500 --out small --rank 8",
         "msplora-analyze compress runs/msplora/checkpoint-270 --out small --budget 73728",
+        "msplora-analyze compress runs/msplora/checkpoint-270 --out small --kl 0.01",
     ),
 )
 def compress(
@@ -41,6 +50,25 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="Keep the fewest parameters whose predicted KL of the outputs stays below, in nats an example; "
+            "needs moments.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(
+            metavar="moments|none",
+            help="What is best: in the metric of the task, by moments; or in Frobenius norm.  "
+            "[default: moments, where they are]",
+            show_default=False,
+        ),
+    ] = None,
+    moments: arguments.Moments = None,
     dtype: Annotated[str | None, arguments.factor_type("float32; float64 for an adapter in float64")] = None,
     overwrite: arguments.Overwrite = False,
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
@@ -48,19 +76,25 @@ def compress(
 ) -> None:
     """Write the best low-rank approximation of an adapter as a plain PEFT LoRA adapter.
 
-    Give one of --energy, --rank and --budget. The approximation is the truncated singular value
-    decomposition of every module's update, from the factors alone. Prints what is kept and the
-    error; DIR/ranks.csv has a row for each module. What that does to the task's metric, only an
-    evaluation tells.
+    Give one of --energy, --rank, --budget and --kl. The approximation is the truncated singular
+    value decomposition of every module's update, from the factors alone: of the task-weighted
+    update where the adapter has moments (msplora-measure moments). Prints what is kept, the error,
+    and with moments the KL of the outputs that this is predicted to cost; DIR/ranks.csv has a row
+    for each module. What that does to the task's metric, only an evaluation tells.
     """
-    if sum(choice is not None for choice in (energy, rank, budget)) != 1:
-        raise typer.BadParameter("give one of the three", param_hint="--energy, --rank, --budget")
+    if sum(choice is not None for choice in (energy, rank, budget, kl)) != 1:
+        raise typer.BadParameter("give one of the four", param_hint="--energy, --rank, --budget, --kl")
+    from msplora_analysis.write.choose import Choice
     from msplora_analysis.write.truncate import compressed
 
-    options = Options(ignore_unknown, semantics.value)
-    table, source, chosen = compressed(adapter, out, energy, rank, budget, dtype, overwrite, options)
+    options = Options(ignore_unknown, semantics.value, moments=moments)
+    choice = Choice(energy, rank, budget, kl)
+    done = compressed(adapter, out, choice, weights and weights.value, dtype, overwrite, options)
+    table = done.table
     with terminal.closed_pipe_ignored():
         headers = ["module", "number", "rank", "rank\nkept", "parameters", "parameters\nkept", "energy\nkept", "error"]
+        if "task_norm" in table:
+            headers += ["task energy\nkept", "task\nerror"]
         with terminal.printed_whole() as console:
             groups = [[name, *_cells(rows)] for name, rows in terminal.by_module(table)]
             console.print(terminal.plain_table(headers, groups), end="\n\n")
@@ -68,21 +102,36 @@ def compress(
         if len(dropped):
             more = ", ..." if len(dropped) > 3 else ""
             terminal.say(f"left out, as rank 0 is kept of them ({len(dropped)}): {', '.join(dropped[:3])}{more}")
-        terminal.say(f"parameters: {source.parameters:,} in the file, {table['parameters'].sum():,} kept ({chosen})")
+        terminal.say(f"best in {'the metric of the task, by moments' if done.by_task else 'Frobenius norm'}")
+        _say_prediction(done)
+        terminal.say(
+            f"parameters: {done.source.parameters:,} in the file, {table['parameters'].sum():,} kept ({done.dtype})"
+        )
         terminal.print_paths([out])
 
 
+def _say_prediction(done: Compressed) -> None:
+    if done.by_kl:
+        terminal.say(
+            f"predicted KL: {done.by_kl.predicted:.3g} nats an example, on the half of the examples that the choice "
+            f"did not see ({done.by_kl.on_chosen:.3g} on the half that it saw)"
+        )
+    elif (predicted := done.table.attrs.get("predicted_kl")) is not None:
+        terminal.say(f"predicted KL: {predicted:.3g} nats an example")
+
+
 def _cells(rows: pd.DataFrame) -> list[str]:
-    """Number, ranks, parameters, energy, and error relative to the norm of all of the rows together."""
-    total = float((rows["norm"] ** 2).sum())
-    lost = float(((rows["norm"] * rows["error"]) ** 2).sum())
-    share = lost / total if total else 0.0
+    """Number, ranks, parameters, energies, and errors relative to the norm of all of the rows together."""
+    shares = []
+    for prefix in ("", "task_") if "task_norm" in rows else ("",):
+        norm, error = rows[f"{prefix}norm"], rows[f"{prefix}error"]
+        total = float((norm**2).sum())
+        shares.append(float(((norm * error) ** 2).sum()) / total if total else 0.0)
     return [
         str(len(rows)),
         terminal.span(rows["rank_before"]),
         terminal.span(rows["rank"]),
         f"{rows['parameters_before'].sum():,}",
         f"{rows['parameters'].sum():,}",
-        f"{1 - share:.2%}",
-        f"{share**0.5:.3g}",
+        *(text for share in shares for text in (f"{1 - share:.2%}", f"{share**0.5:.3g}")),
     ]

@@ -49,17 +49,20 @@ def spectra(
             show_default=False,
         ),
     ] = None,
+    moments: arguments.Moments = None,
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
     """Write the singular values of every adapter, and measures of each matrix.
 
     Makes DIR/spectra.FORMAT (one row per singular value) and DIR/metrics.FORMAT (one row per
-    matrix), and prints a summary of each run.
+    matrix), and prints a summary of each run. Beside an adapter with moments (msplora-measure
+    moments) both have task-weighted columns.
     """
     ks = _parse_ks(k or [])
-    options = Options(ignore_unknown, semantics.value, base, top_k)
+    options = Options(ignore_unknown, semantics.value, base, top_k, moments)
     from msplora_analysis.adapters.discovery import discover
+    from msplora_analysis.adapters.moments import have_moments
     from msplora_analysis.tables.load import KS, spectra_of
     from msplora_analysis.tables.stream import write_tables
 
@@ -73,6 +76,7 @@ def spectra(
             out,
             format.value,
             {*KS, *ks},
+            task=have_moments(adapters, options),
             keep_going=keep_going,
             stopped=stopped,
             seen=summary.add,

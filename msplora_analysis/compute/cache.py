@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.moments import moments_file
 from msplora_analysis.compute.results import Row, Spectra
 from msplora_analysis.files.opening import INDEX_SUFFIX
 from msplora_analysis.files.tensors import State, state_of
@@ -94,13 +95,15 @@ class Cache:
             rows = [Row(*row) for row in stored["rows"]]
             values = np.frombuffer(found[1], dtype="<f8")
             ends = np.cumsum(stored["lengths"])
-            if len(rows) != len(ends) or (len(ends) and ends[-1] != len(values)):
+            if len(ends) not in (len(rows), 2 * len(rows)) or (len(ends) and ends[-1] != len(values)):
                 return None
             if abs(time.time() - found[2]) > _KEPT / 10:
                 self._write("UPDATE spectra SET used = ? WHERE key = ?", int(time.time()), key)
         except (sqlite3.Error, ValueError, KeyError, TypeError, zlib.error):
             return None
-        return Spectra(adapter, rows, np.split(values, ends[:-1]), stored["unknown"], stored["notes"])
+        spectra = np.split(values, ends[:-1])
+        sigma, task = spectra[: len(rows)], spectra[len(rows) :]
+        return Spectra(adapter, rows, sigma, stored["unknown"], stored["notes"], task=task)
 
     def put(self, adapter: Adapter, options: Options, spectra: Spectra) -> None:
         """Keep a result, unless a file of it is no longer what was read, or so fresh that a change might go unseen."""
@@ -109,15 +112,17 @@ class Cache:
             return
         if not spectra.files <= {state for _, state in identity}:
             return
+        if spectra.rows and not spectra.task and moments_file(adapter, options):  # they came after it was read
+            return
         key = _key(identity, adapter, options)
         stored = {
             "rows": spectra.rows,
-            "lengths": [len(values) for values in spectra.sigma],
+            "lengths": [len(values) for values in (*spectra.sigma, *spectra.task)],
             "unknown": list(spectra.unknown),
             "notes": list(spectra.notes),
         }
         rows = zlib.compress(json.dumps(stored).encode(), 1)
-        sigma = np.concatenate([np.empty(0), *spectra.sigma]).astype("<f8").tobytes()
+        sigma = np.concatenate([np.empty(0), *spectra.sigma, *spectra.task]).astype("<f8").tobytes()
         digest = _digest(key, rows, sigma)
         self._write("INSERT OR REPLACE INTO spectra VALUES (?, ?, ?, ?, ?)", key, int(time.time()), digest, rows, sigma)
 
@@ -147,7 +152,7 @@ def _identity(adapter: Adapter, options: Options) -> Identity | None:
 
 def _files(adapter: Adapter, options: Options) -> Iterator[Path]:
     """Every file that the result comes from; of a model in several files, all in its folder."""
-    for place in (adapter.file, options.base):
+    for place in (adapter.file, options.base, moments_file(adapter, options)):
         if place is not None:
             path = Path(place)  # an address is no file: looking at it fails, and there is no identity
             yield path

@@ -33,7 +33,8 @@ class Spectra(NamedTuple):
     """All matrices of an adapter, and the singular values (descending) of each.
 
     ``unknown``: tensor names that were left out. ``notes``: what a reader must know of the adapter. ``files``: the
-    states of all local files that they come from. ``built_in``: whether a format of this package read them.
+    states of all local files that they come from. ``built_in``: whether a format of this package read them. ``task``:
+    the task-weighted singular values of each matrix, none of one that moments do not serve; empty without moments.
     """
 
     adapter: Adapter
@@ -43,6 +44,7 @@ class Spectra(NamedTuple):
     notes: Sequence[str]
     files: frozenset[State] = frozenset()
     built_in: bool = True
+    task: Sequence[NDArray[np.floating[Any]]] = ()
 
 
 Columns = dict[str, Any]  # column -> values, or one value for all rows

@@ -18,11 +18,13 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.moments import moments_file
 from msplora_analysis.adapters.opening import opened
 from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.executors import cpus, executor_of
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.compute.results import Failure, Result, Row, Spectra, T, joined
+from msplora_analysis.compute.weighted import task_spectra
 from msplora_analysis.errors import AnalysisError, ChangedError, NotFiniteError
 from msplora_analysis.formats import is_built_in
 from msplora_analysis.formats.updates import Matrix
@@ -182,7 +184,9 @@ def _spectra(piece: Piece, options: Options) -> Spectra:
         matrices = _share(contents.matrices, piece.part, piece.parts)
         spectra = adapter_spectra(file, matrices, options.top_k)
         built_in = is_built_in(piece.adapter.config, file)
-    notes = list(contents.notes)
+        notes = list(contents.notes)
+        moments = moments_file(piece.adapter, options)
+        task = task_spectra(file, moments, contents.matrices, matrices, notes) if moments else []
     if any(found.frobenius is not None for found in spectra):
         notes.append(
             "only the largest singular values of large matrices are computed (--top-k); "
@@ -192,8 +196,8 @@ def _spectra(piece: Piece, options: Options) -> Spectra:
         Row(m.scale, m.group, m.module, m.name, m.update.rows, m.update.cols, m.update.rank, found.frobenius)
         for m, found in zip(matrices, spectra, strict=True)
     ]
-    files = frozenset(file.states.values())
-    return Spectra(piece.adapter, rows, [found.sigma for found in spectra], contents.unknown, notes, files, built_in)
+    files, sigma = frozenset(file.states.values()), [found.sigma for found in spectra]
+    return Spectra(piece.adapter, rows, sigma, contents.unknown, notes, files, built_in, task)
 
 
 def _share(matrices: Sequence[Matrix], part: int, parts: int) -> Sequence[Matrix]:

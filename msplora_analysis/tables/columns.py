@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.compute.measures.metrics import effective_rank, frobenius
 from msplora_analysis.compute.measures.registry import columns, measures
 from msplora_analysis.compute.results import Row, Spectra
 from msplora_core.version import __version__
@@ -26,6 +27,8 @@ KEYS = {
     "name": "str",
 }
 VALUES = {"k": "int64", "sigma": "float64"}
+TASK = {"task_sigma": "float64"}  # of the spectra table where an adapter has moments
+TASK_MEASURES = {"task_norm": frobenius, "task_effective_rank": effective_rank}  # of the metrics table there
 
 _BATCH = 2**16  # singular values from which on a batch is given out
 
@@ -40,11 +43,12 @@ class Batch(NamedTuple):
 class Columns:
     """Makes batches. What all of them must agree on is known before the first adapter is read.
 
-    ks: the k of the columns m_eff_<k>.
+    ks: the k of the columns m_eff_<k>. task: whether there are columns of task-weighted spectra.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], ks: Iterable[int]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], ks: Iterable[int], task: bool = False) -> None:
         self.ks = sorted(set(ks))
+        self._has_task = task
         self._types = dict(KEYS)
         if all(adapter.epoch is None or isinstance(adapter.epoch, int) for adapter in adapters):
             self._types["epoch"] = "Int64"
@@ -69,9 +73,15 @@ class Columns:
         lengths = np.array([len(values) for values in sigma])
         once = np.ones_like(lengths)
         k = np.arange(1, lengths.sum() + 1) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        values, of_matrices = {"k": k, "sigma": np.concatenate(sigma)}, self._measures(rows, sigma)
+        if self._has_task:
+            task = [known for result in results for known in result.task or [np.empty(0)] * len(result.rows)]
+            both = zip(task, lengths.tolist(), strict=True)
+            values["task_sigma"] = np.concatenate([of if len(of) else np.full(n, np.nan) for of, n in both])
+            of_matrices |= task_measures(task)
         return Batch(
-            _record_batch(self._keys(results, rows, lengths), {"k": k, "sigma": np.concatenate(sigma)}, self._types),
-            _record_batch(self._keys(results, rows, once), self._measures(rows, sigma), self._types),
+            _record_batch(self._keys(results, rows, lengths), values, self._types),
+            _record_batch(self._keys(results, rows, once), of_matrices, self._types),
         )
 
     def _keys(self, results: Sequence[Spectra], rows: Sequence[Row], repeats: NDArray[Any]) -> dict[str, pa.Array]:
@@ -88,6 +98,15 @@ class Columns:
             **{name: np.array([getattr(row, name) for row in rows], dtype=np.int64) for name in shape},
             **columns(measures("metrics", self.ks), sigma, [row.frobenius for row in rows]),
         }
+
+
+def task_measures(task: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Measures of task-weighted singular values, descending; NaN of a matrix that has none."""
+    padded = np.zeros((len(task), max([1, *map(len, task)])))
+    for values, row in zip(task, padded, strict=True):
+        row[: len(values)] = values
+    known = np.array([len(values) > 0 for values in task], dtype=bool)
+    return {name: np.where(known, function(padded), np.nan) for name, function in TASK_MEASURES.items()}
 
 
 # pa.array would import pandas, to ask whether it is given something of pandas, and pyarrow.compute: 0.35 s, which makes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.tables.columns import KEYS, VALUES
+from msplora_analysis.tables.columns import KEYS, TASK, VALUES
 from msplora_core.atomic import replacing
 from msplora_core.version import __version__
 
@@ -115,14 +115,14 @@ def read_spectra(path: StrPath) -> pd.DataFrame:
         raise AnalysisError(f"{path}: not a table; expected a .parquet or .csv file")
     if not path.is_file():
         raise AnalysisError(f"{path}: no such file")
-    types = KEYS | VALUES
-    table = read_table(path, types, "spectra table", "spectra.parquet or spectra.csv of `msplora-analyze spectra`")
+    types, expected = KEYS | VALUES, "spectra.parquet or spectra.csv of `msplora-analyze spectra`"
+    table = read_table(path, types, "spectra table", expected, more=TASK)
     required = ["run", "scale", "module", "name", "sigma"]
     if table.empty or table[required].isna().any(axis=None):
         raise AnalysisError(f"{path}: the table has no rows, or no {', '.join(required)} in some")
     if (table["sigma"] < 0).any() or (table["k"] < 1).any():
         raise AnalysisError(f"{path}: sigma must be at least 0 and k at least 1")
-    return table[list(types)]
+    return table[[*types, *(name for name in TASK if name in table)]]
 
 
 def read_table(

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from msplora_analysis.adapters.discovery import Adapter, discover
+from msplora_analysis.adapters.moments import have_moments
 from msplora_analysis.adapters.opening import unknown_text
 from msplora_analysis.compute.measures.metrics import KS
 from msplora_analysis.compute.results import Failure, Redundancy, Spectra
@@ -35,6 +36,7 @@ def load_spectra(
     semantics: str = "paper",
     base: StrPath | None = None,
     top_k: int | None = None,
+    moments: StrPath | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     cache: bool = True,
@@ -46,7 +48,7 @@ def load_spectra(
 
     Returns:
         Columns run, step, epoch, scale, group, module, name, k (from 1), sigma (float64, descending in k, with the
-        factor alpha / r).
+        factor alpha / r); where an adapter has moments, task_sigma (task-weighted, descending in k by itself).
 
     Raises:
         AnalysisError: the input cannot be used as given.
@@ -56,7 +58,7 @@ def load_spectra(
         >>> spectra.groupby("run")["sigma"].max()
     """
     execution = Execution(workers, dask, cache, progress)
-    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k), execution).spectra
+    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k, moments), execution).spectra
 
 
 def load_metrics(
@@ -67,6 +69,7 @@ def load_metrics(
     semantics: str = "paper",
     base: StrPath | None = None,
     top_k: int | None = None,
+    moments: StrPath | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     cache: bool = True,
@@ -79,7 +82,7 @@ def load_metrics(
     Returns:
         Columns run, step, epoch, scale, group, module, name, rows, cols, rank (of the factors), sigma_1, frobenius,
         nuclear, stable_rank, effective_rank, participation_ratio, m_eff_<k>. ``compute.measures.metrics`` defines the
-        last seven.
+        last seven. Where an adapter has moments also task_norm, task_effective_rank.
 
     Raises:
         AnalysisError: the input cannot be used as given.
@@ -89,7 +92,7 @@ def load_metrics(
         >>> metrics.groupby(["run", "scale"])["effective_rank"].mean()
     """
     execution = Execution(workers, dask, cache, progress)
-    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k), execution, ks).metrics
+    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k, moments), execution, ks).metrics
 
 
 def load_tables(
@@ -100,6 +103,7 @@ def load_tables(
     semantics: str = "paper",
     base: StrPath | None = None,
     top_k: int | None = None,
+    moments: StrPath | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     cache: bool = True,
@@ -116,6 +120,8 @@ def load_tables(
         base: Folder or file of the model before training; full checkpoints are read as their difference to it.
         top_k: How many singular values of a whole matrix to compute (None: all of a small one, the largest of a large
             one).
+        moments: A file of moments (of one adapter), or "none" to read no moments. None: moments.safetensors beside
+            each adapter, where it is.
         workers: Processes to compute with; None: one for each CPU. More than one needs a script whose own work stands
             under ``if __name__ == "__main__":``.
         dask: Address of a Dask scheduler, whose workers compute instead.
@@ -132,7 +138,7 @@ def load_tables(
         >>> spectra, metrics = ma.load_tables("runs/cola", workers=4)
     """
     execution = Execution(workers, dask, cache, progress)
-    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k), execution, ks)
+    return read_tables(paths, Options(ignore_unknown, semantics, base, top_k, moments), execution, ks)
 
 
 def read_tables(
@@ -140,21 +146,25 @@ def read_tables(
 ) -> Tables:
     """:func:`load_tables`, for options in hand."""
     adapters = discover(paths, full=options.base is not None)
-    tables = tables_of(adapters, succeeding(spectra_of(adapters, options, execution)), ks)
+    results = succeeding(spectra_of(adapters, options, execution))
+    tables = tables_of(adapters, results, ks, have_moments(adapters, options))
     if tables.metrics.empty:  # every tensor was unknown and is left out
         raise AnalysisError(f"{adapters[0].file}: no low-rank factors in this or any other file")
     return tables
 
 
-def tables_of(adapters: Sequence[Adapter], results: Iterable[Spectra], ks: Iterable[int]) -> Tables:
-    """Both tables of results of ``adapters``; without rows if there is no matrix."""
+def tables_of(adapters: Sequence[Adapter], results: Iterable[Spectra], ks: Iterable[int], task: bool) -> Tables:
+    """Both tables of results of ``adapters``; without rows if there is no matrix.
+
+    task: whether there are columns of task-weighted spectra.
+    """
     import pandas as pd
     import pyarrow as pa
 
     from msplora_analysis.tables.columns import KEYS, VALUES, Columns
     from msplora_analysis.tables.files import typed
 
-    batches = list(Columns(adapters, ks).batches(results))
+    batches = list(Columns(adapters, ks, task).batches(results))
     if not batches:
         empty = pd.DataFrame(columns=[*KEYS, *VALUES]).astype(KEYS | VALUES)
         return Tables(empty, empty)

@@ -36,6 +36,7 @@ def write_tables(
     suffix: str,
     ks: Iterable[int],
     *,
+    task: bool = False,
     keep_going: bool = False,
     stopped: Callable[[], bool] = lambda: False,
     seen: Callable[[pa.RecordBatch], None] = lambda batch: None,
@@ -43,6 +44,7 @@ def write_tables(
     """Write ``spectra.<suffix>`` and ``metrics.<suffix>`` into ``folder``, each whole or not at all.
 
     results: of ``adapters``, in their order (``tables.load.spectra_of``).
+    task: whether there are columns of task-weighted spectra, as where any adapter has moments.
     keep_going: leave adapters out that cannot be read, instead of raising.
     stopped: asked after each adapter; once true, the tables end there.
     seen: called with every batch of the metrics table.
@@ -71,7 +73,7 @@ def write_tables(
 
     with ExitStack() as stack:
         writers: list[ParquetWriter | CSVWriter] = []
-        for batch in Columns(adapters, ks).batches(chain(first, wanted_results)):
+        for batch in Columns(adapters, ks, task).batches(chain(first, wanted_results)):
             if not writers:  # files appear only if there is something in them
                 opening = zip(paths, batch, strict=True)
                 writers = [stack.enter_context(table_writer(path, table.schema)) for path, table in opening]

@@ -65,6 +65,7 @@ class Source:
     Attributes:
         adapter: What discovery found.
         file: Its open file.
+        matrices: All matrices of the tables.
         modules: What is adapted, in table order.
         copied: Tensors that are written as they are, by the name they are written under.
         config: What adapter_config.json says of the base model and of these.
@@ -76,6 +77,7 @@ class Source:
 
     adapter: Adapter
     file: TensorFile
+    matrices: list[Matrix]
     modules: list[Module]
     copied: dict[str, str]
     config: dict[str, Any]
@@ -159,7 +161,8 @@ def _source(adapter: Adapter, file: TensorFile, contents: Contents) -> Source:
     bias = config.get("bias") or "none"
     kept["bias"] = "lora_only" if bias.endswith("_only") else bias
     parameters = sum(math.prod(file.shapes[tensor]) for tensor in factors)
-    return Source(adapter, file, modules, copied, kept, _stored_dtypes(adapter.file), parameters, notes)
+    stored = _stored_dtypes(adapter.file)
+    return Source(adapter, file, contents.matrices, modules, copied, kept, stored, parameters, notes)
 
 
 # Modules

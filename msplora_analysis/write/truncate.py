@@ -1,23 +1,22 @@
 """An adapter as a plain LoRA of lower rank: of every module the best approximation, from its factors alone.
 
-With the singular value decomposition U S Vᵀ of a module's whole update, the first k triples are its
-best approximation of rank k in Frobenius norm, and miss the sum of the other sigma² (Eckart & Young
-1936). Cutting a trained LoRA in this way is what LoRA-Squeeze (2026) calls post-hoc compression.
-The update is never formed: QR of both factors in float64, and the decomposition of an r×r core.
+Without moments that is the best in Frobenius norm: with the singular value decomposition U S Vᵀ of a module's whole
+update, the first k triples are its best approximation of rank k, and miss the sum of the other sigma² (Eckart & Young
+1936). Cutting a trained LoRA in this way is what LoRA-Squeeze (2026) calls post-hoc compression. With moments it is the
+best in the metric of the task. The update is never formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from msplora_analysis.compute.linalg.spectra import Array, adapter_spectra
-from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Options
+from msplora_analysis.write.choose import Choice, Cut, below_kl
+from msplora_analysis.write.directions import RECORD, Kept, Ranking, cut, predicted_kl, ranked
 from msplora_analysis.write.source import Source, factors, find_adapter, open_source, warn_of
 from msplora_analysis.write.write import (
     as_pair,
@@ -38,6 +37,9 @@ def compress(
     energy: float | None = None,
     rank: int | None = None,
     budget: int | None = None,
+    kl: float | None = None,
+    weights: str | None = None,
+    moments: StrPath | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     semantics: str = "paper",
@@ -45,7 +47,9 @@ def compress(
 ) -> pd.DataFrame:
     """Write the best approximation of an adapter by a plain PEFT LoRA adapter of lower rank.
 
-    One of ``energy``, ``rank`` and ``budget`` says how much is kept. A module of rank 0 is left out of the adapter.
+    One of ``energy``, ``rank``, ``budget`` and ``kl`` says how much is kept. A module of rank 0 is left out of the
+    adapter. Where the adapter has moments, "best" is in the metric of the task (see docs/metrics.md, task_sigma), and
+    energy and gain are of the task-weighted singular values; else in Frobenius norm.
 
     Args:
         adapter: An adapter's folder or file, as ``load_spectra`` takes it; one, not several.
@@ -53,6 +57,9 @@ def compress(
         energy: Of every module, the least rank that keeps this share of the sum of sigma², in (0, 1].
         rank: Of every module this rank, or its own if that is lower.
         budget: Parameters of the factors in all, heads not counted; directions go by gain (sigma²) per parameter.
+        kl: The fewest parameters whose predicted KL stays below so many nats an example; needs moments with scores.
+        weights: "moments", or "none": the plain norm, whatever moments there are. None: moments where they are.
+        moments: See ``load_spectra``.
         dtype: Of the factors; None: float64 for an adapter in float64, else float32.
         overwrite: Replace an adapter that is in ``out``.
         semantics: See ``load_spectra``.
@@ -61,127 +68,95 @@ def compress(
     Returns:
         One row per module: name, module, layer, rows, cols, rank_before, rank, parameters_before, parameters (of this
         module's factors), norm (of its update), energy (share of sigma² that is kept), error (Frobenius norm of what
-        is lost, relative to the update's).
+        is lost, relative to the update's); with moments also task_norm, task_energy and task_error, the same in the
+        metric of the task, and ``attrs["predicted_kl"]``, in nats an example (None without scores).
 
     Raises:
-        AnalysisError: The adapter has no low-rank form, nothing would be left of it, or ``out`` cannot be written.
+        AnalysisError: The adapter has no low-rank form, nothing would be left of it, its moments do not fit or lack
+            what is asked for, or ``out`` cannot be written.
+
+    Example:
+        >>> ma.compress("runs/cola/checkpoint-270", "small", kl=0.01).attrs["predicted_kl"]
     """
-    options = Options(ignore_unknown, semantics)
-    return compressed(adapter, out, energy, rank, budget, dtype, overwrite, options)[0]
+    options = Options(ignore_unknown, semantics, moments=moments)
+    return compressed(adapter, out, Choice(energy, rank, budget, kl), weights, dtype, overwrite, options).table
+
+
+class Compressed(NamedTuple):
+    """The table of ``compress``, what was read, the type that was written; of a choice by KL, the cut that it is."""
+
+    table: pd.DataFrame
+    source: Source
+    dtype: str
+    by_task: bool
+    by_kl: Cut | None
 
 
 def compressed(
     adapter: StrPath,
     out: StrPath,
-    energy: float | None,
-    rank: int | None,
-    budget: int | None,
+    choice: Choice,
+    weights: str | None,
     dtype: str | None,
     overwrite: bool,
     options: Options,
-) -> tuple[pd.DataFrame, Source, str]:
-    """``compress``, with what it read and the type that it wrote."""
+) -> Compressed:
+    """``compress``, with what it read and how it chose."""
     check_dtype(dtype)
-    _check_choice(energy, rank, budget)
+    choice.check()
     found = find_adapter(adapter)
     with new_folder(out, found.file, overwrite) as folder, open_source(found, options) as source:
-        spectra = [one.sigma for one in adapter_spectra(source.file, [module.matrix for module in source.modules])]
-        ranks = _ranks(source, spectra, energy, rank, budget)
+        ranking = ranked(source, weights, options)
+        by_kl = _below_kl(ranking, choice.kl, source) if choice.kl is not None else None
+        costs, full = ([getattr(one, name) for one in ranking.modules] for name in ("cost", "rank"))
+        ranks = by_kl.ranks if by_kl else choice.ranks(ranking.counted(), full, costs)
         if not any(ranks):
-            why = "give a larger budget=" if any(sigma.any() for sigma in spectra) else "every update is zero"
-            raise AnalysisError(f"{found.file}: nothing would be left of it: {why}", "budget")
+            larger = "kl" if choice.kl is not None else "budget"
+            why = "every update is zero"
+            if any(one.sigma.any() for one in ranking.modules):
+                why = "give a smaller kl=" if by_kl else "give a larger budget="
+            raise AnalysisError(f"{found.file}: nothing would be left of it: {why}", larger)
         chosen = dtype or ("float64" if widest_dtype(source) == "float64" else "float32")
-        pairs = [
-            as_pair(module, *truncated(*factors(source, module), k), chosen)
-            for module, k in zip(source.modules, ranks, strict=True)
-            if k
-        ]
-        table = _table(source, spectra, ranks)
+        pairs, kept = [], []
+        for one, k in zip(ranking.modules, ranks, strict=True):
+            kept.append(cut(one, *factors(source, one.module), k, by_task=ranking.by_task))
+            if len(kept[-1].a):
+                pairs.append(as_pair(one.module, kept[-1].a, kept[-1].b, chosen))
+            kept[-1] = kept[-1]._replace(a=kept[-1].a[:, :0], b=kept[-1].b[:0])  # the factors are in the pair
+        table = _table(ranking, kept)
+        if any(one.weights is not None for one in ranking.modules):
+            table.attrs["predicted_kl"] = by_kl.predicted if by_kl else predicted_kl(ranking, ranks)
         write_adapter(folder, pairs, chosen, source, table)
     warn_of(source)
-    return table, source, chosen
+    return Compressed(table, source, chosen, ranking.by_task, by_kl)
 
 
-def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
-    """Factors of the best approximation of ``b @ a``; the square root of each singular value goes into either.
-
-    Args:
-        a: (r, cols).
-        b: (rows, r).
-        rank: At most r.
-
-    Returns:
-        (rank, cols) and (rows, rank).
-    """
-    q_a, r_a = np.linalg.qr(a.T)
-    q_b, r_b = np.linalg.qr(b)
-    u, sigma, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    root = np.sqrt(sigma[:rank])
-    return root[:, None] * (vt[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
+def _below_kl(ranking: Ranking, kl: float, source: Source) -> Cut:
+    scores = ranking.scores()
+    if scores is None or not scores:
+        what = "moments without scores" if any(one.weights for one in ranking.modules) else "no moments"
+        raise AnalysisError(f"{source.adapter.file}: kl={kl:g} needs scores, and it has {what}; {RECORD}", "kl")
+    return below_kl(scores, [one.cost for one in ranking.modules], kl, ranking.draws)
 
 
-def _check_choice(energy: float | None, rank: int | None, budget: int | None) -> None:
-    if sum(choice is not None for choice in (energy, rank, budget)) != 1:
-        raise AnalysisError("give one of energy=, rank= and budget=", "energy", "rank", "budget")
-    if energy is not None and not 0 < energy <= 1:
-        raise AnalysisError(
-            f"energy={energy:g}: expected a share of the sum of sigma², above 0 and at most 1", "energy"
-        )
-    for name, value in (("rank", rank), ("budget", budget)):
-        if value is not None and value < 1:
-            raise AnalysisError(f"{name}={value}: expected a whole number of at least 1", name)
-
-
-def _ranks(
-    source: Source, spectra: list[Array], energy: float | None, rank: int | None, budget: int | None
-) -> list[int]:
-    """How many directions to keep of each module; zeros but for rounding are never kept."""
-    sizes = [max(module.update.rows, module.update.cols) for module in source.modules]
-    present = [_numerical_rank(sigma, size) for sigma, size in zip(spectra, sizes, strict=True)]
-    if energy is not None:
-        return [int(energy_rank(sigma[:k], energy)) if k else 0 for sigma, k in zip(spectra, present, strict=True)]
-    if rank is not None:
-        return [min(rank, k) for k in present]
-    assert budget is not None
-    costs = [module.update.rows + module.update.cols for module in source.modules]
-    return allocate([sigma[:k] ** 2 for sigma, k in zip(spectra, present, strict=True)], costs, budget)
-
-
-def allocate(gains: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
-    """How many directions to keep of each module: by descending gain per parameter, passing over what does not fit.
-
-    Their sum of gains is within one gain, that of the first direction passed over, of the largest possible (Dantzig's
-    bound of the knapsack), and is the largest where all costs are equal.
-
-    Args:
-        gains: Of each module, (r_i,), descending.
-        costs: What each direction of a module costs.
-        budget: What all may cost.
-    """
-    ranks = [0] * len(gains)
-    directions = ((-gain / costs[i], i) for i, of_module in enumerate(gains) for gain in of_module)
-    for _, module in sorted(directions):
-        if costs[module] <= budget:
-            budget -= costs[module]
-            ranks[module] += 1
-    return ranks
-
-
-def _numerical_rank(sigma: Array, size: int) -> int:
-    """How many singular values are more than rounding, as numpy's matrix_rank tells it."""
-    return int((sigma > size * np.finfo(np.float64).eps * sigma[0]).sum())
-
-
-def _table(source: Source, spectra: list[Array], ranks: list[int]) -> pd.DataFrame:
+def _table(ranking: Ranking, kept: list[Kept]) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for module, sigma, rank in zip(source.modules, spectra, ranks, strict=True):
-        update, size = module.update, module.update.rows + module.update.cols
-        norm, lost = float(np.linalg.norm(sigma)), float(np.linalg.norm(sigma[rank:]))
-        error = lost / norm if norm else 0.0
+    for one, cut_ in zip(ranking.modules, kept, strict=True):
+        module, update, rank = one.module, one.module.update, len(cut_.a)
+        norm, task_norm = float(np.linalg.norm(one.sigma)), float(np.linalg.norm(one.task_sigma))
         of_module = (module.name, module.matrix.module, module.matrix.group, update.rows, update.cols)
-        kept = (update.rank, rank, update.rank * size, rank * size, norm, 1 - error**2 if norm else np.nan, error)
-        rows.append((*of_module, *kept))
+        sizes = (update.rank, rank, update.rank * one.cost, rank * one.cost, norm)
+        plain, task = (
+            (1 - error**2 if of else np.nan, error) for error, of in ((cut_.error, norm), (cut_.task_error, task_norm))
+        )
+        rows.append((*of_module, *sizes, *plain, task_norm, *task))
     columns = ["name", "module", "layer", "rows", "cols", "rank_before", "rank", "parameters_before", "parameters"]
-    return pd.DataFrame(rows, columns=[*columns, "norm", "energy", "error"]).astype({"layer": "Int64"})
+    columns += ["norm", "energy", "error", "task_norm", "task_energy", "task_error"]
+    table = pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
+    measured = [one.weights is not None for one in ranking.modules]
+    if not any(measured):
+        return table.drop(columns=columns[-3:])
+    table.loc[[not one for one in measured], columns[-3:]] = np.nan
+    return table

@@ -19,7 +19,7 @@ from torch import nn
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError, cli
-from msplora_analysis.write.truncate import allocate
+from msplora_analysis.write.choose import allocate
 
 peft = pytest.importorskip("peft")
 from msplora_core import MSPLoraConfig  # noqa: E402
@@ -496,7 +496,7 @@ def test_folders(tmp_path):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({}, "give one of energy=, rank= and budget="),
+        ({}, "give one of energy=, rank=, budget= and kl="),
         ({"rank": 1, "budget": 3}, "give one of"),
         ({"energy": 0.0}, "energy=0: expected a share"),
         ({"energy": 1.5}, "energy=1.5: expected a share"),

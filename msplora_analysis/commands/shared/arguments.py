@@ -90,6 +90,16 @@ Base = Annotated[
 ]
 
 
+Moments = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|none",
+        help="What msplora-measure moments recorded of the adapter; none: use no moments.  "
+        "[default: moments.safetensors beside the adapter, where it is]",
+        show_default=False,
+    ),
+]
+
 AdapterPath = Annotated[
     str,
     typer.Argument(

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -29,6 +28,8 @@ _COLUMNS = {
     "stable\nrank": "stable_rank",
     "M_eff-1": "m_eff_1",
     "M_eff-4": "m_eff_4",
+    "task\nnorm": "task_norm",
+    "task eff.\nrank": "task_effective_rank",
 }
 
 
@@ -157,13 +158,15 @@ class Summary:
     def __init__(self) -> None:
         # run -> scale -> (step, epoch) -> per column (sum, count), and the number of matrices
         self._runs: dict[str, dict[str, dict[_Checkpoint, _Means]]] = {}
+        self._columns: dict[str, str] = {}  # those that the tables have
 
     def add(self, metrics: pa.RecordBatch) -> None:
         keys = zip(*(metrics[name].to_pylist() for name in ("run", "scale", "step", "epoch")), strict=True)
-        values = zip(*(metrics[name].to_pylist() for name in _COLUMNS.values()), strict=True)
+        self._columns = {head: name for head, name in _COLUMNS.items() if name in metrics.schema.names}
+        values = zip(*(metrics[name].to_pylist() for name in self._columns.values()), strict=True)
         for (run, scale, step, epoch), row in zip(keys, values, strict=True):
             scales = self._runs.setdefault(run, {})
-            scales.setdefault(scale, defaultdict(_Means))[step, epoch].add(row)
+            scales.setdefault(scale, {}).setdefault((step, epoch), _Means(len(row))).add(row)
 
     def print(self) -> None:
         """One small table a run; the middle of a long run is left out."""
@@ -175,7 +178,7 @@ class Summary:
                 shown = _spread(checkpoints)
                 some = "" if shown == checkpoints else f" ({len(shown)} of {len(checkpoints)} checkpoints shown)"
                 console.print(f"[bold]{escape(run)}[/bold]: means over matrices{some}")
-                console.print(_table(scales, shown), end="\n\n")
+                console.print(_table(scales, shown, self._columns), end="\n\n")
         if (more := len(self._runs) - _MOST_RUNS) > 0:
             print(f"... and {more} more runs, in the tables")
 
@@ -183,10 +186,10 @@ class Summary:
 class _Means:
     """Means of columns in which a cell may be empty."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: int) -> None:
         self.rows = 0
-        self._sums = [0.0] * len(_COLUMNS)
-        self._counts = [0] * len(_COLUMNS)
+        self._sums = [0.0] * columns
+        self._counts = [0] * columns
 
     def add(self, values: Sequence[float | None]) -> None:
         self.rows += 1
@@ -199,14 +202,14 @@ class _Means:
         return [f"{total / n:.4g}" if n else "-" for total, n in zip(self._sums, self._counts, strict=True)]
 
 
-def _table(scales: dict[str, dict[_Checkpoint, _Means]], shown: list[_Checkpoint]) -> Table:
+def _table(scales: dict[str, dict[_Checkpoint, _Means]], shown: list[_Checkpoint], columns: Iterable[str]) -> Table:
     rows = []
     for scale, of_scale in scales.items():
         for step, epoch in shown:
             if means := of_scale.get((step, epoch)):
                 when = f"{epoch:g}" if epoch is not None else f"step {step}" if step is not None else "-"
                 rows.append([scale, when, str(means.rows), *means.texts()])
-    return plain_table(["scale", "epoch", "matrices", *_COLUMNS], rows)
+    return plain_table(["scale", "epoch", "matrices", *columns], rows)
 
 
 def _spread(items: list[_T], most: int = 6) -> list[_T]:

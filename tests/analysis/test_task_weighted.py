@@ -1,0 +1,239 @@
+"""Task-weighted spectra, against dense matrices: G^½ ΔW C^½ of inputs and gradients that the test made."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+from adapters import lora_config, lora_tensors, msplora_config, msplora_tensors, write_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moment_cases import lora_factors, module_moments, random_tokens, square_root, update_of, write_moments
+from safetensors.numpy import load_file, save_file
+
+import msplora_analysis as ma
+from msplora_analysis import AnalysisError, cli
+from msplora_core.moments import directions
+
+NAMES = ("layer.0.query", "layer.1.query", "layer.1.value")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """The command line: exit status, standard output and error."""
+
+    def command(*words):
+        monkeypatch.setattr("sys.argv", ["msplora-analyze", *map(str, words)])
+        monkeypatch.setattr("warnings.showwarning", None)  # main sets it: put it back afterwards
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A LoRA of three modules with moments beside it, and the tokens that these come from."""
+    tensors = lora_tensors(*NAMES, rank=3, rows=9, cols=7)
+    folder = write_adapter(tmp_path / "lora", tensors, lora_config(r=3, lora_alpha=6))
+    factors = lora_factors(tensors)
+    tokens = {name: random_tokens(9, 7, seed=i) for i, name in enumerate(NAMES)}
+    write_moments(folder, factors, tokens)
+    return folder, factors, tokens
+
+
+def exact(tokens, update, rank):
+    return np.linalg.svd(tokens.weighted(update), compute_uv=False)[:rank]
+
+
+def assert_weighted(found, expected):
+    large = expected >= 1e-3 * expected[0]
+    np.testing.assert_allclose(np.asarray(found)[large], expected[large], rtol=1e-4)
+
+
+def test_task_sigma_of_a_lora_is_that_of_the_dense_product(lora):
+    folder, factors, tokens = lora
+    spectra, metrics = ma.load_tables(folder, cache=False)
+    for name in NAMES:
+        rows = spectra[spectra["name"] == name]
+        expected = exact(tokens[name], update_of(factors[name]), 3)
+        assert_weighted(rows["task_sigma"], expected)
+        row = metrics[metrics["name"] == name].iloc[0]
+        p = expected / expected.sum()
+        assert row["task_norm"] == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+        assert row["task_effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
+
+
+def msplora_case(folder):
+    """Two modules of five layers in two mid groups, and moments whose scales stand in another order."""
+    ranks, layers, firsts = {"global": 3, "mid": 2, "layer": 1}, list(range(5)), [0, 3]
+    tensors = msplora_tensors(layers, firsts, ranks, ("query", "value"), rows=10, cols=8)
+    write_adapter(folder, tensors, msplora_config(ranks=ranks, mid_groups=2))
+    factors, tokens = {}, {}
+    for module in ("query", "value"):
+        for layer in layers:
+            owners = {"layer": layer, "global": 0, "mid": 0 if layer < 3 else 3}
+            name = f"encoder.layer.{layer}.self.{module}"
+            factors[name] = {}
+            for scale, owner in owners.items():
+                a, b = (
+                    tensors[f"base_model.model.encoder.layer.{owner}.self.{module}.msplora_{scale}.{of}"].astype(float)
+                    for of in "AB"
+                )
+                factors[name][scale] = a, 16 / ranks[scale] * b
+            tokens[name] = random_tokens(10, 8, seed=len(tokens))
+    write_moments(folder, factors, tokens)
+    return factors, tokens
+
+
+def test_task_sigma_of_msplora_is_exact_for_totals_and_every_scale(tmp_path):
+    factors, tokens = msplora_case(tmp_path / "msplora")
+    spectra = ma.load_spectra(tmp_path / "msplora", cache=False)
+    assert spectra["task_sigma"].notna().all()
+    for (scale, name, group), rows in spectra.groupby(["scale", "name", "group"]):
+        module = name.rpartition(".")[2]
+        if scale == "total":
+            expected = exact(tokens[name], update_of(factors[name]), 6)
+        elif scale == "layer":
+            expected = exact(tokens[name], update_of({"layer": factors[name]["layer"]}), 1)
+        else:  # acts in several layers: as if their tokens were those of one
+            layers = range(5) if scale == "global" else (range(3), range(3, 5))[group]
+            names = [f"encoder.layer.{layer}.self.{module}" for layer in layers]
+            roots = [
+                square_root(np.mean([root(tokens[of]) @ root(tokens[of]) for of in names], axis=0))
+                for root in (lambda of: of.root_out(), lambda of: of.root_in())
+            ]
+            a, b = factors[name][scale]
+            expected = np.linalg.svd(roots[0] @ b @ a @ roots[1], compute_uv=False)[: len(a)]
+        assert_weighted(rows["task_sigma"], expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), rank=st.integers(1, 6), spread=st.floats(0, 3))
+def test_task_sigma_does_not_depend_on_how_an_update_is_split_into_factors(seed, rank, spread):
+    rng = np.random.default_rng(seed)
+    a, b, tokens = rng.standard_normal((rank, 9)), rng.standard_normal((8, rank)), random_tokens(8, 9, seed=seed)
+    turn = np.linalg.qr(rng.standard_normal((rank, rank)))[0] * 10 ** rng.uniform(-spread, spread, rank)
+    plain = module_moments({"layer": (a, b)}, tokens)
+    turned = module_moments({"layer": (np.linalg.solve(turn, a), b @ turn)}, tokens)
+    assert_weighted(directions(turned.s_a, turned.s_b).sigma, directions(plain.s_a, plain.s_b).sigma)
+
+
+def test_without_moments_nothing_changes_and_none_ignores_them(lora, tmp_path):
+    folder, _, _ = lora
+    (tmp_path / "bare").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "bare" / name).write_bytes((folder / name).read_bytes())
+    bare = ma.load_tables(tmp_path / "bare", cache=False)
+    ignored = ma.load_tables(folder, moments="none", cache=False)
+    for without, beside in zip(bare, ignored, strict=True):
+        assert not [column for column in without if column.startswith("task")]
+        pd.testing.assert_frame_equal(without.drop(columns="run"), beside.drop(columns="run"))
+
+
+def test_of_two_adapters_the_one_without_moments_has_empty_cells(lora, tmp_path):
+    folder, _, _ = lora
+    write_adapter(tmp_path / "other", lora_tensors("layer.0.query"))
+    spectra, metrics = ma.load_tables([folder, tmp_path / "other"], cache=False)
+    for table, column in ((spectra, "task_sigma"), (metrics, "task_norm"), (metrics, "task_effective_rank")):
+        assert table.groupby("run")[column].apply(lambda of: of.notna().all()).to_dict() == {
+            "lora": True,
+            "other": False,
+        }
+
+
+def test_a_file_of_moments_may_be_named(lora, tmp_path):
+    folder, _, _ = lora
+    beside = ma.load_spectra(folder, cache=False)
+    moved = (folder / "moments.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    assert "task_sigma" not in ma.load_spectra(folder, cache=False)
+    pd.testing.assert_frame_equal(ma.load_spectra(folder, moments=moved, cache=False), beside)
+    with pytest.raises(AnalysisError, match=r"nothing\.safetensors.*moments="):
+        ma.load_spectra(folder, moments=tmp_path / "nothing.safetensors", cache=False)
+
+
+def test_moments_lie_beside_a_lone_file_too(lora):
+    folder, _, _ = lora
+    lone = (folder / "adapter_model.safetensors").rename(folder / "mine.safetensors")
+    (folder / "adapter_config.json").unlink()
+    tensors = load_file(lone)
+    keys = [key.removesuffix("lora_A.weight") for key in tensors if key.endswith("lora_A.weight")]
+    alphas = {f"{key.replace('base_model.model.', '')}alpha": np.array(6.0, dtype=np.float32) for key in keys}
+    plain = {key.replace("base_model.model.", ""): value for key, value in tensors.items()}
+    save_file(plain | alphas, lone)
+    spectra = ma.load_spectra(folder, cache=False)
+    assert spectra["run"].unique().tolist() == ["mine"]
+    assert spectra["task_sigma"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda factors: factors | {"layer.7.key": factors["layer.0.query"]}, r"layer\.7\.key"),
+        (lambda factors: {k: {"layer": (f["layer"][0][:2], f["layer"][1][:, :2])} for k, f in factors.items()}, "rank"),
+        (lambda factors: {k: {"global": f["layer"]} for k, f in factors.items()}, "global 3"),
+        (lambda factors: {k: {"layer": (f["layer"][0], 1.1 * f["layer"][1])} for k, f in factors.items()}, "values"),
+    ],
+)
+def test_moments_of_another_adapter_are_an_error_that_names_file_and_module(lora, change, said, run):
+    folder, factors, tokens = lora
+    other = change(factors)
+    write_moments(folder, other, dict.fromkeys(other, tokens["layer.0.query"]))
+    with pytest.raises(AnalysisError, match=rf"moments\.safetensors: moments of .*{said}.*moments=none"):
+        ma.load_spectra(folder, cache=False)
+    status, _, error = run("spectra", folder, "--out", folder / "tables", "--no-cache")
+    assert status == 1
+    assert "--moments none" in error
+    assert not list((folder / "tables").glob("*.*"))
+
+
+def test_moments_of_some_modules_leave_the_others_empty_with_a_warning(lora):
+    folder, factors, tokens = lora
+    write_moments(folder, {NAMES[0]: factors[NAMES[0]]}, tokens)
+    with pytest.warns(UserWarning, match=r"no moments of layer\.1\.query, layer\.1\.value"):
+        spectra = ma.load_spectra(folder, cache=False)
+    assert (spectra["task_sigma"].notna() == (spectra["name"] == NAMES[0])).all()
+
+
+def test_an_update_of_zero_is_worth_nothing(tmp_path):
+    tensors = lora_tensors("layer.0.query")
+    tensors["base_model.model.layer.0.query.lora_B.weight"][:] = 0
+    folder = write_adapter(tmp_path / "zero", tensors)
+    write_moments(folder, lora_factors(tensors), {"layer.0.query": random_tokens(5, 6)})
+    spectra, metrics = ma.load_tables(folder, cache=False)
+    assert spectra["task_sigma"].tolist() == [0, 0]
+    assert metrics["task_norm"].tolist() == [0]
+    assert metrics["task_effective_rank"].isna().all()
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_the_command_writes_the_columns_and_reading_gives_them_back(lora, tmp_path, format, run):
+    folder, _, _ = lora
+    status, said, _ = run("spectra", folder, "--out", tmp_path / "t", "--format", format, "--no-cache")
+    assert status == 0
+    assert "task" in said
+    read = ma.read_spectra(tmp_path / f"t/spectra.{format}")
+    pd.testing.assert_frame_equal(read, ma.load_spectra(folder, cache=False), check_dtype=False)
+
+
+def test_the_cache_keeps_task_sigma_and_sees_new_moments(lora, tmp_path, monkeypatch):
+    folder, factors, tokens = lora
+    monkeypatch.setenv("MSPLORA_CACHE", str(tmp_path / "cache"))
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))
+    monkeypatch.setattr("msplora_analysis.compute.cache._SETTLED", -10.0)
+    first = ma.load_spectra(folder)
+    pd.testing.assert_frame_equal(ma.load_spectra(folder), first)
+    write_moments(folder, factors, {name: random_tokens(9, 7, seed=99) for name in tokens})
+    assert not np.allclose(ma.load_spectra(folder)["task_sigma"], first["task_sigma"])
+    (folder / "moments.safetensors").unlink()
+    assert "task_sigma" not in ma.load_spectra(folder)
+
+
+def test_parts_of_a_large_adapter_agree_with_the_whole(tmp_path, monkeypatch):
+    msplora_case(tmp_path / "msplora")
+    whole = ma.load_spectra(tmp_path / "msplora", cache=False)
+    monkeypatch.setattr("msplora_analysis.compute.tasks._TASK", 2**11)
+    pd.testing.assert_frame_equal(ma.load_spectra(tmp_path / "msplora", cache=False), whole)
