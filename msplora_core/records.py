@@ -8,13 +8,15 @@ Both packages read with it. Nothing heavy is imported: other validators take lon
 """
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 32 * 2**20  # of a file; parsed, the worst takes twenty times as much
 MOST_DEPTH = 50  # lists and objects in each other; configurations have 4
-MOST_LETTERS = 1024  # of a key, and of a text that a schema asks for
+MOST_LETTERS = 1024  # of a text that a schema asks for
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # whole or cut off, so that each letter is seen once
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _MOST_DIGITS = 300  # float64 has no larger numbers
 _SHOWN = 60  # letters of a value in a message
 
@@ -94,21 +96,19 @@ def parse(content: bytes) -> Any:
         >>> parse(b'{"a": [1, 2.5]}')
         {'a': [1, 2.5]}
     """
+    brackets = _STRING.sub(b"", content).translate(None, _NO_BRACKETS)
+    for _ in range(MOST_DEPTH):  # each time the innermost go
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    if len(brackets) > MOST_DEPTH:
+        raise RecordError(f"more than {MOST_DEPTH} levels of lists and objects")
     try:
         value = json.loads(content.decode("utf-8-sig"), parse_int=_whole)
         if b"\\u" in content:  # the only way to a lone surrogate, which no file and no terminal takes
             json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise RecordError(f"more than {MOST_DEPTH} levels of lists and objects") from None
     except UnicodeEncodeError:
         raise RecordError("a text in it is half of a character (a lone surrogate)") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"not valid JSON: {error}") from None
-    level, depth = [value], 0
-    while level := [inner for outer in level for inner in _inside(outer)]:
-        depth += 1
-        if depth >= MOST_DEPTH:
-            raise RecordError(f"more than {MOST_DEPTH} levels of lists and objects")
     return value
 
 
@@ -212,17 +212,6 @@ def _called(kind: Schema) -> str:
     names: dict[Any, str] = {str: f"a text of at most {MOST_LETTERS} letters", int: "a whole number", float: "a number"}
     names |= {bool: "true or false", None: "null"}
     return "an object" if isinstance(kind, dict) else "a list" if isinstance(kind, list) else names[kind]
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    """The lists and objects in a list or object. Raises RecordError for a key that is endless."""
-    if isinstance(value, dict):
-        longest = max(value, key=len, default="")
-        if len(longest) > MOST_LETTERS:
-            raise RecordError(f"a key of {len(longest)} letters ({shown(longest)}); expected at most {MOST_LETTERS}")
-        value = value.values()
-    if not isinstance(value, (str, float, int, type(None))):
-        yield from (inner for inner in value if isinstance(inner, (dict, list)))
 
 
 def _whole(digits: str) -> int:

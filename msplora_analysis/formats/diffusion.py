@@ -15,7 +15,6 @@ which several modules have one last name and one number, and are told apart by t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -29,12 +28,13 @@ from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import loha, lokr
 from msplora_analysis.formats.helpers.flattened import dotted
 from msplora_analysis.formats.helpers.parts import Parts, add_part, layer_matrix, leading, required, trained_in_full
-from msplora_analysis.formats.helpers.settings import by_pattern, number, table
+from msplora_analysis.formats.helpers.settings import by_pattern, number
 from msplora_analysis.formats.helpers.structures import low_rank, not_plain_pairs, tucker, whole
 from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Shapes, Sum, Update, contents
 from msplora_analysis.options import Options
+from msplora_core.records import RecordError, check, parse
 
 _METADATA = "lora_adapter_metadata"  # diffusers: the PEFT configs of a pipeline's models, as one JSON object
 # In the order tried. A part is "down", "up" or "mid" of a LoRA, or what the key itself says.
@@ -181,11 +181,10 @@ def _metadata(file: TensorFile) -> dict[str, dict[str, Any]]:
     if text is None:
         return {}
     try:
-        entries = json.loads(text)
-        if not isinstance(entries, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise AnalysisError(f"metadata {_METADATA}: not a JSON object: {error}; save the adapter again") from None
+        entries = parse(text.encode(errors="surrogatepass"))
+        check(entries, {})
+    except RecordError as error:
+        raise AnalysisError(f"metadata {_METADATA}: {error}; save the adapter again") from None
     configs: dict[str, dict[str, Any]] = {}
     for key, value in entries.items():
         model, _, option = key.rpartition(".")
@@ -201,11 +200,11 @@ def _from_metadata(configs: Mapping[str, dict[str, Any]], name: str, rank: int |
     config = configs.get(model, configs.get(""))
     if config is None:
         raise AnalysisError(f"metadata {_METADATA}: no config for {name}, it has {', '.join(configs)}")
-    r = by_pattern(table(config, "rank_pattern"), name, number(config, "r", rank))
+    r = by_pattern(config, "rank_pattern", name, number(config, "r", rank))
     if r <= 0 or rank not in (None, r):
         raise AnalysisError(f"tensor {next(iter(parts.values()))} has rank {rank}, the file's metadata says {r:g}")
     alpha = number(config, "lora_alpha" if _kind(parts) == "lora" else "alpha", r)
-    alpha = by_pattern(table(config, "alpha_pattern"), name, alpha)
+    alpha = by_pattern(config, "alpha_pattern", name, alpha)
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 

@@ -109,14 +109,15 @@ class _Settings(NamedTuple):
     config: Config
     rank: int
     alpha: float
-    rank_pattern: dict[str, float]
-    alpha_pattern: dict[str, float]
     parameters: tuple[str, ...]  # of target_parameters
 
     def rank_and_alpha(self, a: str, names: Iterable[str]) -> tuple[int, float]:
         """Those of the pair with factor ``a``, which adapts one of ``names``: it must not matter which."""
         (first, *others) = {
-            (int(by_pattern(self.rank_pattern, name, self.rank)), by_pattern(self.alpha_pattern, name, self.alpha))
+            (
+                int(by_pattern(self.config, "rank_pattern", name, self.rank)),
+                by_pattern(self.config, "alpha_pattern", name, self.alpha),
+            )
             for name in names
         }
         if others:
@@ -140,8 +141,6 @@ def _settings(config: Config) -> _Settings:
         config,
         needed_count(config, "r"),
         needed_number(config, "lora_alpha"),
-        ranks,
-        table(config, "alpha_pattern"),
         tuple(sorted(set(parameters))),
     )
 

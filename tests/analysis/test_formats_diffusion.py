@@ -511,7 +511,7 @@ def test_diffusers_metadata(tmp_path):
         assert_spectrum(sigma["transformer.blocks.0.to_q"], 6 / 2**0.5 * up.double() @ down.double())
     assert "metadata says 8" in error(written(tmp_path, tensors, metadata("", r=8)))
     assert "no config for transformer" in error(written(tmp_path, tensors, metadata("unet.")))
-    assert "not a JSON object" in error(written(tmp_path, tensors, {"lora_adapter_metadata": "{"}))
+    assert "not valid JSON" in error(written(tmp_path, tensors, {"lora_adapter_metadata": "{"}))
 
 
 def test_a_dora_file_without_a_config(tmp_path):

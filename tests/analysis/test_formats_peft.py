@@ -12,7 +12,6 @@ from torch import nn
 from msplora_analysis import AnalysisError, load_spectra, load_tables
 from msplora_analysis.formats import built_in
 from msplora_analysis.formats.helpers.no_update import REASONS
-from msplora_analysis.formats.helpers.settings import by_pattern
 from msplora_analysis.formats.lora import magnitude_vectors
 
 peft = pytest.importorskip("peft")
@@ -330,26 +329,6 @@ def test_parameters_that_a_pattern_tells_apart_and_the_file_does_not(tmp_path):
     targets = ["experts.down_proj", "experts.gate_up_proj"]
     model = filled(Mixture(), lora(target_modules=[], target_parameters=targets, rank_pattern={"down_proj": 3}))
     assert "for which rank_pattern or alpha_pattern differ; the file does not say" in error(save(model, tmp_path / "a"))
-
-
-@pytest.mark.parametrize(
-    ("patterns", "name"),
-    [
-        (["q", "proj", "a.q"], "a.q"),
-        (["x|q"], "a.xq"),
-        (["x|q"], "a.q"),
-        (["^a.q"], "b.a.q"),
-        (["^a.q"], "a.q"),
-        (["a.b", "a.*"], "axb"),
-        (["a+b"], "a+b"),
-        (["w.q", "layers.1.*q$"], "layers.11.q"),
-    ],
-)
-def test_patterns_match_as_they_do_in_peft(patterns, name):
-    from peft.utils.other import get_pattern_key
-
-    values = {pattern: i for i, pattern in enumerate(patterns)}
-    assert by_pattern(values, name, -1) == values.get(get_pattern_key(patterns, name), -1)
 
 
 @pytest.mark.parametrize("spelling", ["", ".weight", ".default", ".default.weight"])

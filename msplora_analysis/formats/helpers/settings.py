@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.helpers.patterns import Patterns
 from msplora_analysis.formats.updates import Config
+
+_MOST_KEPT = 8
+_patterns: dict[tuple[int, str], tuple[Config, Patterns]] = {}  # of configurations that were met last
 
 
 def number(config: Config, key: str, default: float | None = None) -> float:
@@ -45,21 +47,20 @@ def count(value: Any, key: str) -> int:
     return value
 
 
-def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The first entry whose key matches the end of a module's name, as PEFT's get_pattern_key."""
-    for key, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error:
-            raise AnalysisError(f"adapter_config.json: the pattern {key!r} is not a regular expression") from None
-    return patterns.get(name, default)
+def by_pattern(config: Config, key: str, name: str, default: float) -> float:
+    """The value of a module in ``rank_pattern`` or ``alpha_pattern``, as PEFT's get_pattern_key finds it."""
+    known = _patterns.get((id(config), key))
+    if known is None or known[0] is not config:
+        if len(_patterns) >= _MOST_KEPT:
+            _patterns.clear()
+        known = _patterns[id(config), key] = config, Patterns(table(config, key))
+    return known[1].get(name, default)
 
 
 def peft_scaling(config: Config, name: str, rank: int | None, tensor: str) -> float:
     """alpha / r of a module by adapter_config.json; ``rank`` is that of ``tensor``, where it tells it."""
-    r = by_pattern(table(config, "rank_pattern"), name, needed_number(config, "r"))
-    alpha = by_pattern(table(config, "alpha_pattern"), name, needed_number(config, "alpha"))
+    r = by_pattern(config, "rank_pattern", name, needed_number(config, "r"))
+    alpha = by_pattern(config, "alpha_pattern", name, needed_number(config, "alpha"))
     if r <= 0:
         raise AnalysisError(f"adapter_config.json: r must be positive, got {r:g}")
     check_rank(tensor, rank, r)
