@@ -42,6 +42,7 @@ class Subject:
         splits: Its examples, as they stand in the files.
         max_length: Longer examples lose their end.
         source: Where the base model comes from.
+        precision: ``fp32``, ``bf16`` or ``fp16``: what the run was trained with.
     """
 
     adapter: Path
@@ -51,6 +52,17 @@ class Subject:
     splits: Mapping[str, Split]
     max_length: int
     source: ModelSource
+    precision: str = "fp32"
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the run was trained with, on a GPU: a context for what the model computes.
+
+        float16 stays out of it, as gradients would vanish there.
+        """
+        import torch
+
+        device = self.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16" and device == "cuda")
 
     @property
     def micro_batch_size(self) -> int:
@@ -172,7 +184,14 @@ def load_subject(
     )
     max_length = recorded.get("max_length", chosen.recipe.max_length) if same_task else chosen.recipe.max_length
     return Subject(
-        place.adapter, _with_adapter(base, place.adapter, chosen), tokenizer, chosen, splits, max_length, source
+        place.adapter,
+        _with_adapter(base, place.adapter, chosen),
+        tokenizer,
+        chosen,
+        splits,
+        max_length,
+        source,
+        precision,
     )
 
 

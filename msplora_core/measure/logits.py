@@ -21,6 +21,11 @@ from msplora_core.errors import TrainingError
 from msplora_core.measure.tokens import Batch, Tokens
 
 Loss = Literal["classification", "regression", "causal"]
+_ROWS = 512
+"""Gradients in all that there should be at least."""
+_MOST_DRAWS = 8
+_MOST_EXACT = 4
+"""Gradients an example that are worth it to have no noise of sampling."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,46 @@ class Outputs:
                 drawn = torch.searchsorted(reached, at, right=True).clamp_max(values.shape[1] - 1)[:, 0]
                 gradient[own] = _minus_one_at(classes, drawn)
         return gradient
+
+
+class Drawing:
+    """Which labels the examples have, and how many gradients that makes for each.
+
+    Args:
+        labels: ``sampled`` or ``given``.
+        draws: Labels sampled for each example; None: chosen when the first outputs are seen.
+        seed: Of what is sampled.
+        examples: How many there are in all processes.
+    """
+
+    def __init__(self, labels: str, draws: int | None, seed: int, examples: int) -> None:
+        self.given = labels == "given"
+        self.draws = 1 if self.given else draws
+        self.seed = seed
+        self.examples = examples
+        self.exact = False
+        self.loss: Loss | None = None
+
+    def settled(self, outputs: Outputs) -> int:
+        """How many gradients an example has."""
+        self.loss = self.loss or outputs.loss
+        if self.draws is None:
+            enough = outputs.exact_draws()
+            self.exact = enough is not None and enough <= _MOST_EXACT
+            self.draws = enough if enough and self.exact else max(1, min(_MOST_DRAWS, _ROWS // self.examples))
+        return self.draws
+
+    def gradient(self, outputs: Outputs, first: int, draw: int) -> torch.Tensor:
+        """The gradient of a batch's losses at its outputs, for one of the draws.
+
+        Args:
+            first: The number of the batch's first example among all.
+        """
+        if self.given:
+            return outputs.given()
+        if self.exact:
+            return outputs.exact(draw, self.draws or 1)
+        return outputs.sampled(self.seed, first, draw)
 
 
 def outputs_of(model: Any, logits: torch.Tensor, batch: Batch, tokens: Tokens) -> Outputs:

@@ -531,6 +531,22 @@ def test_every_kind_fits_what_the_analysis_reads(kind: str, tmp_path: Path) -> N
             np.testing.assert_allclose(found.modules[name].norms, norms, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "autocast"])
+def test_half_precision_is_near(precision: str) -> None:
+    case = CASES["llama"]
+    model = adapted(make_llama(layers=2), lora(case)).float()
+    examples = examples_of(case)
+    expected = record_moments(model, padded(examples, 5), labels="given")
+    if precision != "autocast":
+        model.to(getattr(torch, precision))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        found = record_moments(model, padded(examples, 5), labels="given")
+    for path, of in expected.modules.items():
+        np.testing.assert_allclose(np.trace(found.modules[path].s_a), np.trace(of.s_a), rtol=0.05)
+        np.testing.assert_allclose(np.trace(found.modules[path].s_b), np.trace(of.s_b), rtol=0.4)
+        assert found.modules[path].fits(of.norms)
+
+
 # --- What is refused ---
 
 

@@ -60,16 +60,17 @@ def moments(
             raise TrainingError(f"out={path}: is a folder; expected a file, such as {path / MOMENTS}")
         subject = load_subject(adapter, data_dir=data_dir, model=model, task=task)
         batches = subject.batches("train", examples, batch_size)
-        found = record_moments(
-            subject.model,
-            batches,
-            labels=labels,
-            draws=draws,
-            seed=seed,
-            keep_cores=cores,
-            progress=sys.stderr.isatty() and is_writer(),
-            about=subject.about("train"),
-        )
+        with subject.autocast():
+            found = record_moments(
+                subject.model,
+                batches,
+                labels=labels,
+                draws=draws,
+                seed=seed,
+                keep_cores=cores,
+                progress=sys.stderr.isatty() and is_writer(),
+                about=subject.about("train"),
+            )
         by_writer(lambda: found.save(path))
     except ModuleNotFoundError as error:
         raise TrainingError(f"measuring needs the package {error.name}; run: pip install 'msplora[train]'") from error
