@@ -93,7 +93,13 @@ def walk(root: Place, visited: set[str]) -> Iterator[Folder]:
 
 
 def _first_time(folder: Place, visited: set[str]) -> bool:
-    name = identity(folder)
+    name = str(folder)
+    if isinstance(folder, Path):
+        try:
+            status = os.stat(folder)  # resolving every link of a deep path takes far longer
+        except OSError as error:
+            raise AnalysisError(f"{folder}: cannot be listed: {error.strerror}") from None
+        name = f"{status.st_dev}:{status.st_ino}"
     known = name in visited
     visited.add(name)
     return not known

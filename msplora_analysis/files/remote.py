@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from msplora_analysis.errors import AnalysisError
 
@@ -33,7 +35,7 @@ class Remote:
         with one_line(address):
             from fsspec.core import url_to_fs
 
-            fs, path = url_to_fs(address)
+            fs, path = url_to_fs(address, **_options(address))
         return cls(address.rstrip("/"), path, fs)
 
     def __str__(self) -> str:
@@ -163,11 +165,79 @@ def _without_query(text: str) -> str:
     return text.partition("?")[0] if text.startswith(("http://", "https://")) else text
 
 
+class _Limits:
+    """What a server may cost: seconds of silence, and requests for one question of ours.
+
+    fsspec and the Hub's client have longer limits or none: a server that is silent, or whose pages lead in a circle,
+    would be waited for for ever. The Hub's client also takes its token along to whatever host a page leads to.
+    """
+
+    SILENCE = 30.0  # seconds
+    REQUESTS = 2000  # each lists a page of a thousand names, or a folder
+
+    def __init__(self) -> None:
+        self._requests: int | None = None  # None: others are asking, to whom this does not apply
+
+    @contextmanager
+    def one_question(self) -> Iterator[None]:
+        before, self._requests = self._requests, 0
+        try:
+            self._watch_hub()
+            yield
+        finally:
+            self._requests = before
+
+    def count(self) -> None:
+        if self._requests is not None:
+            self._requests += 1
+            if self._requests > self.REQUESTS:
+                raise OSError(f"no end after {self.REQUESTS} requests: its pages lead in a circle")
+
+    def _watch_hub(self) -> None:
+        """Look at every request of the Hub's client, redirects too."""
+        hub = sys.modules.get("huggingface_hub")
+        if hub is None:
+            return
+        hooks = getattr(hub.get_session(), "event_hooks", {})  # a version before 1.0 has limits of its own
+        if "request" in hooks and self._hub_request not in hooks["request"]:
+            hooks["request"].append(self._hub_request)
+
+    def _hub_request(self, request: Any) -> None:
+        if self._requests is None:
+            return
+        from huggingface_hub import constants
+
+        self.count()
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), self.SILENCE)
+        if request.url.host != urlsplit(constants.ENDPOINT).hostname:
+            request.headers.pop("authorization", None)
+
+    async def web_request(self, *_: Any) -> None:
+        self.count()
+
+
+LIMITS = _Limits()
+
+
+def _options(address: str) -> dict[str, Any]:
+    """What a file system is made with: for the web, its limits."""
+    if not address.startswith(("http://", "https://")):
+        return {}
+    from aiohttp import ClientTimeout, TraceConfig
+
+    trace = TraceConfig()
+    trace.on_request_start.append(LIMITS.web_request)
+    silence = LIMITS.SILENCE
+    timeout = ClientTimeout(total=None, connect=silence, sock_connect=silence, sock_read=silence)
+    return {"client_kwargs": {"timeout": timeout, "trace_configs": [trace]}}
+
+
 @contextmanager
 def one_line(place: Remote | str) -> Iterator[None]:
     """Turns any exception of a file system into an AnalysisError."""
     try:
-        yield
+        with LIMITS.one_question():
+            yield
     except AnalysisError:
         raise
     except ImportError as error:

@@ -18,6 +18,8 @@ _TITLES = {
 _METRICS = {"matthews_correlation": "Mcc", "accuracy": "Acc", "pearson": "Pcc", "perplexity": "PPL"}
 _LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
                                                             "\\": r"\textbackslash{}"})  # fmt: skip
+# Letters that begin a link, code, emphasis or HTML; an underscore within a word does not.
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[]|~$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def markdown(table: pd.DataFrame, caption: str) -> str:
     parts = []
     for grid in grids(table):
         lines = [f"**{_plain(grid.model)}**: {caption}", ""]
-        lines.append("| " + " | ".join(["method", "parameters", *grid.headers]) + " |")
+        lines.append("| " + " | ".join(["method", "parameters", *map(_plain, grid.headers)]) + " |")
         lines.append("|---|" + "---:|" * (1 + len(grid.headers)))
         for method, parameters, cells in grid.rows:
             texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
@@ -123,7 +125,7 @@ def _parameters(values: pd.Series) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("\n", " ").replace("|", "\\|")
+    return text.replace("\n", " ").translate(_MARKDOWN)
 
 
 def _tex(text: str) -> str:

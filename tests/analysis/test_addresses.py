@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from msplora_analysis import AnalysisError, load_tables
 from msplora_analysis.adapters.discovery import discover
 from msplora_analysis.files.opening import open_tensors
+from msplora_analysis.files.remote import LIMITS
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -301,7 +302,7 @@ def hub(run, monkeypatch):
     handler = type("Handler", (HubServer,), {"served": {}, "asked": set()})
     with serving(handler, run.parent) as address:
         fs = library.HfFileSystem(endpoint=address, token=False, skip_instance_cache=True)
-        monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (fs, fs._strip_protocol(url)))
+        monkeypatch.setattr("fsspec.core.url_to_fs", lambda url, **_: (fs, fs._strip_protocol(url)))
         yield handler
 
 
@@ -320,3 +321,55 @@ def test_repository_that_is_private_or_not_there(hub):
     message = error(discover, "hf://owner/other")
     assert message.startswith("hf://owner/other: ")
     assert "private" in message
+
+
+class LyingServer(Server):
+    """Says nothing at /silent; elsewhere gives pages that lead to others without end, and another host for the next."""
+
+    heard: list[tuple[str, str | None]]
+
+    def answer(self, body: bool) -> None:
+        host, port = self.headers["Host"].split(":")
+        self.heard.append((host, self.headers["Authorization"]))
+        if "silent" in self.path:
+            return self.server.stopped.wait(20)
+        hub = self.path.startswith("/api")
+        text = b'[{"type": "file", "path": "x", "oid": "0", "size": 1}]' if "/tree/" in self.path else b'{"id": "a/b"}'
+        self.send_response(200)
+        self.send_header("Link", f'<http://localhost:{port}/api/models/a/b/tree/main?cursor=x>; rel="next"')
+        self.send_header("Content-Type", "application/json" if hub else "text/html")
+        text = text if hub else b'<a href="deeper/">deeper</a><a href="other/">other</a>'
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text if body else b"")
+
+
+@pytest.fixture
+def liar(tmp_path, monkeypatch):
+    monkeypatch.setattr(LIMITS, "SILENCE", 0.5)
+    monkeypatch.setattr(LIMITS, "REQUESTS", 20)
+    handler = type("Handler", (LyingServer,), {"served": {}, "heard": []})
+    stopped = threading.Event()
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "stopped", stopped, raising=False)
+    with serving(handler, tmp_path) as address:
+        yield address, handler.heard
+        stopped.set()
+
+
+def test_web_server_that_is_silent_or_never_ends(liar):
+    address, heard = liar
+    assert "Timeout on reading data from socket" in error(discover, f"{address}/silent/x.safetensors")
+    assert "its pages lead in a circle" in error(discover, f"{address}/pages/")
+    assert len(heard) < 40
+
+
+def test_hub_whose_pages_never_end_gets_no_token_elsewhere(liar, monkeypatch):
+    library = pytest.importorskip("huggingface_hub")
+    address, heard = liar
+    fs = library.HfFileSystem(endpoint=address, token="hf_mine", skip_instance_cache=True)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url, **_: (fs, fs._strip_protocol(url)))
+    assert "its pages lead in a circle" in error(discover, "hf://a/b")
+    assert {given for host, given in heard if host == "localhost"} == {None}
+    assert "Bearer hf_mine" in {given for host, given in heard if host == "127.0.0.1"}
+    assert "timed out" in error(discover, "hf://a/silent")
