@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,29 @@ from msplora_analysis.adapters.layouts import (
     WEIGHTS_SUFFIXES,
     Saved,
     adapters_in,
+    dangling,
     describe,
     missing_config,
 )
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.files.addresses import Place, StrPath, identity, natural_key, parse, parts, read_json, walk
+from msplora_analysis.files.addresses import (
+    Place,
+    StrPath,
+    identity,
+    list_folder,
+    natural_key,
+    parse,
+    parts,
+    read_json,
+    walk,
+)
 from msplora_analysis.files.opening import FULL_NAMES
 from msplora_core.names import CONFIG
 
 __all__ = ["Adapter", "as_paths", "discover", "read_config"]
+
+
+_FEW = 6  # names that a message shows
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,9 @@ class Adapter:
         return self.step is not None or self.epoch is not None
 
 
-def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[Adapter]:
+def discover(
+    paths: StrPath | Iterable[StrPath], *, full: bool = False, failed: list[AnalysisError] | None = None
+) -> list[Adapter]:
     """All adapters at and under ``paths``, sorted by run (natural order), then step, then epoch.
 
     A run found inside a given path is named by its path relative to it ("cola/lora"), any other
@@ -67,18 +84,23 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
     Args:
         paths: Local paths, or addresses of fsspec (``hf://owner/name``, ``s3://...``, ``https://...``).
         full: Take full checkpoints too (model.safetensors, or the index of its parts), in folders without an adapter.
+        failed: Errors of adapters below the paths are entered here, and these left out, instead of raising.
 
     Raises:
         AnalysisError: A path holds no adapter, or one that is incomplete.
     """
-    found: dict[tuple[str, str], tuple[Saved, Place]] = {}
+    found: dict[tuple[str, str], tuple[Saved, Place, dict[str, Any]]] = {}
     visited: set[str] = set()
     for path in as_paths(paths):
         root = parse(path)
+        files: list[Place] = []
+        before = len(failed or ())
         if _is_weights(root, full):
             files = [root]
         elif root.is_dir():
-            files = [file for folder in walk(root, visited) for file in adapters_in(folder, full=full)]
+            for folder in walk(root, visited):
+                with _left_out(failed):
+                    files += adapters_in(folder, full=full)
         else:
             raise _no_such(root, full)
         for file in files:
@@ -86,21 +108,39 @@ def discover(paths: StrPath | Iterable[StrPath], *, full: bool = False) -> list[
             name = PEFT_NAMES[0] if file.name in PEFT_NAMES else file.name
             key = identity(file.parent), name
             if key not in found:
-                found[key] = describe(file), root
-        if not files:  # unless all of it was visited before
+                with _left_out(failed):
+                    found[key] = describe(file), root, read_config(file)
+        if not files and len(failed or ()) == before:  # unless all of it was visited before
             top = identity(root).rstrip("/")
             if not any(f"{folder}/".startswith(f"{top}/") for folder, _ in found):
-                raise AnalysisError(f"{path}: no {_expected(full)}")
+                raise AnalysisError(f"{path}: no {_expected(full)}{_seen(root)}")
 
-    items = _told_apart(list(found.values()))
+    configs = [config for *_, config in found.values()]
+    items = _told_apart([(item, root) for item, root, _ in found.values()])
     names = _run_names(items)
-    adapters = [Adapter(names[item.run], item.step, item.epoch, item.file, read_config(item.file)) for item, _ in items]
+    adapters = [
+        Adapter(names[item.run], item.step, item.epoch, item.file, config)
+        for (item, _), config in zip(items, configs, strict=True)
+    ]
     return sorted(adapters, key=_order)
+
+
+@contextmanager
+def _left_out(failed: list[AnalysisError] | None) -> Iterator[None]:
+    """Enter an error, if there is a list for it."""
+    try:
+        yield
+    except AnalysisError as error:
+        if failed is None:
+            raise
+        failed.append(error)
 
 
 def as_paths(source: Any) -> list[StrPath]:
     """A list of paths from one or several. Raises AnalysisError for anything else, such as a table."""
     paths = [source] if isinstance(source, (str, os.PathLike)) or not isinstance(source, Iterable) else list(source)
+    if "" in paths:
+        raise AnalysisError("an empty path is given; expected that of an adapter: is a variable of the shell not set?")
     wrong = [f"{type(path).__name__} is" for path in paths if not isinstance(path, (str, os.PathLike))]
     if type(source).__name__ == "DataFrame":
         wrong = ["a table is"]
@@ -123,6 +163,8 @@ def _no_such(place: Place, full: bool) -> AnalysisError:
     if place.is_file():
         also = " or the index of a model's parts" if full else ""
         return AnalysisError(f"{place}: not an adapter file; expected one of {', '.join(WEIGHTS_SUFFIXES)}{also}")
+    if isinstance(place, Path) and place.is_symlink() and not place.exists():
+        return AnalysisError(f"{place}: a link to {os.readlink(place)}, which is not there; download or copy it again")
     if isinstance(place, Path) and place.exists():
         return AnalysisError(f"{place}: neither a regular file nor a folder; copy its content to a file")
     return AnalysisError(f"{place}: no such file or folder")
@@ -130,11 +172,20 @@ def _no_such(place: Place, full: bool) -> AnalysisError:
 
 def _expected(full: bool) -> str:
     names = f"{' or '.join(NEED_CONFIG)} beside {CONFIG}"
-    more = ", and for .safetensors files with the keys of an adapter"
+    more = f", and for files ({', '.join(WEIGHTS_SUFFIXES)}) with the keys of an adapter"
     if full:
         more += f", and for {' or '.join(FULL_NAMES)}"
     kind = "adapter or full checkpoint" if full else "adapter"
     return f"{kind} found; looked in it and all its folders for {names}{more}"
+
+
+def _seen(root: Place) -> str:
+    """What stands in a folder without adapters, so that its user sees what was not taken for one."""
+    folder = list_folder(root)
+    if lost := dangling(root):
+        return f"; {lost[0]} in it is a link to a file that is not there: download it again"
+    names = [*sorted(folder.files, key=natural_key), *(f"{name}/" for name in folder.folders)]
+    return f"; it has {', '.join(names[:_FEW])}{', ...' if len(names) > _FEW else ''}" if names else "; it is empty"
 
 
 def read_config(file: Place) -> dict[str, Any]:

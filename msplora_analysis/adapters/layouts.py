@@ -3,14 +3,18 @@
 Known are PEFT with Trainer (and what builds on it: TRL, LLaMA-Factory, axolotl, Unsloth), with
 ``checkpoint-<step>`` folders; torchtune (``epoch_<n>/adapter_model.*``, ``adapter_<n>.pt``); the
 diffusers scripts (``checkpoint-<step>/pytorch_lora_weights.safetensors``); kohya's sd-scripts and
-LyCORIS (``<name>-<epoch>.safetensors``, ``<name>-step<step>.safetensors``, ``<name>.safetensors``).
+LyCORIS (``<name>-<epoch>.safetensors``, ``<name>-step<step>.safetensors``, ``<name>.safetensors``); MLX-LM
+(``<step>_adapters.safetensors``). Any other file of tensors is taken whose tensors' names are an adapter's.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_json
@@ -27,10 +31,17 @@ DIFFUSERS_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin
 # Without the configuration the scale of these is unknown; torchtune's .pt has none for some models.
 NEED_CONFIG = PEFT_NAMES[:2]
 
-_CHECKPOINT = re.compile(r"(checkpoint|step|epoch)[-_]([0-9]{1,18})")
+_CHECKPOINT = re.compile(r"(checkpoint|ckpt|global_step|step|iteration|iter|epoch)[-_]?([0-9]{1,18})")
 _NUMBERED = re.compile(r"adapter_([0-9]{1,18})\.pt")
 _KOHYA = re.compile(r"(.+)-(?:step([0-9]{8})|([0-9]{6}))")
-_MODEL = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors|optimizer.*|\..*")  # never adapters: not looked into
+_MLX = re.compile(r"([0-9]{1,18})_adapters")
+# Never adapters: not looked into.
+_OTHER = re.compile(
+    r"model(-[0-9]+-of-[0-9]+)?\.safetensors|(diffusion_)?pytorch_model\b.*|optimizer.*|scheduler.*|scaler.*|rng_state.*"
+    r"|training_args.*|recipe_state.*|\..*"
+)
+_PROMISING = re.compile("adapter|lora", re.IGNORECASE)
+_FEW = 4  # names that a message shows
 
 
 @dataclass(frozen=True)
@@ -60,18 +71,19 @@ def adapters_in(folder: Folder, *, full: bool = False) -> list[Place]:
     peft = next((name for name in PEFT_NAMES if name in files), None)
     if peft in NEED_CONFIG and CONFIG not in files:
         raise missing_config(place / peft)
+    copies = [name for name in NEED_CONFIG if name in files]
+    if len(copies) > 1:
+        _check_copies(place / copies[0], place / copies[1])
     found = [peft] if peft else []
     found += [name for name in DIFFUSERS_NAMES if name in files][:1]
+    numbered = sorted(filter(_NUMBERED.fullmatch, files), key=natural_key)
     if not (peft and _CHECKPOINT.fullmatch(place.name)):  # there it is a copy in torchtune's own spelling
-        found += sorted(filter(_NUMBERED.fullmatch, files), key=natural_key)
-    for name in sorted(files.difference(PEFT_NAMES, DIFFUSERS_NAMES, [MOMENTS]), key=natural_key):
-        if name.endswith(".safetensors") and not _MODEL.fullmatch(name) and _looks_like_adapter(place / name):
+        found += numbered
+    for name in sorted(files.difference(PEFT_NAMES, DIFFUSERS_NAMES, numbered, [MOMENTS]), key=natural_key):
+        if name.endswith(WEIGHTS_SUFFIXES) and not _OTHER.fullmatch(name) and _looks_like_adapter(place / name):
             found.append(name)
     if CONFIG in files and not found:
-        raise AnalysisError(
-            f"{place / CONFIG}: no weights beside it; expected "
-            f"{' or '.join(NEED_CONFIG)}; remove the folder if its saving was cut off"
-        )
+        raise _no_weights(folder)
     if full and not found:
         found = [name for name in FULL_NAMES if name in files][:1]
     return [place / name for name in found]
@@ -81,6 +93,42 @@ def missing_config(file: Place) -> AnalysisError:
     return AnalysisError(f"{file}: no {CONFIG} beside it; copy it there")
 
 
+def _no_weights(folder: Folder) -> AnalysisError:
+    """The error of a configuration alone: what stands beside it may be the weights under a name that says nothing."""
+    config = folder.place / CONFIG
+    others = sorted(folder.files - {CONFIG}, key=natural_key)
+    expected = f"no weights of an adapter beside it; expected {' or '.join(NEED_CONFIG)}"
+    if lost := dangling(folder.place):
+        return AnalysisError(
+            f"{config}: {expected}; {lost[0]} is a link to a file that is not there: download it again"
+        )
+    if not others:
+        return AnalysisError(f"{config}: {expected}; the folder has no other file: copy the weights there")
+    shown_names = ", ".join(others[:_FEW]) + (", ..." if len(others) > _FEW else "")
+    return AnalysisError(f"{config}: {expected}; beside it: {shown_names}; copy the weights there, or rename them")
+
+
+def dangling(folder: Place) -> list[str]:
+    """The links of a local folder that lead nowhere, such as those of a download that was cut off."""
+    if not isinstance(folder, Path):
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_symlink() and not entry.exists())
+
+
+def _check_copies(first: Place, second: Place) -> None:
+    """Raise AnalysisError if two files of one adapter, in two types of file, are not the same."""
+    try:
+        with open_tensors(first) as one, open_tensors(second) as other:
+            same = one.shapes == other.shapes and (
+                not isinstance(first, Path)  # from afar, reading both may take minutes
+                or all(np.array_equal(one.read(name), other.read(name), equal_nan=True) for name in one.shapes)
+            )
+    except AnalysisError:  # a copy that cannot be read is none; of the first it is said where it is opened
+        return
+    if not same:
+        raise AnalysisError(f"{first}: {second.name} beside it has other tensors; keep the one that is meant")
+
+
 def describe(file: Place) -> Saved:
     """Run, step and epoch of a file, from the names of its folders, trainer_state.json, and its own name."""
     folder = checkpoint = file.parent
@@ -88,7 +136,7 @@ def describe(file: Place) -> Saved:
     # The checkpoint is the file's folder, or the one above it: PEFT saves an adapter that is not
     # called "default" in a folder of its own.
     for checkpoint in (folder, folder.parent):
-        if match := _CHECKPOINT.fullmatch(checkpoint.name):
+        if match := _checkpoint(checkpoint):
             run = (*parts(checkpoint.parent), *parts(folder)[len(parts(checkpoint)) :])
             break
     step = int(match[2]) if match and match[1] != "epoch" else None
@@ -115,18 +163,39 @@ def _from_name(file: Place) -> tuple[int | None, int | None, str | None]:
         return None, None, None
     if match := _NUMBERED.fullmatch(file.name):
         return None, int(match[1]), None
+    if match := _MLX.fullmatch(file.stem):
+        return int(match[1]), None, None
     if match := _KOHYA.fullmatch(file.stem):
         return int(match[2]) if match[2] else None, int(match[3]) if match[3] else None, match[1]
     return None, None, file.stem
 
 
+def _checkpoint(folder: Place) -> re.Match[str] | None:
+    """What the name of a folder says of step (or epoch) and its number; None if it is no checkpoint's.
+
+    A number alone is one where numbers of its length begin with zeros: 0500 beside 1000.
+    """
+    name = folder.name
+    if name.isascii() and name.isdigit() and len(name) > 1:
+        beside = [name] if name[0] == "0" or not isinstance(folder, Path) else list_folder(folder.parent).folders
+        if any(len(other) == len(name) and other.isdigit() and other[0] == "0" for other in beside):
+            return re.fullmatch("()([0-9]{1,18})", name)
+    return _CHECKPOINT.fullmatch(name)
+
+
 def _has_checkpoints(folder: Place) -> bool:
-    return any(map(_CHECKPOINT.fullmatch, list_folder(folder).folders))
+    return any(_checkpoint(folder / name) for name in list_folder(folder).folders)
 
 
 def _looks_like_adapter(file: Place) -> bool:
-    with open_tensors(file) as tensors:
-        return looks_like_adapter(tensors.shapes)
+    """Whether a file has an adapter's tensors. Of other files than safetensors many are no tensors at all."""
+    try:
+        with open_tensors(file) as tensors:
+            return looks_like_adapter(tensors.shapes)
+    except AnalysisError:
+        if file.suffix == ".safetensors" or _PROMISING.search(file.name):
+            raise
+        return False
 
 
 def _number(path: Place, content: dict[str, Any], key: str) -> int | float | None:

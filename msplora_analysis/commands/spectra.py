@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.options import Execution, Options
+
+if TYPE_CHECKING:
+    from msplora_analysis.errors import AnalysisError
 
 
 @command(
@@ -67,7 +70,8 @@ def spectra(
     from msplora_analysis.tables.stream import write_tables
 
     arguments.make_folder(out)
-    adapters = discover(paths, full=base is not None)
+    unfound: list[AnalysisError] = []
+    adapters = discover(paths, full=base is not None, failed=unfound if keep_going else None)
     summary = terminal.Summary()
     with terminal.interruptible() as stopped, terminal.progress_bar("Reading") as progress:
         written = write_tables(
@@ -85,15 +89,17 @@ def spectra(
     with terminal.closed_pipe_ignored():
         summary.print()
         terminal.print_paths(written.paths)
-    for failure in written.failures:
-        print(f"error: {terminal.with_options(failure.error)}", file=sys.stderr)
-    if written.failures:
-        print(f"error: {len(written.failures)} of {len(adapters)} adapters are left out", file=sys.stderr)
+    errors = [*unfound, *(failure.error for failure in written.failures)]
+    for error in errors:
+        print(f"error: {terminal.with_options(error)}", file=sys.stderr)
+    if errors:
+        total = len(adapters) + len(unfound)
+        print(f"error: {len(errors)} of {total} adapters are left out", file=sys.stderr)
     if interrupted:
         more = "; the same command again completes the tables" if cache else ""
         print(f"interrupted: {written.done} of {len(adapters)} adapters are in the tables{more}", file=sys.stderr)
         raise SystemExit(130)
-    if written.failures:
+    if errors:
         raise SystemExit(1)
 
 

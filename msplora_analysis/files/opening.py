@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import Place, read_json
+from msplora_analysis.files.addresses import Place, open_binary, read_json
 from msplora_analysis.files.safetensors import SafetensorsFile
 from msplora_analysis.files.tensors import FloatArray, TensorFile, check_unchanged, state_of
 from msplora_analysis.files.torch_file import TorchFile
@@ -22,8 +22,30 @@ BASE = "base:"  # tensors of the base are named with it
 
 
 def open_tensors(path: Place) -> TensorFile:
-    """Open a file of tensors by its suffix."""
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    """Open a file of tensors by its suffix.
+
+    Raises:
+        AnalysisError: It is no such file; the message says what it is instead, where its first bytes tell.
+    """
+    try:
+        return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    except AnalysisError:
+        if other := _what_it_is(path):
+            raise AnalysisError(f"{path}: {other}") from None
+        raise
+
+
+def _what_it_is(path: Place) -> str | None:
+    """What a file is that stands in place of tensors, and what to do."""
+    with open_binary(path) as file:
+        begin = file.read(64).lstrip()
+    if begin.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run git lfs pull in its repository, or download the file"
+    if begin[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "it is an HTML page, not the file itself; download the file again (log in, if that takes a login)"
+    if path.suffix == ".safetensors" and begin.startswith((b"PK\3\4", b"\x80\x02")):
+        return "it was saved by torch.save, not as safetensors; rename it to end in .bin"
+    return None
 
 
 def open_checkpoint(path: Place) -> TensorFile:

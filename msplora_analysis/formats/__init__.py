@@ -12,8 +12,11 @@ from functools import cache
 from importlib import import_module
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import natural_key
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.no_update import REASONS
+from msplora_analysis.formats.helpers.parts import trained_in_full
+from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Shapes
 from msplora_analysis.options import Options
@@ -44,9 +47,23 @@ def read_contents(config: Config, file: TensorFile, options: Options) -> Content
     found = known.read(config, file, options)
     if not found.matrices and not found.unknown:
         raise AnalysisError("no low-rank factors in the file; was the adapter saved before it was added?")
+    if (known.peft_types or known.lone) and (note := _trained_whole(config, file, found)):
+        found = found._replace(notes=[*found.notes, note])
     if not known.reads_values:
         _last = key, found
     return found
+
+
+def _trained_whole(config: Config, file: TensorFile, found: Contents) -> str | None:
+    """The note of tensors that were trained whole beside the factors: heads, embeddings, biases."""
+    unknown = set(found.unknown)
+    names = [name.removeprefix(PREFIX) for name in file.shapes if name not in unknown]
+    whole = sorted((name for name in names if trained_in_full(name, config)), key=natural_key)
+    if not whole:
+        return None
+    listed = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
+    count = "1 tensor trained whole is" if len(whole) == 1 else f"{len(whole)} tensors trained whole are"
+    return f"{count} left out: {listed}"
 
 
 def find_format(config: Config, file: TensorFile) -> Format:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +91,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         r = _rank(parts, file.shapes)
         scaling = _read_number(file, extra["scalar"]) if "scalar" in extra else 1.0
         if r and "alpha" in extra:
-            scaling *= _read_number(file, extra["alpha"]) / r
+            scaling *= _alpha(file, extra["alpha"]) / r
         elif configs and "diff" not in parts:
             scaling *= _from_metadata(configs, name, r, parts)
         elif r:
@@ -175,6 +176,16 @@ def _read_number(file: TensorFile, key: str) -> float:
     return value
 
 
+def _alpha(file: TensorFile, key: str) -> float:
+    value = _read_number(file, key)
+    if value == 0:  # sd-scripts takes it as r, diffusers and ComfyUI as it stands
+        raise AnalysisError(
+            f"tensor {key} is 0, which kohya's scripts read as the rank, a scale of 1, and diffusers and ComfyUI as no "
+            "update; write the alpha that is meant"
+        )
+    return value
+
+
 def _metadata(file: TensorFile) -> dict[str, dict[str, Any]]:
     """The PEFT configs that diffusers writes, by the prefix of the model's names ("unet"); "" for a model alone."""
     text = file.metadata.get(_METADATA)
@@ -217,6 +228,11 @@ def _notes(
         unused = file.metadata.get("ss_network_alpha")
         also = f" (ss_network_alpha {unused!r} of its metadata is not applied)" if unused is not None else ""
         notes.append(f"{which}, so their scaling is taken as 1, as diffusers, kohya's scripts and ComfyUI do{also}")
+    if _blocks_of_dylora(file.metadata) > 1:
+        notes.append(
+            "LyCORIS trained it as DyLoRA with block_size > 1 and, meanwhile, block_size times the scale: the spectra "
+            "have the scale of those who read the file, alpha / r"
+        )
     if decomposed:
         notes.append(
             f"{len(decomposed)} modules are DoRA's: the spectra are of the low-rank part, "
@@ -225,6 +241,15 @@ def _notes(
     if left_out := list(vectors):
         notes.append(f"{len(left_out)} tensors of biases and norms ({left_out[0]}, ...) are no matrices and left out")
     return notes
+
+
+def _blocks_of_dylora(metadata: Mapping[str, str]) -> int:
+    """The block_size of LyCORIS' DyLoRA; 1 for anything else."""
+    with suppress(ValueError, TypeError, AttributeError):
+        arguments = parse(metadata.get("ss_network_args", "{}").encode(errors="surrogatepass"))
+        if arguments.get("algo") == "dylora":
+            return int(arguments.get("block_size", 4))
+    return 1
 
 
 FORMAT = Format(

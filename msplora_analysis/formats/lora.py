@@ -40,6 +40,7 @@ _DIAGONAL = r"(?P<name>.+)\.lora_diag(?:\.[^.]+)?"
 
 _REFUSED = {
     "use_qalora": "QA-LoRA: which modules pool their input before A, those of GPTQ, is not in the file",
+    "use_mora": "MoRA's update is one square matrix between groups of inputs and outputs, not B A",
     "arrow_config": "Arrow mixes other adapters token by token, and has no update of its own: analyse those adapters",
 }
 _NOTES = {

@@ -16,7 +16,7 @@ lora_alpha is not in the file: without an adapter_config.json beside it, the mat
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -39,8 +39,12 @@ _NO_ALPHA = (
 )
 
 
+def _has_factors(names: Collection[str]) -> bool:
+    return any(re.fullmatch(_FACTOR, name) for name in names)
+
+
 def _recognises(config: Config, file: TensorFile) -> bool:
-    return not config.get("peft_type") and any(re.fullmatch(_FACTOR, name) for name in file.shapes)
+    return not config.get("peft_type") and _has_factors(file.shapes)
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -70,6 +74,17 @@ def _products(a: str, b: str, shapes: Shapes, config: Config) -> Iterator[Produc
         )
     (_, cols), (rows, rank) = shape_a, shape_b
     rows //= parts
+    # PaddleNLP has (in, r) and (r, out), which multiply too where a weight is square.
+    if rank > min(rows, cols) and config.get("r") != rank:
+        raise AnalysisError(
+            f"tensors {a} and {b} have shapes {list(shape_a)} and {list(shape_b)}: as B A their rank {rank} is larger "
+            "than the matrix; if they are stored transposed, as PaddleNLP does, give them with their lora_config.json"
+        )
+    if parts > 1 and a.endswith((".attn.qkv.lora_A", ".attn.attn.lora_A")):
+        raise AnalysisError(
+            f"tensor {a} is of queries, keys and values, whose sizes are not in the file; keep litgpt's file beside "
+            "its model_config.yaml, under the name lit_model.pth.lora"
+        )
     scaling = _scaling(a, rank, rows, cols, config)
     if parts == 1:
         yield Product(Factor((a,), rank, cols), Factor((b,), rows, rank), scaling)
@@ -106,4 +121,4 @@ def _why_no_lora(config: Config, shapes: Shapes, matrices: Iterable[Matrix]) -> 
     return not_plain_pairs(matrices)
 
 
-FORMAT = Format(name="loralib", read=read, recognises=_recognises, why_no_lora=_why_no_lora)
+FORMAT = Format(name="loralib", read=read, lone=_has_factors, recognises=_recognises, why_no_lora=_why_no_lora)

@@ -9,7 +9,8 @@ samples; the first half is what PEFT merges.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,17 +22,18 @@ from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix, shared
 from msplora_analysis.formats.names import module_of
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Sum, contents
+from msplora_analysis.formats.updates import Config, Contents, Factor, Product, Shape, Sum, contents
 from msplora_analysis.options import Options
 
 _PREFIXES = {"VERA": "vera", "PVERA": "pvera"}
-# Last names of modules that read one input, so that they have the same number of columns.
+# Last names of modules that read one input, so that they have the same number of columns. Not q, k and v: a model
+# with cross-attention calls its own so.
 _SAME_INPUT = (
     {"query", "key", "value"},
     {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},
-    {"q", "k", "v"},
     {"wi_0", "wi_1"},
 )
+_OF_TWO_INPUTS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)  # queries of one, keys and values of another
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -47,7 +49,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         )
     stored, cols = expect_shape(shapes, a, None, None)
     largest, rank = expect_shape(shapes, b, None, stored // 2 if prefix == "pvera" else stored)
-    _check_inputs(modules, cols)
+    _check_inputs({name: shapes[parts[names[0]]] for name, parts in modules.items()}, cols)
 
     matrices = []
     for name, parts in modules.items():
@@ -75,14 +77,30 @@ def _scaled(values: NDArray[Any], scales: NDArray[Any], rows: int) -> NDArray[np
     return np.multiply(values[:rows], scales[:rows, None], dtype=np.float64)
 
 
-def _check_inputs(modules: Iterable[str], cols: int) -> None:
-    """The modules must be such as read one input; those of another would have fewer columns of A."""
-    kinds = {module_of(name) for name in modules}
-    if len(kinds) > 1 and not any(kinds <= same for same in _SAME_INPUT):
-        raise AnalysisError(
-            f"which of {', '.join(sorted(kinds))} have {cols} inputs, and which fewer, is not in a VeRA file, and the "
-            "update depends on it; convert the adapter to LoRA with peft.convert_to_lora, or adapt modules of one input"
-        )
+def _check_inputs(modules: Mapping[str, Shape], cols: int) -> None:
+    """The modules, with the shapes of their lambda_b, must be such as read one input.
+
+    Those of another, or of other stages of the model, would have fewer columns of A.
+    """
+    outputs: dict[str, Shape] = {}
+    for name, shape in modules.items():
+        if outputs.setdefault(module_of(name), shape) != shape:
+            raise _undetermined(f"modules called {module_of(name)} have different sizes", cols)
+    kinds = sorted(outputs)
+    if len(kinds) > 1:
+        if not any(set(kinds) <= same for same in _SAME_INPUT):
+            raise _undetermined(f"the modules are {', '.join(kinds)}", cols)
+        if crossed := next(filter(_OF_TWO_INPUTS.search, modules), None):
+            raise _undetermined(f"{crossed} may read another input than the rest", cols)
+    elif len(places := {re.sub(r"[0-9]+", "", name) for name in modules}) > 1:
+        raise _undetermined(f"modules called {kinds[0]} stand in {len(places)} places of the model", cols)
+
+
+def _undetermined(what: str, cols: int) -> AnalysisError:
+    return AnalysisError(
+        f"{what}; which of them have {cols} inputs, and which fewer, is not in a VeRA file, and the update depends on "
+        "it: convert the adapter to LoRA with peft.convert_to_lora, or adapt modules of one input"
+    )
 
 
 FORMAT = Format(name="VeRA", read=read, peft_types=tuple(_PREFIXES))

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adapters import write_adapter
+import torch
+from adapters import lora_tensors, write_adapter
 from safetensors.numpy import save_file
 
 from msplora_analysis import AnalysisError
 from msplora_analysis.adapters.discovery import discover
 from msplora_analysis.files.addresses import natural_key
+from msplora_analysis.files.opening import open_tensors
 
 
 def found(*paths: Path) -> list[tuple]:
@@ -209,6 +211,11 @@ def test_old_torchtune_has_every_epoch_in_one_folder(tmp_path):
         ("step_500", {}, (500, None)),
         ("step-500", {"epoch": 1.5, "global_step": 500}, (500, 1.5)),
         ("checkpoint_500", {}, (500, None)),
+        ("ckpt-30", {}, (30, None)),
+        ("iter_5", {}, (5, None)),
+        ("global_step40", {}, (40, None)),
+        ("0001", {}, (1, None)),
+        ("2024", {}, (None, None)),
         ("my-adapter", {"epoch": 2.0, "global_step": 60}, (60, 2)),
         ("my-adapter", {"epoch": 2.0}, (None, 2)),
         ("epoch", {}, (None, None)),
@@ -312,9 +319,12 @@ def test_nothing_found_says_what_was_looked_for(tmp_path):
     (tmp_path / "empty").mkdir()
     assert error(tmp_path / "full", tmp_path / "empty") == (
         f"{tmp_path}/empty: no adapter found; looked in it and all its folders for "
-        "adapter_model.safetensors or adapter_model.bin beside adapter_config.json, and for .safetensors files "
-        "with the keys of an adapter"
+        "adapter_model.safetensors or adapter_model.bin beside adapter_config.json, and for files "
+        "(.safetensors, .bin, .pt, .pth, .ckpt) with the keys of an adapter; it is empty"
     )
+    (tmp_path / "empty/weights.h5").write_bytes(b"")
+    (tmp_path / "empty/more").mkdir()
+    assert error(tmp_path / "empty").endswith("; it has weights.h5, more/")
 
 
 def test_missing_path(tmp_path):
@@ -340,10 +350,74 @@ def test_missing_config_names_the_weights(tmp_path, given):
 def test_config_without_weights_is_named(tmp_path):
     folder = write_adapter(tmp_path / "run" / "checkpoint-5")
     (folder / "adapter_model.safetensors").unlink()
-    assert error(tmp_path) == (
-        f"{folder}/adapter_config.json: no weights beside it; expected adapter_model.safetensors or "
-        "adapter_model.bin; remove the folder if its saving was cut off"
+    expected = (
+        f"{folder}/adapter_config.json: no weights of an adapter beside it; expected adapter_model.safetensors or "
+        "adapter_model.bin; "
     )
+    assert error(tmp_path) == expected + "the folder has no other file: copy the weights there"
+    (folder / "weights.npz").write_bytes(b"")
+    assert error(tmp_path) == expected + "beside it: weights.npz; copy the weights there, or rename them"
+    (folder / "adapter_model.safetensors").symlink_to("../../blobs/0")
+    lost = "adapter_model.safetensors is a link to a file that is not there: download it again"
+    assert error(tmp_path) == expected + lost
+    assert "a link to ../../blobs/0, which is not there" in error(folder / "adapter_model.safetensors")
+
+
+def test_an_empty_path_is_a_variable_that_is_not_set():
+    assert error("").startswith("an empty path is given")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".pth"])
+def test_files_of_pytorch_are_found_in_folders_by_their_tensors(tmp_path, suffix):
+    torch.save({"layers.0.q.lora_A": torch.ones(2, 3), "layers.0.q.lora_B": torch.ones(3, 2)}, tmp_path / f"w{suffix}")
+    torch.save({"layers.0.q.weight": torch.ones(2, 3)}, tmp_path / f"whole{suffix}")
+    assert [adapter.file.name for adapter in discover(tmp_path)] == [f"w{suffix}"]
+    (tmp_path / f"my_adapter{suffix}").write_bytes(b"no tensors")
+    assert error(tmp_path).startswith(f"{tmp_path}/my_adapter{suffix}: ")
+
+
+def test_two_files_of_one_adapter_that_differ(tmp_path):
+    folder = write_adapter(tmp_path / "a")
+    tensors = {name: torch.from_numpy(value) for name, value in lora_tensors("layer.0.query").items()}
+    torch.save(tensors, folder / "adapter_model.bin")
+    assert found(folder) == [("a", None, None)]
+    next(iter(tensors.values()))[0] += 1
+    torch.save(tensors, folder / "adapter_model.bin")
+    assert error(folder) == (
+        f"{folder}/adapter_model.safetensors: adapter_model.bin beside it has other tensors; keep the one that is meant"
+    )
+
+
+def test_what_cannot_be_found_is_left_out_where_that_is_asked_for(tmp_path):
+    for name in ("a", "b", "c"):
+        write_adapter(tmp_path / name)
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    (tmp_path / "b" / "adapter_config.json").write_text("{")
+    failed: list[AnalysisError] = []
+    assert [adapter.run for adapter in discover(tmp_path, failed=failed)] == ["c"]
+    assert [str(one).partition(": ")[0] for one in failed] == [
+        f"{tmp_path}/a/adapter_model.safetensors",
+        f"{tmp_path}/b/adapter_config.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "it is a Git LFS pointer, not the file itself",
+        ),
+        (b"\n<!DOCTYPE html><html>", "it is an HTML page, not the file itself; download the file again"),
+        (b"PK\3\4" + bytes(100), "it was saved by torch.save, not as safetensors; rename it to end in .bin"),
+    ],
+)
+def test_what_stands_in_place_of_tensors_is_named(tmp_path, content, expected):
+    file = write_adapter(tmp_path / "a") / "adapter_model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(AnalysisError) as caught:
+        open_tensors(file)
+    assert str(caught.value).startswith(f"{file}: {expected}")
 
 
 @pytest.mark.parametrize("text", ["{", "", '{"a": \x00}', "\xff", "[" * 100_000])

@@ -528,7 +528,6 @@ def test_a_dora_file_without_a_config(tmp_path):
     "keys",
     [
         ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.bias"],
-        ["transformer.h.0.attn.c_attn.lora_A", "transformer.h.0.attn.c_attn.lora_B"],  # loralib
         ["a.alpha", "logit_scale", "a1.weight", "block.a1.weight"],
     ],
 )
