@@ -97,8 +97,8 @@ def below_kl(scores: Sequence[NDArray[np.floating]], costs: Sequence[int], nats:
     Gates close one after another, in every module from the last direction on: always the one that raises the predicted
     KL ½ mean (sum of closed gates' scores)² least for each parameter that it saves, so that interactions of directions
     and modules count. Every second example decides. A choice among thousands of noisy numbers finds what is low by
-    chance, so that its own prediction is too low: the path ends where that on the other examples, which are not chosen
-    by, or on its own, exceeds ``nats``.
+    chance, so an interaction counts only as far as it exceeds its standard error, and the path ends where the
+    prediction on the other examples, which nothing is chosen by, or on these exceeds ``nats``.
 
     Args:
         scores: Of each module (examples × draws, r_i), directions in order: see ``msplora_core.moments``.
@@ -116,12 +116,14 @@ def below_kl(scores: Sequence[NDArray[np.floating]], costs: Sequence[int], nats:
     ranks = np.array([len(of) for of in seen])
     price = np.array(costs, dtype=np.float64)
     following = np.stack([of[-1] for of in seen])  # the gate of each module that would close next
-    squares = np.einsum("mn,mn->m", following, following)
+    squares = following**2
     closed, closed_unseen = np.zeros(following.shape[1]), np.zeros(unseen[0].shape[1])
     best = Cut(ranks.tolist(), 0.0, 0.0)
     while ranks.any():
-        increase = (2 * following @ closed + squares) / price
-        i = int(np.argmin(np.where(ranks > 0, increase, np.inf)))
+        together = 2 * following @ closed
+        sure = np.maximum(0, np.abs(together) - 2 * np.sqrt(squares @ closed**2))
+        increase = np.copysign(sure, together) + squares.sum(axis=1)
+        i = int(np.argmin(np.where(ranks > 0, increase / price, np.inf)))
         ranks[i] -= 1
         closed += seen[i][ranks[i]]
         closed_unseen += unseen[i][ranks[i]]
@@ -131,5 +133,5 @@ def below_kl(scores: Sequence[NDArray[np.floating]], costs: Sequence[int], nats:
         best = Cut(ranks.tolist(), cost_unseen, cost)
         if ranks[i]:
             following[i] = seen[i][ranks[i] - 1]
-            squares[i] = following[i] @ following[i]
+            squares[i] = following[i] ** 2
     return best
