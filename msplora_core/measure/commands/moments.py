@@ -74,6 +74,10 @@ def moments(
         by_writer(lambda: found.save(path))
     except ModuleNotFoundError as error:
         raise TrainingError(f"measuring needs the package {error.name}; run: pip install 'msplora[train]'") from error
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise TrainingError(f"batch_size={batch_size or 'default'}: too much for the GPU's memory; lower it") from error
     except KeyboardInterrupt as stop:
         raise stopped(stop, "nothing was written") from None
     if is_writer():
