@@ -141,6 +141,11 @@ def metric_label(ablation: pd.DataFrame) -> str:
     return str(name).replace("_", " ")
 
 
+def kl_label(metric: str) -> str:
+    """What the column `kl` is of a task with this metric, as `metric_label` gives it."""
+    return "mean squared difference" if metric == "pearson" else "KL (nats an example)"
+
+
 def adapter_name(ablation: pd.DataFrame) -> str:
     """What the adapter of these rows is called: "cola, step 268"."""
     run, step = ablation["run"].iloc[0], ablation["step"].dropna()

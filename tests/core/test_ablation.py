@@ -11,11 +11,13 @@ from peft import LoraConfig, get_peft_model
 from scipy.special import log_softmax
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
+from transformers import BertConfig, BertForSequenceClassification
 
 from msplora_core import MSPLoraConfig
 from msplora_core.errors import TrainingError
 from msplora_core.measure.ablation import ablate
 from msplora_core.measure.cuts import Bases, Closed, Cut
+from msplora_core.measure.recording import record_moments
 from msplora_core.measure.updates import updates_of
 from msplora_core.moments import ModuleMoments, Moments
 from msplora_core.train.evaluation import metric_value
@@ -239,6 +241,33 @@ def test_small_cuts_cost_what_the_gates_predict(method):
     cut = table[table["kl"] > 0]
     assert len(cut) > 12
     np.testing.assert_allclose(cut["predicted_kl"], cut["kl"], rtol=0.02)
+
+
+def test_of_a_regression_the_squared_difference_is_measured_and_predicted():
+    torch.manual_seed(3)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, vocab_size=60, num_labels=1
+    )
+    model = get_peft_model(BertForSequenceClassification(config), METHODS["lora"](TARGETS["bert"])).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 1e-3)
+    batches = [{**batch, "labels": batch["labels"].double() * 2.5} for batch in batches_of("bert")]
+    recorded = record_moments(model, batches, labels="sampled", draws=400)
+    found = ablate(model, batches, moments=recorded, ranks=(1,))
+    table = found.table("pearson")
+
+    whole = np.concatenate(logits_of(model, what_stays(model, Cut("none"), {}), batches))[:, 0]
+    labels = np.concatenate([batch["labels"] for batch in batches])
+    for row, cut in zip(table.itertuples(), found.cuts, strict=True):
+        if cut.cut != "rank_task":
+            output = np.concatenate(logits_of(model, what_stays(model, cut, {}), batches))[:, 0]
+            np.testing.assert_allclose(row.kl, np.mean((output - whole) ** 2), rtol=1e-3, atol=1e-16)
+            np.testing.assert_allclose(row.loss, np.mean((output - labels) ** 2), rtol=1e-6)
+            np.testing.assert_allclose(row.metric, pearsonr(output, labels)[0], rtol=1e-4)
+    cut = table[table["kl"] > 0]
+    np.testing.assert_allclose(cut["predicted_kl"], cut["kl"], rtol=0.15)  # sampled
 
 
 @pytest.mark.parametrize("name", ["accuracy", "matthews_correlation", "pearson", "perplexity"])

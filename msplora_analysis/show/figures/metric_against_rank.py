@@ -13,7 +13,7 @@ from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import DASHES, styled
 from msplora_analysis.show.drawing.venues import Style
-from msplora_analysis.tables.ablation import adapter_name, each_adapter, metric_label, one_adapter
+from msplora_analysis.tables.ablation import adapter_name, each_adapter, kl_label, metric_label, one_adapter
 from msplora_analysis.tables.matrices import slug
 
 _LINES = {"rank": "plain spectrum", "rank_task": "task-weighted spectrum"}
@@ -101,7 +101,7 @@ def _kl(ax: Axes, numbers: pd.DataFrame) -> None:
         ax.plot(line["rank"], line["kl"], color=colour, linestyle=dash, marker="o", markersize=3, label=label)
     if (numbers["kl"] > 0).any():
         ax.set_yscale("log")
-    ax.set_ylabel("KL (nats an example)")
+    ax.set_ylabel(kl_label(numbers["metric_name"].iloc[0]))
     _ranks(ax, numbers)
 
 

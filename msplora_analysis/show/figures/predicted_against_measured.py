@@ -13,7 +13,7 @@ from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
-from msplora_analysis.tables.ablation import adapter_name, each_adapter, one_adapter
+from msplora_analysis.tables.ablation import adapter_name, each_adapter, kl_label, metric_label, one_adapter
 from msplora_analysis.tables.matrices import slug
 
 _FACTOR = 2.0
@@ -60,7 +60,8 @@ def plots(ablation: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
 def numbers(ablation: pd.DataFrame) -> pd.DataFrame:
     """One row for each cut that was predicted to cost something, and did: both KLs and their ratio."""
     table = ablation[(ablation["kl"] > 0) & (ablation["predicted_kl"] > 0)]
-    columns = ["run", "step", "cut", "what", "rank", "predicted_kl", "kl"]
+    table = table.assign(metric_name=metric_label(ablation))
+    columns = ["run", "step", "metric_name", "cut", "what", "rank", "predicted_kl", "kl"]
     return table[columns].assign(ratio=table["kl"] / table["predicted_kl"]).reset_index(drop=True)
 
 
@@ -74,7 +75,7 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     text.legend_below(figure, handles, names)
     inside = np.abs(np.log(numbers["ratio"])) <= np.log(_FACTOR)
     note = f"{inside.sum()} of {len(numbers)} cuts within a factor of {_FACTOR:g}"
-    text.title(figure, f"Predicted and measured KL: {adapter_name(numbers)}", note)
+    text.title(figure, f"Predicted and measured: {adapter_name(numbers)}", note)
     text.fit(figure)
     return figure
 
@@ -91,5 +92,6 @@ def _panel(ax: Axes, numbers: pd.DataFrame) -> None:
         name = _NAMES.get(str(cut), str(cut))
         ax.plot(points["predicted_kl"], points["kl"], marker, color=colour, markersize=3.5, alpha=0.85, label=name)
     ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
-    ax.set(xlabel="predicted KL (nats an example)", ylabel="measured KL (nats an example)")
+    label = kl_label(numbers["metric_name"].iloc[0])
+    ax.set(xlabel=f"predicted {label}", ylabel=f"measured {label}")
     ax.spines[["top", "right"]].set_visible(False)

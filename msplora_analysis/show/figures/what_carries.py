@@ -13,7 +13,7 @@ from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
-from msplora_analysis.tables.ablation import adapter_name, each_adapter, metric_label, one_adapter
+from msplora_analysis.tables.ablation import adapter_name, each_adapter, kl_label, metric_label, one_adapter
 from msplora_analysis.tables.matrices import choose, slug
 
 LETTERS = 20  # of a module's name on one line
@@ -79,6 +79,7 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     layers = sorted(set(numbers["layer"].dropna()))
     kl = kl.reindex(columns=layers)
     names = [text.broken(module, LETTERS) for module in kl.index]
+    metric = numbers["metric_name"].iloc[0]
     longest = min(max(map(len, kl.index)), LETTERS)
     width = max(heatmap.width_for(style, len(layers), beside=0.05 * longest), style.widest)
     height = 0.2 + 0.14 * max(name.count("\n") + 1 for name in names) * len(names)
@@ -92,10 +93,9 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     cells = heatmap.draw_cells(map_, kl.to_numpy(np.float64), norm, colours.SEQUENTIAL)
     map_.set_yticks(range(len(names)), names, parse_math=False)
     map_.set_title("without the module")
-    figure.colorbar(cells, ax=map_, label="KL (nats)", aspect=8, pad=0.02)
-    metric = "\n".join(["change of", *numbers["metric_name"].iloc[0].split()])
+    figure.colorbar(cells, ax=map_, label=kl_label(metric), aspect=8, pad=0.02)
     _points(bars, numbers[numbers["cut"] == "layer"].set_index("layer").reindex(layers))
-    bars.set(title="without the layer", ylabel=metric, xlabel=LABELS["layer"])
+    bars.set(title="without the layer", ylabel="\n".join(["change of", *metric.split()]), xlabel=LABELS["layer"])
     panels = grid[2].subgridspec(1, len(others), width_ratios=shares).subplots(sharey=True, squeeze=False)[0]
     for ax, (cut, rows) in zip(panels, others.items(), strict=True):
         _points(ax, rows)
