@@ -6,6 +6,7 @@
     metrics = ma.load_metrics("runs/cola")   # one row per matrix
     pairs = ma.load_pairs("runs/cola")       # one row per two layers: what they share
     ablation = ma.load_ablation("runs/cola") # one row per part left out: what the task loses
+    ma.advise("runs/cola")                   # did it learn, what rank does it use, which scales to keep
     ma.diagnose("runs/cola")                 # what deserves a look
     ma.compare("runs/a", "runs/b")           # two methods, with intervals
 
@@ -24,6 +25,7 @@ from msplora_core.version import __version__ as __version__
 # For type checkers, and below for Python: a new name needs a line in both, which a test compares.
 if _typing.TYPE_CHECKING:
     from msplora_analysis.ask.results.summary import load_results as load_results
+    from msplora_analysis.interface import advise as advise
     from msplora_analysis.interface import compare as compare
     from msplora_analysis.interface import diagnose as diagnose
     from msplora_analysis.live.callback import SpectraCallback as SpectraCallback
@@ -48,6 +50,7 @@ if _typing.TYPE_CHECKING:
 
 _MODULES = {
     "SpectraCallback": "live.callback",
+    "advise": "interface",
     "compare": "interface",
     "compress": "write.truncate",
     "diagnose": "interface",

@@ -20,6 +20,7 @@ from msplora_analysis.options import Execution, Options, Progress, changed
 if TYPE_CHECKING:
     import pandas as pd
 
+    from msplora_analysis.ask.advice.advise import RunAdvice
     from msplora_analysis.show.notebook import Comparison, Findings
 
     Source: TypeAlias = StrPath | Iterable[StrPath] | pd.DataFrame
@@ -74,6 +75,40 @@ def diagnose(
         return Findings(findings.diagnose(evidence.gather(as_paths(source), options, execution, model=base)))
     _refuse(Options(base=base), options, execution)
     return Findings(findings.diagnose(evidence.of_tables(source, metrics, pairs, scales)))
+
+
+def advise(
+    paths: StrPath | Iterable[StrPath],
+    *,
+    moments: StrPath | None = None,
+    ignore_unknown: bool = False,
+    semantics: str = "paper",
+    workers: int | None = 1,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> list[RunAdvice]:
+    """What to decide on the last checkpoint of each run: did it learn, what rank does it use, which scales to keep?
+
+    Args:
+        paths: Adapters, run folders or folders of such, as for ``load_spectra``.
+        moments: See ``load_tables``, as for all keywords here. Without moments most stays open; the answers say so.
+
+    Returns:
+        One for each run: ``answers`` (question, answer, evidence, sure, command, value), the table ``ranks`` (rank,
+        parameters, megabytes, energy, task_energy, predicted_kl, kl, metric, metric_change, low, high), the table
+        ``scales``, the ``rank`` that is enough (None: not known), ``config`` (to paste, or None).
+
+    Raises:
+        AnalysisError: the input cannot be used.
+
+    Example:
+        >>> (advice,) = ma.advise("runs/cola")
+        >>> advice.rank, advice.ranks[["rank", "predicted_kl"]]
+    """
+    from msplora_analysis.ask.advice.gather import advise_all
+
+    options = Options(ignore_unknown, semantics, moments=moments)
+    return advise_all(as_paths(paths), options, Execution(workers, None, cache, progress))
 
 
 def compare(

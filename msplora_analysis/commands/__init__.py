@@ -2,5 +2,6 @@
 
 # The order of the help. A command that is not named here comes after these.
 ORDER = (
-    "spectra", "figures", "redundancy", "compare", "diagnose", "report", "results", "export", "compress", "watch",
+    "advise", "spectra", "figures", "redundancy", "compare", "diagnose", "report", "results", "export", "compress",
+    "watch",
 )  # fmt: skip

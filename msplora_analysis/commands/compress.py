@@ -84,7 +84,7 @@ def compress(
     """
     if sum(choice is not None for choice in (energy, rank, budget, kl)) != 1:
         raise typer.BadParameter("give one of the four", param_hint="--energy, --rank, --budget, --kl")
-    from msplora_analysis.write.choose import Choice
+    from msplora_analysis.compute.choose import Choice
     from msplora_analysis.write.truncate import compressed
 
     options = Options(ignore_unknown, semantics.value, moments=moments)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from msplora_analysis.compute.choose import Choice, Cut, below_kl
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Options
-from msplora_analysis.write.choose import Choice, Cut, below_kl
 from msplora_analysis.write.directions import RECORD, Kept, Ranking, cut, predicted_kl, ranked
 from msplora_analysis.write.source import Source, factors, find_adapter, open_source, warn_of
 from msplora_analysis.write.write import (

@@ -19,7 +19,7 @@ from torch import nn
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError, cli
-from msplora_analysis.write.choose import allocate
+from msplora_analysis.compute.choose import allocate
 
 peft = pytest.importorskip("peft")
 from msplora_core import MSPLoraConfig  # noqa: E402

@@ -14,7 +14,7 @@ from test_task_weighted import NAMES, lora, msplora_case, run  # noqa: F401  (fi
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError
-from msplora_analysis.write.choose import below_kl
+from msplora_analysis.compute.choose import below_kl
 from msplora_core.moments import read_moments
 
 PREFIX = "base_model.model."

@@ -1,0 +1,282 @@
+"""One answer on an adapter: did it learn, what rank does it use, which modules, scales and checkpoint are worth it.
+
+An answer is given where something measured decides it, and says how sure it is. What weights alone cannot tell stays
+open, with the command that would tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.ask.advice.configuration import lora_config, msplora_config
+from msplora_analysis.ask.advice.cuts import of_scale, pattern_below, predicted, ranks_of_scales, whole
+from msplora_analysis.ask.advice.ranks import rank_table
+from msplora_analysis.ask.advice.training import Course, course_of
+from msplora_core.names import SCALES, TOTAL
+
+if TYPE_CHECKING:
+    from msplora_core.moments import Moments
+
+KL = 0.01
+"""Nats an example that a cut may cost by its gates, where no ablation says what it does to the metric."""
+LOSS = 0.01
+"""Of the metric that a cut may lose, where an ablation measured it."""
+PAYS = 0.15
+"""The share of parameters from which on a rank for each module is worth its trouble."""
+NOTHING = 1e-3
+"""Nats an example below which leaving out a whole adapter, or a scale, changes next to nothing."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One adapter and all that is known of it.
+
+    Args:
+        spectra, metrics: Its rows of the tidy tables.
+        moments: What its task asks of it, if recorded.
+        ablation: What leaving out its parts did, if measured.
+    """
+
+    adapter: Adapter
+    spectra: pd.DataFrame
+    metrics: pd.DataFrame
+    moments: Moments | None = None
+    ablation: pd.DataFrame | None = None
+
+    @property
+    def whole(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Both tables, of the whole updates alone."""
+        if (self.metrics["scale"] == TOTAL).any():
+            tables = (self.spectra, self.metrics)
+            return tuple(table[table["scale"] == TOTAL] for table in tables)  # type: ignore[return-value]
+        return self.spectra, self.metrics
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to one question.
+
+    Args:
+        question: As a user asks it.
+        answer: In a sentence.
+        evidence: The numbers behind it.
+        sure: How sure it is, and why.
+        command: What to run next: to do it, or to know it.
+        value: What a program reads: a rank, a scale, a step.
+    """
+
+    question: str
+    answer: str
+    evidence: str = ""
+    sure: str = ""
+    command: str | None = None
+    value: object = None
+
+
+@dataclass(frozen=True)
+class RunAdvice:
+    """All answers on one adapter.
+
+    Args:
+        ranks: The table of ``ask.advice.ranks.rank_table``.
+        scales: One row per scale of MSPLoRA: scale, parameters, predicted_kl, kl, metric_change; else empty.
+        rank: The rank that is enough; None where that is not known.
+        config: A configuration to paste, of the adapter cut so.
+    """
+
+    subject: Subject
+    answers: Sequence[Answer]
+    ranks: pd.DataFrame
+    scales: pd.DataFrame = field(default_factory=pd.DataFrame)
+    rank: int | None = None
+    config: str | None = None
+
+
+def advise(subject: Subject) -> RunAdvice:
+    """What is known of one adapter, as answers.
+
+    Args:
+        subject: The adapter with its tables, moments and ablation.
+    """
+    course = course_of(subject.adapter)
+    ranks = rank_table(*subject.whole, subject.moments, subject.ablation)
+    scales = scale_table(subject)
+    learned = _learned(subject, course)
+    answers = [learned]
+    rank = config = None
+    if learned.value is not False:
+        answer, rank = _rank(subject, ranks, course)
+        modules, pattern = _modules(subject, ranks, rank)
+        answers += [answer, *modules, *_scales(scales, _limit(subject)), *_checkpoint(course)]
+        config = _config(subject, rank, pattern)
+    return RunAdvice(subject, answers, ranks, scales, rank, config)
+
+
+def _learned(subject: Subject, course: Course | None) -> Answer:
+    question = "Did it learn anything?"
+    spectra, _ = subject.whole
+    if not spectra["sigma"].to_numpy().any():
+        return Answer(question, "No: every update is zero.", sure="certain: the file says so", value=False)
+    evidence, learned = [], None
+    if subject.moments is not None and (scores := whole(subject.moments)) is not None:
+        kl = predicted(subject.moments, scores)
+        evidence.append(f"without it, the outputs move by about {kl:.2g}{_unit(subject)} (predicted)")
+        learned = kl > NOTHING
+    if course is not None and len(course.points) > 1 and course.points[0][0] == 0:
+        (_, before), (_, after) = course.points[0], course.points[-1]
+        evidence.append(
+            f"{course.metric} {before:.3f} before training, {after:.3f} after (the head, if any, learned too)"
+        )
+    if learned is None:
+        answer = "It changed the weights. Whether that serves the task, weights alone do not tell."
+        return Answer(question, answer, "; ".join(evidence), command=_moments_command(subject))
+    answer = "Yes." if learned else "Next to nothing."
+    sure = "a large cut costs less than gates predict; that it costs much is sure" if learned else ""
+    return Answer(question, answer, "; ".join(evidence), sure, value=bool(learned))
+
+
+def _rank(subject: Subject, ranks: pd.DataFrame, course: Course | None) -> tuple[Answer, int | None]:
+    question, full = "What rank does it use?", int(ranks["rank"].max())
+    compress = f"msplora-analyze compress {_path(subject)} --out DIR --rank"
+    if ranks["metric_change"].notna().sum() > 1:
+        sign = 1 if course is None or course.greater_is_better else -1
+        row = ranks[sign * ranks["metric_change"] >= -LOSS].iloc[0]
+        rank = int(row["rank"])
+        evidence = f"cut to rank {rank}, the metric changes by {row['metric_change']:+.3f}"
+        evidence += f" (95 % interval {row['low']:+.3f} to {row['high']:+.3f})"
+        if rank == full:
+            evidence = f"every lower rank that was measured loses more than {LOSS:g} of the metric"
+        return _rank_answer(question, rank, full, evidence, "measured on the validation data", compress), rank
+    if (limit := _limit(subject)) is not None and ranks["predicted_kl"].notna().any():
+        row = ranks[ranks["predicted_kl"] <= limit].iloc[0]
+        rank = int(row["rank"])
+        evidence = f"cut to rank {rank}, the outputs move by {row['predicted_kl']:.2g}{_unit(subject)}"
+        if rank == full:
+            evidence = f"every lower rank listed moves the outputs by more than {limit:.2g}{_unit(subject)}"
+        sure = "predicted from the task's gates, not measured; `msplora-measure ablate` measures it"
+        return _rank_answer(question, rank, full, evidence, sure, compress), rank
+    energy = ranks.loc[ranks["energy"] >= 0.99, "rank"].iloc[0]
+    evidence = f"rank {energy} holds 99 % of the energy; but energy tells what is large, not what the task needs"
+    return Answer(question, "Weights alone do not tell.", evidence, command=_moments_command(subject)), None
+
+
+def _limit(subject: Subject) -> float | None:
+    """What a cut may cost by its gates: KL nats; of a regression, whose outputs have no unit, a hundredth of all."""
+    if subject.moments is None or subject.moments.about.get("loss") != "regression":
+        return KL
+    scores = whole(subject.moments)
+    return None if scores is None else predicted(subject.moments, scores) / 100
+
+
+def _rank_answer(question: str, rank: int, full: int, evidence: str, sure: str, compress: str) -> Answer:
+    if rank == full:
+        return Answer(question, f"All {full}.", evidence, sure, value=rank)
+    return Answer(question, f"{rank} of {full}.", evidence, sure, f"{compress} {rank}", rank)
+
+
+def _modules(subject: Subject, ranks: pd.DataFrame, rank: int | None) -> tuple[list[Answer], dict[str, int] | None]:
+    """Whether ranks of its own for each module save much, at what the rank for all would cost."""
+    moments, (_, metrics) = subject.moments, subject.whole
+    if moments is None or rank is None or moments.about.get("loss") == "regression":
+        return [], None
+    even = ranks[ranks["rank"] == rank].iloc[0]
+    nats = float(even["predicted_kl"]) or KL
+    if not np.isfinite(nats) or (pattern := pattern_below(moments, metrics, nats)) is None:
+        return [], None
+    question, saved = "Do modules need different ranks?", 1 - pattern.parameters / even["parameters"]
+    evidence = (
+        f"{pattern.parameters:,} parameters with a rank for each module, {even['parameters']:,} with {rank} for all"
+    )
+    evidence += f", at {pattern.predicted_kl:.2g} nats an example"
+    sure = "predicted from the task's gates, on examples that the choice did not see"
+    if saved < PAYS:
+        return [Answer(question, "Hardly: one rank for all does as well.", evidence, sure, value=False)], None
+    command = f"msplora-analyze compress {_path(subject)} --out DIR --kl {nats:.3g}"
+    answer = f"Yes: that saves {saved:.0%} of the parameters."
+    return [Answer(question, answer, evidence, sure, command, pattern.ranks)], pattern.ranks
+
+
+def _config(subject: Subject, rank: int | None, pattern: dict[str, int] | None) -> str | None:
+    """The adapter's own configuration with the ranks that it uses; None where these are not known."""
+    config = subject.adapter.config
+    if rank is None:
+        return None
+    if config.get("peft_type") != "MSPLORA":
+        return lora_config(config, rank, pattern)
+    present = [scale for scale in SCALES if (subject.metrics["scale"] == scale).any()]
+    if subject.moments is None or (ranks := ranks_of_scales(subject.moments, present, KL)) is None:
+        return None
+    return msplora_config(config, ranks)
+
+
+def scale_table(subject: Subject) -> pd.DataFrame:
+    """What each scale of MSPLoRA costs and carries.
+
+    Returns:
+        Columns scale, parameters (of its shared factors, once), predicted_kl (nats an example, of leaving it out), and
+        of an ablation kl, metric_change, low, high. Empty for an adapter without several scales.
+    """
+    present = [scale for scale in SCALES if (subject.metrics["scale"] == scale).any()]
+    if len(present) < 2:
+        return pd.DataFrame()
+    rows = []
+    for scale in present:
+        own = subject.metrics[subject.metrics["scale"] == scale]
+        size = ((own["rows"] + own["cols"]) * own["rank"]).sum()
+        row: dict[str, object] = {"scale": scale, "parameters": int(size)}
+        if subject.moments is not None and (scores := of_scale(subject.moments, scale)) is not None:
+            row["predicted_kl"] = predicted(subject.moments, scores)
+        if subject.ablation is not None:
+            measured = subject.ablation[(subject.ablation["cut"] == "scale") & (subject.ablation["what"] == scale)]
+            if len(measured):
+                row |= {name: measured[name].iloc[0] for name in ("kl", "metric_change", "low", "high")}
+        rows.append(row)
+    columns = ["scale", "parameters", "predicted_kl", "kl", "metric_change", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _scales(scales: pd.DataFrame, limit: float | None) -> list[Answer]:
+    if limit is None or scales.empty or scales[["predicted_kl", "kl"]].isna().all(axis=None):
+        return []
+    question = "Which scales earn their parameters?"
+    cost = scales["kl"].fillna(scales["predicted_kl"])
+    idle = scales.loc[cost <= limit, "scale"].tolist()
+    measured = bool(scales["kl"].notna().all())
+    evidence = "; ".join(
+        f"{scale} {value:.3g} nats, {parameters:,} parameters"
+        for scale, value, parameters in zip(scales["scale"], cost, scales["parameters"], strict=True)
+    )
+    answer = f"Not {' and '.join(idle)}." if idle else "All of them carry something."
+    return [Answer(question, answer, f"left out: {evidence}", "measured" if measured else "predicted", value=idle)]
+
+
+def _checkpoint(course: Course | None) -> list[Answer]:
+    if course is None or len(course.points) < 3:
+        return []
+    question = "Which checkpoint?"
+    (best_at, best), (last_at, last) = course.best, course.points[-1]
+    ahead = (best - last) * (1 if course.greater_is_better else -1)
+    evidence = f"{course.metric} {last:.3f} at the last epoch ({last_at:g}), {best:.3f} at its best ({best_at:g})"
+    sure = "the best of many on the same data is best partly by chance"
+    if ahead <= LOSS:
+        return [Answer(question, "The last.", evidence, sure, value=last_at)]
+    return [Answer(question, f"That of epoch {best_at:g}.", evidence, sure, value=best_at)]
+
+
+def _unit(subject: Subject) -> str:
+    is_regression = subject.moments is not None and subject.moments.about.get("loss") == "regression"
+    return " (mean squared difference)" if is_regression else " nats an example"
+
+
+def _moments_command(subject: Subject) -> str:
+    return f"msplora-measure moments {_path(subject)}"
+
+
+def _path(subject: Subject) -> str:
+    return str(subject.adapter.file.parent)

@@ -1,0 +1,59 @@
+"""From paths to advice: the last checkpoint of each run, with the moments and the ablation beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msplora_analysis.adapters.discovery import Adapter, discover
+from msplora_analysis.adapters.moments import moments_file, open_moments
+from msplora_analysis.ask.advice.advise import RunAdvice, Subject, advise
+from msplora_analysis.files.addresses import StrPath, read_json
+from msplora_analysis.options import Execution, Options
+from msplora_analysis.tables.ablation import load_ablation
+from msplora_analysis.tables.checkpoints import newest
+from msplora_analysis.tables.files import FORMATS
+from msplora_analysis.tables.load import spectra_of, succeeding, tables_of
+from msplora_core.names import ABLATION
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def advise_all(paths: Sequence[StrPath], options: Options, execution: Execution) -> list[RunAdvice]:
+    """Advice on the last checkpoint of each run at and under ``paths``.
+
+    Raises:
+        AnalysisError: the input cannot be used as given.
+    """
+    adapters = newest(discover(paths))
+    found = []
+    for adapter, result in zip(adapters, succeeding(spectra_of(adapters, options, execution)), strict=True):
+        path = moments_file(adapter, options)
+        spectra, metrics = tables_of([adapter], [result], (1,), path is not None)
+        moments = None if path is None else open_moments(path, scores=("plain", "task", "scale_plain"))
+        found.append(advise(Subject(adapter, spectra, metrics, moments, ablation_of(adapter))))
+    return found
+
+
+def ablation_of(adapter: Adapter) -> pd.DataFrame | None:
+    """The ablation beside a local adapter; None, with a warning, if it is of other weights.
+
+    Raises:
+        AnalysisError: the table is something else.
+    """
+    folder = adapter.file.parent
+    if not isinstance(folder, Path) or not isinstance(adapter.file, Path):
+        return None
+    files = (folder / f"{ABLATION}.{suffix}" for suffix in FORMATS)
+    if (file := next((file for file in files if file.is_file()), None)) is None:
+        return None
+    beside = file.with_suffix(".json")
+    told = read_json(beside).get("weights_sha256") if beside.is_file() else None
+    if told is not None and told != hashlib.sha256(adapter.file.read_bytes()).hexdigest():
+        warnings.warn(f"{file} is of other weights than {adapter.file}: left out; measure it anew", stacklevel=2)
+        return None
+    return load_ablation(file)

@@ -1,0 +1,80 @@
+"""``msplora-analyze advise``: one answer on one screen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msplora_analysis.commands.shared import arguments, terminal
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.options import Execution, Options
+
+if TYPE_CHECKING:
+    from msplora_analysis.ask.advice.advise import RunAdvice
+
+
+@command(
+    "Answer: did it learn, what rank does it use, which scales and checkpoint are worth keeping?",
+    examples=(
+        "msplora-analyze advise runs/cola",
+        "msplora-analyze advise runs/cola/checkpoint-5360 --json",
+        "msplora-measure moments runs/cola && msplora-analyze advise runs/cola",
+    ),
+)
+def advise(
+    paths: arguments.Paths,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per run.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write advice.json and the tables of ranks too.", show_default=False),
+    ] = None,
+    workers: arguments.Workers = None,
+    cache: arguments.UseCache = True,
+    ignore_unknown: arguments.IgnoreUnknown = False,
+) -> None:
+    """Answer, of the last checkpoint of each run, what its user has to decide.
+
+    Moments beside the adapter (`msplora-measure moments`) tell what the task needs, an ablation
+    (`msplora-measure ablate`) what cuts do to the metric. Without them much stays open, and the answer
+    says so.
+    """
+    from msplora_analysis.ask.advice.gather import advise_all
+    from msplora_analysis.ask.advice.tell import as_object, write
+
+    with terminal.progress_bar("Reading") as progress:
+        execution = Execution(workers, cache=cache, progress=progress)
+        found = advise_all(paths, Options(ignore_unknown), execution)
+    written = write(found, out) if out is not None else []
+    with terminal.closed_pipe_ignored():
+        if as_json:
+            print(json.dumps({"advice": [as_object(one) for one in found]}, indent=2, ensure_ascii=False))
+        else:
+            for one in found:
+                print_advice(one)
+            terminal.print_paths(written)
+
+
+def print_advice(advice: RunAdvice) -> None:
+    """A title, the answers, and the table of ranks."""
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from msplora_analysis.ask.advice.tell import RANK_HEADERS, rank_cells, title
+
+    with terminal.printed_whole() as console:
+        console.print(f"[bold]{escape(title(advice))}[/bold]", end="\n\n")
+        for answer in advice.answers:
+            console.print(f"{escape(answer.question)} [bold]{escape(answer.answer)}[/bold]")
+            for line in (answer.evidence, answer.sure):
+                if line:
+                    console.print(Padding(f"[dim]{escape(line)}[/dim]", (0, 0, 0, 2)))
+            if answer.command:
+                console.print(f"  $ {escape(answer.command)}", soft_wrap=True)
+            console.print()
+        console.print(terminal.plain_table(RANK_HEADERS, rank_cells(advice.ranks)), end="\n\n")
+        if advice.config:
+            console.print("[dim]To try those ranks in a new training (whether they do there was not tested):[/dim]")
+            console.print(advice.config, markup=False, soft_wrap=True, end="\n\n")
