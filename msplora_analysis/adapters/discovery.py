@@ -39,6 +39,8 @@ from msplora_analysis.files.addresses import (
     walk,
 )
 from msplora_analysis.files.opening import FULL_NAMES
+from msplora_analysis.files.yaml import read_lines
+from msplora_analysis.formats import config_files
 from msplora_core.names import CONFIG
 
 __all__ = ["Adapter", "as_paths", "discover", "read_config"]
@@ -189,9 +191,16 @@ def _seen(root: Place) -> str:
 
 
 def read_config(file: Place) -> dict[str, Any]:
-    """The adapter_config.json beside a file of weights; empty if there is none."""
+    """The adapter_config.json beside a file of weights, else what its format has in its place; empty without any."""
     path = file.parent / CONFIG
-    return read_json(path, {"peft_type?": str}) if path.is_file() else {}
+    if path.is_file():
+        return read_json(path, {"peft_type?": str})
+    beside = [file.parent / name for name in config_files(file.name)]
+    return {
+        place.name: read_json(place) if place.suffix == ".json" else read_lines(place)
+        for place in beside
+        if place.is_file()
+    }
 
 
 def _order(adapter: Adapter) -> tuple[Any, ...]:

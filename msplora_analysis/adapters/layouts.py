@@ -24,10 +24,12 @@ from msplora_core.moments import MOMENTS
 from msplora_core.names import CONFIG, STATE, WEIGHTS
 from msplora_core.records import SETTINGS, TRAINER_STATE, Schema, fits, shown
 
-WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".lora")
 # Each in order of preference, where a folder holds several copies of one adapter or model.
 PEFT_NAMES = (WEIGHTS, "adapter_model.bin", "adapter_model.pt")
 DIFFUSERS_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+# Of MLX-LM, AdapterHub and litgpt: names that say nothing of the run.
+_OTHERS = ("adapters.safetensors", "pytorch_adapter.bin", "adapter.safetensors", "lit_model.pth.lora")
 # Without the configuration the scale of these is unknown; torchtune's .pt has none for some models.
 NEED_CONFIG = PEFT_NAMES[:2]
 
@@ -159,7 +161,7 @@ def describe(file: Place) -> Saved:
 
 def _from_name(file: Place) -> tuple[int | None, int | None, str | None]:
     """Step and epoch that a file's own name tells, and the name of its run where several may share the folder."""
-    if file.name in (*PEFT_NAMES, *DIFFUSERS_NAMES, *FULL_NAMES):
+    if file.name in (*PEFT_NAMES, *DIFFUSERS_NAMES, *FULL_NAMES, *_OTHERS):
         return None, None, None
     if match := _NUMBERED.fullmatch(file.name):
         return None, int(match[1]), None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary, read_json
+from msplora_analysis.files.gguf import GgufFile
 from msplora_analysis.files.safetensors import SafetensorsFile
 from msplora_analysis.files.tensors import FloatArray, TensorFile, check_unchanged, state_of
 from msplora_analysis.files.torch_file import TorchFile
@@ -28,7 +29,7 @@ def open_tensors(path: Place) -> TensorFile:
         AnalysisError: It is no such file; the message says what it is instead, where its first bytes tell.
     """
     try:
-        return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+        return {".safetensors": SafetensorsFile, ".gguf": GgufFile}.get(path.suffix, TorchFile)(path)
     except AnalysisError:
         if other := _what_it_is(path):
             raise AnalysisError(f"{path}: {other}") from None

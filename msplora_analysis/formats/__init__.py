@@ -101,6 +101,11 @@ def looks_like_adapter(names: Collection[str]) -> bool:
     return any(known.lone(names) for known in _all() if known.lone)
 
 
+def config_files(name: str) -> tuple[str, ...]:
+    """The files that configure a file of weights of this name in place of adapter_config.json."""
+    return tuple(file for known in built_in() for file in known.config_files.get(name, ()))
+
+
 def _all() -> Iterator[Format]:
     yield from built_in()
     yield from added()  # only asked for where no format of ours matches: finding packages takes time

@@ -19,14 +19,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.tensors import FloatArray, TensorFile
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import pair_factors
 from msplora_analysis.formats.helpers.settings import number
-from msplora_analysis.formats.helpers.structures import not_plain_pairs
+from msplora_analysis.formats.helpers.structures import not_plain_pairs, rows_of
 from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shapes, Sum, contents
@@ -52,14 +49,18 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     pairs, unknown = pair_factors(file.shapes, config, _FACTOR)
     # lora_state_dict(model, bias=...) keeps the biases that were trained.
     unknown = [key for key in unknown if key.rpartition(".")[2] != "bias"]
-    matrices = []
+    matrices: list[Matrix] = []
     for (name, _), (a, b) in pairs.items():
-        products = list(_products(a, b, file.shapes, config))
-        _, layer = stack_and_layer(name)
-        for part, product in enumerate(products):
-            suffix = f".{part}" if len(products) > 1 else ""
-            matrices.append(Matrix("layer", layer, module_of(name) + suffix, name + suffix, Sum((product,))))
+        matrices += part_matrices(name, a, b, file.shapes, config)
     return contents(matrices, unknown, [] if "lora_alpha" in config else [_NO_ALPHA])
+
+
+def part_matrices(name: str, a: str, b: str, shapes: Shapes, config: Config) -> Iterator[Matrix]:
+    """The matrix of each part of a module, by ``lora_alpha`` and ``r`` of the config."""
+    products = list(_products(a, b, shapes, config))
+    for part, product in enumerate(products):
+        suffix = f".{part}" if len(products) > 1 else ""
+        yield Matrix("layer", stack_and_layer(name)[1], module_of(name) + suffix, name + suffix, Sum((product,)))
 
 
 def _products(a: str, b: str, shapes: Shapes, config: Config) -> Iterator[Product]:
@@ -91,8 +92,8 @@ def _products(a: str, b: str, shapes: Shapes, config: Config) -> Iterator[Produc
         return
     for part in range(parts):
         yield Product(
-            Factor((a,), rank, cols, partial(_rows, start=part * rank, count=rank)),
-            Factor((b,), rows, rank, partial(_rows, start=part * rows, count=rows)),
+            Factor((a,), rank, cols, partial(rows_of, start=part * rank, count=rank)),
+            Factor((b,), rows, rank, partial(rows_of, start=part * rows, count=rows)),
             scaling,
         )
 
@@ -106,10 +107,6 @@ def _scaling(a: str, rank: int, rows: int, cols: int, config: Config) -> float:
             f"tensor {a} has rank {rank}, adapter_config.json says {r:g}; is it the config of another adapter?"
         )
     return number(config, "lora_alpha") / r if "lora_alpha" in config else 1.0
-
-
-def _rows(tensor: FloatArray, start: int, count: int) -> NDArray[np.float64]:
-    return tensor[start : start + count].astype(np.float64)
 
 
 def _why_no_lora(config: Config, shapes: Shapes, matrices: Iterable[Matrix]) -> str | None:

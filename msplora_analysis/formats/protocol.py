@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.updates import Config, Contents, Matrix, Shapes
@@ -25,6 +25,8 @@ class Format:
             is empty where there is none.
         why_no_lora: Why no plain LoRA equals an adapter: one reason for all, or a function that gives it, None for an
             adapter that has one. By default every sum of products has one.
+        config_files: Of a file of weights by its whole name, the files beside it that configure it in place of
+            adapter_config.json: JSON, or YAML with settings a line each. The config is their contents by their names.
         tells: Whether the updates have what a tensor says that is none of their factors, such as an alpha.
         reads_values: Whether ``read`` also looks at values, so that no two files are known to have the same matrices.
         priority: Formats of a higher one are asked first.
@@ -36,6 +38,7 @@ class Format:
     lone: Callable[[Collection[str]], bool] | None = None
     recognises: Callable[[Config, TensorFile], bool] | None = None
     why_no_lora: str | Callable[[Config, Shapes, Sequence[Matrix]], str | None] | None = None
+    config_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tells: Callable[[str], bool] = lambda name: False
     reads_values: bool = False
     priority: int = 0

@@ -320,7 +320,7 @@ def test_nothing_found_says_what_was_looked_for(tmp_path):
     assert error(tmp_path / "full", tmp_path / "empty") == (
         f"{tmp_path}/empty: no adapter found; looked in it and all its folders for "
         "adapter_model.safetensors or adapter_model.bin beside adapter_config.json, and for files "
-        "(.safetensors, .bin, .pt, .pth, .ckpt) with the keys of an adapter; it is empty"
+        "(.safetensors, .bin, .pt, .pth, .ckpt, .gguf, .lora) with the keys of an adapter; it is empty"
     )
     (tmp_path / "empty/weights.h5").write_bytes(b"")
     (tmp_path / "empty/more").mkdir()
@@ -334,7 +334,7 @@ def test_missing_path(tmp_path):
 def test_file_that_is_no_adapter(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert error(tmp_path / "notes.txt") == (
-        f"{tmp_path}/notes.txt: not an adapter file; expected one of .safetensors, .bin, .pt, .pth, .ckpt"
+        f"{tmp_path}/notes.txt: not an adapter file; expected one of .safetensors, .bin, .pt, .pth, .ckpt, .gguf, .lora"
     )
 
 

@@ -681,7 +681,7 @@ READ = {"LORA", "ADALORA", "VERA", "PVERA", "VBLORA", "DELORA", "GRALORA", "LOHA
 @pytest.mark.parametrize("kind", [kind.value for kind in peft.PeftType])
 def test_every_method_of_peft_is_read_or_refused_with_its_reason(tmp_path, kind):
     config = {"peft_type": kind}
-    read = any(one.matches(config, SimpleNamespace(shapes={})) for one in built_in())
+    read = any(one.matches(config, SimpleNamespace(shapes={}, metadata={})) for one in built_in())
     assert read or kind in REASONS, f"{kind} is neither read nor refused"
     assert read == (kind in READ)
     if not read:

@@ -74,7 +74,7 @@ def _sorted(shapes: Shapes, config: Config, pattern: str) -> tuple[dict[tuple[st
         name = key.removeprefix(PREFIX)
         if match := re.fullmatch(pattern, name):
             found = match.groupdict()
-            part = found.get("part") or f"factor {found['factor']}"
+            part = found.get("part") or f"factor {found['factor'].upper()}"
             add_part(units, (found["name"], found.get("scale", "")), part, key)
         elif not trained_in_full(name, config):
             unknown.append(key)

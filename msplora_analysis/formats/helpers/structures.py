@@ -6,7 +6,8 @@ None is multiplied out where its spectrum is that of smaller factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats.helpers.flattened import dotted
-from msplora_analysis.formats.helpers.parts import leading, make_product
+from msplora_analysis.formats.helpers.parts import expect_shape, leading, make_product
+from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.updates import Factor, Matrix, Product, Shapes, Sum, Whole
 
 Array = NDArray[np.float64]
@@ -54,7 +56,7 @@ def tucker(core: str, down: str, up: str, shapes: Shapes, *, up_transposed: bool
     rows, rank = up_matrix
     return Product(
         Factor((core, down), rank, shape_down[1] * math.prod(shape[2:]), _core_times_down),
-        Factor((up,), rows, rank, _transposed if up_transposed else None),
+        Factor((up,), rows, rank, transposed if up_transposed else None),
         1.0,
     )
 
@@ -100,6 +102,16 @@ def block_diagonal(values: NDArray[Any], blocks: int) -> NDArray[np.float64]:
     return full.reshape(rows, blocks * cols)
 
 
+def expert_matrices(name: str, a: str, b: str, scaling: float, shapes: Shapes) -> Iterator[Matrix]:
+    """The matrix of each expert of A (experts, rank, in) and B (experts, out, rank), called ``<name>.<expert>``."""
+    experts, rank, cols = expect_shape(shapes, a, None, None, None)
+    _, rows, _ = expect_shape(shapes, b, experts, None, rank)
+    for i in range(experts):
+        make = partial(expert, index=i)
+        update = Sum((Product(Factor((a,), rank, cols, make), Factor((b,), rows, rank, make), scaling),))
+        yield Matrix("layer", stack_and_layer(name)[1], module_of(name), f"{name}.{i}", update)
+
+
 def not_plain_pairs(matrices: Iterable[Matrix]) -> str | None:
     """Why not all updates are one pair of factors each, of a module whose name is known; None if they are."""
     for matrix in matrices:
@@ -131,8 +143,19 @@ def _matrix(tensor: NDArray[Any], rows: int) -> Array:
     return tensor.astype(np.float64).reshape(rows, -1)
 
 
-def _transposed(tensor: NDArray[Any]) -> Array:
+def transposed(tensor: NDArray[Any]) -> Array:
+    """A matrix (n, m) as (m, n), in float64."""
     return _matrix(tensor, len(tensor)).T.copy()
+
+
+def rows_of(tensor: NDArray[Any], start: int, count: int) -> Array:
+    """``count`` rows of a matrix, in float64."""
+    return tensor[start : start + count].astype(np.float64)
+
+
+def expert(tensor: NDArray[Any], index: int) -> Array:
+    """The matrix of one expert of (experts, n, m), in float64."""
+    return tensor[index].astype(np.float64)
 
 
 def _core_times_down(core: NDArray[Any], down: NDArray[Any]) -> Array:
