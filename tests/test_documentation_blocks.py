@@ -128,7 +128,7 @@ def parse(words: list[str]) -> None:
     command: Any = typer.main.get_command(APPS[words[0]])
     context = None
     rest = words[1:]
-    if words[0] == "msplora-analyze":
+    if words[0] != "msplora-train":
         context = typer.Context(command, info_name=words[0])
         _, command, rest = command.resolve_command(context, rest)
     command.make_context(command.name, list(rest), parent=context)
@@ -183,8 +183,9 @@ def check_parsing(words: list[str]) -> None:
 
 
 def check_launched(words: list[str]) -> None:
-    assert "msplora_core.cli" in words, "a launcher starts python -m msplora_core.cli"
-    parse(["msplora-train", *words[words.index("msplora_core.cli") + 1 :]])
+    names = {"msplora_core.cli": "msplora-train", "msplora_core.measure.cli": "msplora-measure"}
+    (module,) = names.keys() & set(words)  # a launcher starts python -m module
+    parse([names[module], *words[words.index(module) + 1 :]])
 
 
 def check_script(words: list[str]) -> None:
