@@ -37,10 +37,11 @@ def hooked(update: Update, take: Took) -> Any:
     Returns:
         The hook, to remove.
     """
-    layer, adapter = update.layer, update.adapter
+    layer: Any = update.layer
+    adapter = update.adapter
     if isinstance(layer, MSPLoraLinear):
         return layer.hidden.register_forward_hook(partial(_inside, take))
-    if isinstance(layer, AdaLoraLayer):
+    if isinstance(update.layer, AdaLoraLayer):
         a, b = update.a(), update.b()
         return layer.register_forward_hook(partial(_outside, take, lambda x: linear(x.to(a.dtype), a), b))
     variant = layer.lora_variant.get(adapter)

@@ -20,8 +20,7 @@ def differentiated(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as undo:
-        undo.callback(lambda: [setattr(module, "training", True) for module in training])
-        undo.callback(lambda: [parameter.requires_grad_(True) for parameter in trained])
+        undo.callback(_as_before, training, trained)
         model.eval()
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -33,6 +32,13 @@ def differentiated(model: nn.Module) -> Iterator[None]:
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         yield
+
+
+def _as_before(training: list[nn.Module], trained: list[nn.Parameter]) -> None:
+    for module in training:
+        module.training = True
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -50,8 +50,8 @@ def scored(updates: Mapping[str, Update], recorder: Recorder, *, keep_cores: boo
     found = {}
     for name, arrays in _in_order(gathered((recorder.rows, rows))).items():
         one = based[name].moments
-        cores = arrays.pop("cores", None)
-        found[name] = ModuleMoments(one.scales, one.ranks, one.s_a, one.s_b, one.norms, arrays, cores)
+        scores = {basis: arrays[basis] for basis in based[name].directions}
+        found[name] = ModuleMoments(one.scales, one.ranks, one.s_a, one.s_b, one.norms, scores, arrays.get("cores"))
     return found
 
 
@@ -63,7 +63,8 @@ def gathered(own: Any) -> list[Any]:
 def _bases(update: Update, sums: Sequence[tuple[Array, Array, int]]) -> _Bases:
     tokens = max(sum(count for _, _, count in sums), 1)
     zeros = np.zeros((update.rank, update.rank))
-    s_a, s_b = (sum((of[side] for of in sums), zeros) / tokens for side in (0, 1))
+    s_a = np.sum([zeros, *(a for a, _, _ in sums)], axis=0) / tokens
+    s_b = np.sum([zeros, *(b for _, b, _ in sums)], axis=0) / tokens
     gram_a, gram_b = (gram.numpy() for gram in update.grams())
     whole = [slice(0, update.rank)]
     scales = [slice(of.start, of.stop) for of in map(update.columns, update.scales)]
