@@ -17,6 +17,9 @@ demo: $(VENV)/.demo
 	$(BIN)/msplora-train --method msplora --ranks 8,8,8 --output-dir $(DEMO)/runs/msplora-8-8-8 --overwrite
 	$(BIN)/msplora-analyze spectra $(DEMO)/runs --out $(DEMO)/tables --format csv
 	$(BIN)/msplora-analyze figures $(DEMO)/runs --out $(DEMO)/figures
+	$(BIN)/msplora-measure moments $(DEMO)/runs/lora-8 --examples 256
+	$(BIN)/msplora-measure ablate $(DEMO)/runs/lora-8 --out $(DEMO)/runs/lora-8/checkpoint-270
+	$(BIN)/msplora-analyze advise $(DEMO)/runs/lora-8
 	@echo "Figures: $(abspath $(DEMO))/figures   Tables: $(abspath $(DEMO))/tables"
 
 test: $(VENV)/.test

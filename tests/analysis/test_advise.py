@@ -96,7 +96,7 @@ def test_a_measured_metric_goes_before_a_prediction(measured):
     ablation(*cuts).to_csv(folder / "ablation.csv", index=False)
     (advice,) = ma.advise(folder)
     assert advice.rank == 3
-    assert "measured" in answer(advice, "What rank").sure
+    assert "Measured" in answer(advice, "What rank").sure
     assert advice.ranks.set_index("rank")["metric"].to_dict() == {1: 0.7, 2: 0.75, 3: 0.795, 4: 0.8}
 
 

@@ -111,7 +111,7 @@ def advise(subject: Subject) -> RunAdvice:
     answers = [learned]
     rank = config = None
     if learned.value is not False:
-        answer, rank = _rank(subject, ranks, course)
+        answer, rank = _rank(subject, ranks)
         modules, pattern = _modules(subject, ranks, rank)
         answers += [answer, *modules, *_scales(scales, _limit(subject)), *_checkpoint(course)]
         config = _config(subject, rank, pattern)
@@ -122,47 +122,45 @@ def _learned(subject: Subject, course: Course | None) -> Answer:
     question = "Did it learn anything?"
     spectra, _ = subject.whole
     if not spectra["sigma"].to_numpy().any():
-        return Answer(question, "No: every update is zero.", sure="certain: the file says so", value=False)
+        return Answer(question, "No: every update is zero.", sure="Certain: the file says so.", value=False)
     evidence, learned = [], None
     if subject.moments is not None and (scores := whole(subject.moments)) is not None:
         kl = predicted(subject.moments, scores)
-        evidence.append(f"without it, the outputs move by about {kl:.2g}{_unit(subject)} (predicted)")
+        evidence.append(f"Without it the outputs move by about {kl:.2g}{_unit(subject)} (predicted).")
         learned = kl > NOTHING
     if course is not None and len(course.points) > 1 and course.points[0][0] == 0:
         (_, before), (_, after) = course.points[0], course.points[-1]
-        evidence.append(
-            f"{course.metric} {before:.3f} before training, {after:.3f} after (the head, if any, learned too)"
-        )
+        evidence.append(f"{course.metric} {before:.3f} before training, {after:.3f} now; a head learned too.")
     if learned is None:
         answer = "It changed the weights. Whether that serves the task, weights alone do not tell."
-        return Answer(question, answer, "; ".join(evidence), command=_moments_command(subject))
+        return Answer(question, answer, " ".join(evidence), command=_moments_command(subject))
     answer = "Yes." if learned else "Next to nothing."
-    sure = "a large cut costs less than gates predict; that it costs much is sure" if learned else ""
-    return Answer(question, answer, "; ".join(evidence), sure, value=bool(learned))
+    sure = "The prediction is too high for effects as large as this; that it is large is sure." if learned else ""
+    return Answer(question, answer, " ".join(evidence), sure, value=bool(learned))
 
 
-def _rank(subject: Subject, ranks: pd.DataFrame, course: Course | None) -> tuple[Answer, int | None]:
+def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
     question, full = "What rank does it use?", int(ranks["rank"].max())
     compress = f"msplora-analyze compress {_path(subject)} --out DIR --rank"
     if ranks["metric_change"].notna().sum() > 1:
-        sign = 1 if course is None or course.greater_is_better else -1
+        sign = -1 if subject.ablation is not None and (subject.ablation["metric_name"] == "perplexity").all() else 1
         row = ranks[sign * ranks["metric_change"] >= -LOSS].iloc[0]
         rank = int(row["rank"])
-        evidence = f"cut to rank {rank}, the metric changes by {row['metric_change']:+.3f}"
-        evidence += f" (95 % interval {row['low']:+.3f} to {row['high']:+.3f})"
+        evidence = f"Cut to rank {rank}, the metric changes by {row['metric_change']:+.3f}"
+        evidence += f" (95 % interval {row['low']:+.3f} to {row['high']:+.3f})."
         if rank == full:
-            evidence = f"every lower rank that was measured loses more than {LOSS:g} of the metric"
-        return _rank_answer(question, rank, full, evidence, "measured on the validation data", compress), rank
+            evidence = f"Every lower rank that was measured loses more than {LOSS:g} of the metric."
+        return _rank_answer(question, rank, full, evidence, "Measured on the validation data.", compress), rank
     if (limit := _limit(subject)) is not None and ranks["predicted_kl"].notna().any():
         row = ranks[ranks["predicted_kl"] <= limit].iloc[0]
         rank = int(row["rank"])
-        evidence = f"cut to rank {rank}, the outputs move by {row['predicted_kl']:.2g}{_unit(subject)}"
+        evidence = f"Cut to rank {rank}, the outputs move by {row['predicted_kl']:.2g}{_unit(subject)}."
         if rank == full:
-            evidence = f"every lower rank listed moves the outputs by more than {limit:.2g}{_unit(subject)}"
-        sure = "predicted from the task's gates, not measured; `msplora-measure ablate` measures it"
+            evidence = f"Every lower rank listed moves the outputs by more than {limit:.2g}{_unit(subject)}."
+        sure = "Predicted from the task's gates; msplora-measure ablate would measure it."
         return _rank_answer(question, rank, full, evidence, sure, compress), rank
     energy = ranks.loc[ranks["energy"] >= 0.99, "rank"].iloc[0]
-    evidence = f"rank {energy} holds 99 % of the energy; but energy tells what is large, not what the task needs"
+    evidence = f"Rank {energy} holds 99 % of the energy. Energy tells what is large, not what the task needs."
     return Answer(question, "Weights alone do not tell.", evidence, command=_moments_command(subject)), None
 
 
@@ -190,11 +188,9 @@ def _modules(subject: Subject, ranks: pd.DataFrame, rank: int | None) -> tuple[l
     if not np.isfinite(nats) or (pattern := pattern_below(moments, metrics, nats)) is None:
         return [], None
     question, saved = "Do modules need different ranks?", 1 - pattern.parameters / even["parameters"]
-    evidence = (
-        f"{pattern.parameters:,} parameters with a rank for each module, {even['parameters']:,} with {rank} for all"
-    )
-    evidence += f", at {pattern.predicted_kl:.2g} nats an example"
-    sure = "predicted from the task's gates, on examples that the choice did not see"
+    evidence = f"A rank for each module takes {pattern.parameters:,} parameters, rank {rank} for all "
+    evidence += f"{int(even['parameters']):,}; both move the outputs by about {nats:.2g} nats an example."
+    sure = "Predicted from the task's gates, on examples that the choice did not see."
     if saved < PAYS:
         return [Answer(question, "Hardly: one rank for all does as well.", evidence, sure, value=False)], None
     command = f"msplora-analyze compress {_path(subject)} --out DIR --kl {nats:.3g}"
@@ -248,12 +244,14 @@ def _scales(scales: pd.DataFrame, limit: float | None) -> list[Answer]:
     cost = scales["kl"].fillna(scales["predicted_kl"])
     idle = scales.loc[cost <= limit, "scale"].tolist()
     measured = bool(scales["kl"].notna().all())
-    evidence = "; ".join(
-        f"{scale} {value:.3g} nats, {parameters:,} parameters"
+    evidence = ", ".join(
+        f"{scale} {value:.2g} ({parameters:,} parameters)"
         for scale, value, parameters in zip(scales["scale"], cost, scales["parameters"], strict=True)
     )
+    evidence = f"What leaving it out costs, in nats an example: {evidence}."
+    sure = "Measured on the validation data." if measured else "Predicted from the task's gates."
     answer = f"Not {' and '.join(idle)}." if idle else "All of them carry something."
-    return [Answer(question, answer, f"left out: {evidence}", "measured" if measured else "predicted", value=idle)]
+    return [Answer(question, answer, evidence, sure, value=idle)]
 
 
 def _checkpoint(course: Course | None) -> list[Answer]:
@@ -262,8 +260,8 @@ def _checkpoint(course: Course | None) -> list[Answer]:
     question = "Which checkpoint?"
     (best_at, best), (last_at, last) = course.best, course.points[-1]
     ahead = (best - last) * (1 if course.greater_is_better else -1)
-    evidence = f"{course.metric} {last:.3f} at the last epoch ({last_at:g}), {best:.3f} at its best ({best_at:g})"
-    sure = "the best of many on the same data is best partly by chance"
+    evidence = f"{course.metric} {last:.3f} at the last epoch ({last_at:g}), {best:.3f} at its best ({best_at:g})."
+    sure = "The best of many on the same data is best partly by chance."
     if ahead <= LOSS:
         return [Answer(question, "The last.", evidence, sure, value=last_at)]
     return [Answer(question, f"That of epoch {best_at:g}.", evidence, sure, value=best_at)]

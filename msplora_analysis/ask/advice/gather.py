@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.adapters.moments import moments_file, open_moments
 from msplora_analysis.ask.advice.advise import RunAdvice, Subject, advise
+from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.files.addresses import StrPath, read_json
 from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.ablation import load_ablation
@@ -32,11 +33,37 @@ def advise_all(paths: Sequence[StrPath], options: Options, execution: Execution)
     adapters = newest(discover(paths))
     found = []
     for adapter, result in zip(adapters, succeeding(spectra_of(adapters, options, execution)), strict=True):
-        path = moments_file(adapter, options)
-        spectra, metrics = tables_of([adapter], [result], (1,), path is not None)
-        moments = None if path is None else open_moments(path, scores=("plain", "task", "scale_plain"))
-        found.append(advise(Subject(adapter, spectra, metrics, moments, ablation_of(adapter))))
+        tables = tables_of([adapter], [result], (1,), moments_file(adapter, options) is not None)
+        found.append(_advice(adapter, *tables, options))
     return found
+
+
+def advise_known(evidence: Evidence, options: Options) -> list[RunAdvice]:
+    """Advice on the last readable checkpoint of each run whose adapter is known; tables alone have none.
+
+    Args:
+        evidence: What was read.
+        options: How the adapters were read.
+    """
+    found = []
+    for adapter in newest(evidence.adapters):
+        tables = [table[_is_of(table, adapter)] for table in (evidence.spectra, evidence.metrics)]
+        if not any(table.empty for table in tables):
+            found.append(_advice(adapter, *tables, options))
+    return found
+
+
+def _is_of(table: pd.DataFrame, adapter: Adapter) -> pd.Series[bool]:
+    known = table["run"] == adapter.run
+    for name, value in (("step", adapter.step), ("epoch", adapter.epoch)):
+        known &= table[name].isna() if value is None else (table[name] == value).fillna(False)
+    return known.astype(bool)
+
+
+def _advice(adapter: Adapter, spectra: pd.DataFrame, metrics: pd.DataFrame, options: Options) -> RunAdvice:
+    path = moments_file(adapter, options)
+    moments = None if path is None else open_moments(path, scores=("plain", "task", "scale_plain", "scale_task"))
+    return advise(Subject(adapter, spectra, metrics, moments, ablation_of(adapter)))
 
 
 def ablation_of(adapter: Adapter) -> pd.DataFrame | None:

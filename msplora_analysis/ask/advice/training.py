@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple, TypeGuard
 
 from msplora_analysis.adapters.discovery import Adapter
-from msplora_analysis.adapters.layouts import nearest_json, settings_of
+from msplora_analysis.adapters.layouts import nearest_json
 from msplora_core.names import RECORD, STATE
 
 
@@ -16,8 +16,6 @@ class Course(NamedTuple):
     metric: str
     greater_is_better: bool
     points: list[tuple[float, float]]
-    examples: int | None
-    settings: dict[str, Any]
 
     @property
     def best(self) -> tuple[float, float]:
@@ -45,10 +43,7 @@ def course_of(adapter: Adapter) -> Course | None:
         name = name.removeprefix("eval_") if name else None
     if not points:
         return None
-    data = record.get("data")
-    validation = data.get("validation") if isinstance(data, dict) else None
-    rows = validation.get("rows") if isinstance(validation, dict) else None
-    return Course(name or "metric", bool(greater), points, rows if isinstance(rows, int) else None, settings_of(record))
+    return Course((name or "metric").replace("_", " ").capitalize(), bool(greater), points)
 
 
 def _points(entries: Any, key: str) -> list[tuple[float, float]]:

@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.ask.advice.gather import advise_known
 from msplora_analysis.ask.comparison.two_by_two import two_by_two
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import diagnose
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import StrPath
+from msplora_analysis.options import Options
 from msplora_analysis.show.report import charts, sections
 from msplora_analysis.show.report.about import POINTS, About, about
 from msplora_core.atomic import replacing
 from msplora_core.version import __version__
 
+_MOST_ADVICE = 12  # runs
 _HERE = Path(__file__).parent
 
 
-def page(evidence: Evidence, paths: Sequence[StrPath]) -> str:
+def page(evidence: Evidence, paths: Sequence[StrPath], options: Options) -> str:
     """The HTML of a report on what was read at ``paths``.
 
     Raises:
@@ -44,6 +47,7 @@ def page(evidence: Evidence, paths: Sequence[StrPath]) -> str:
     data["glance"] = sections.glance(evidence, abouts, data)
     compared, not_compared = ([], why_not) if matrices is None else two_by_two(evidence, matrices)
     findings = diagnose(evidence)
+    advice = [sections.advice(one) for one in advise_known(evidence, options)]
     library, script = _library(), (_HERE / "script.js").read_text(encoding="utf-8")
     last = evidence.matrices.keys[evidence.matrices.keys["last"]]
     return environment.get_template("template.html").render(
@@ -59,6 +63,8 @@ def page(evidence: Evidence, paths: Sequence[StrPath]) -> str:
         abouts=abouts,
         cards=_cards(evidence, abouts, data),
         legend=_legend(data),
+        advice=advice[:_MOST_ADVICE],
+        advice_left=max(0, len(advice) - _MOST_ADVICE),
         severities=sections.severities(findings),
         findings=sections.findings(findings),
         patterns=sections.patterns(findings),

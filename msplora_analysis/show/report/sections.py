@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msplora_analysis.ask.advice.advise import RunAdvice
+from msplora_analysis.ask.advice.tell import RANK_HEADERS, rank_cells, title
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
 from msplora_analysis.errors import AnalysisError, printable
@@ -59,6 +61,12 @@ def findings(found: pd.DataFrame) -> list[dict[str, Any]]:
             | {"count": len(rows), "places": places, "more": len(rows) - len(places)}
         )
     return entries
+
+
+def advice(of: RunAdvice) -> dict[str, Any]:
+    """Title, answers and the table of ranks of the advice on a run."""
+    headers = [header.replace("\n", " ") for header in RANK_HEADERS]
+    return {"title": title(of), "answers": of.answers, "headers": headers, "rows": rank_cells(of.ranks)}
 
 
 def patterns(found: pd.DataFrame) -> dict[str, str]:
