@@ -10,12 +10,13 @@ They give tables that show themselves in Jupyter in words (``display``).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from msplora_analysis.adapters.discovery import as_paths
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.options import Execution, Options, Progress, changed
+from msplora_analysis.options import NO_MOMENTS, Execution, Options, Progress, changed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +73,7 @@ def diagnose(
     if not _is_table(source):
         if any(table is not None for table in (metrics, pairs, scales)):
             raise AnalysisError("metrics, pairs and scales belong to a spectra table: give that first, or paths alone")
+        options = replace(options, moments=NO_MOMENTS)
         return Findings(findings.diagnose(evidence.gather(as_paths(source), options, execution, model=base)))
     _refuse(Options(base=base), options, execution)
     return Findings(findings.diagnose(evidence.of_tables(source, metrics, pairs, scales)))
@@ -176,6 +178,7 @@ def compare(
     else:
         if pairs is not None:
             raise AnalysisError("pairs belong to spectra tables: give these, or paths alone")
+        options = replace(options, moments=NO_MOMENTS)
         sides = load_sides(as_paths(a), as_paths(b), method_a, method_b, options, execution, epoch=epoch)
     found = comparison.compare(
         *sides, averaging=averaging, resample=resample, epoch=epoch, stack=stack, confidence=confidence, seed=seed

@@ -16,6 +16,16 @@ SEMANTICS = ("paper", "as-executed")
 NO_MOMENTS = "none"
 """Instead of a file of moments: read none."""
 
+WEIGHTS = ("moments", NO_MOMENTS)
+"""What spectra and cuts are weighted by: the task, as moments tell it, or nothing."""
+
+
+def check_weights(weights: str) -> str:
+    """Raises AnalysisError for what is none of WEIGHTS."""
+    if weights not in WEIGHTS:
+        raise AnalysisError(f"weights={weights}: expected {' or '.join(WEIGHTS)}", "weights")
+    return weights
+
 
 @dataclass(frozen=True)
 class Options:

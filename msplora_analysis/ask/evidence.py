@@ -70,7 +70,7 @@ class Evidence:
         Raises:
             AnalysisError: ``spectra`` is no spectra table.
         """
-        keys, sigma = pivot(self.spectra) if len(self.spectra) else _NO_MATRICES
+        keys, sigma, task = pivot(self.spectra) if len(self.spectra) else _NO_MATRICES
         keys = keys.astype({"group": "float64"})
         if len(self.metrics):
             shapes = as_keys(self.metrics).astype({"group": "float64"})
@@ -79,7 +79,7 @@ class Evidence:
         else:
             keys[["rows", "cols"]] = np.nan
         dated = keys["step"].notna() | keys["epoch"].notna()
-        kept = Matrices(keys, sigma).where(dated | ~dated.groupby(keys["run"]).transform("any"))
+        kept = Matrices(keys, sigma, task).where(dated | ~dated.groupby(keys["run"]).transform("any"))
         kept.keys["time"] = times(kept.keys).fillna(0).astype("int64")
         kept.keys["last"] = kept.keys["time"] == kept.keys.groupby("run")["time"].transform("max")
         return kept

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.options import Execution, Options
+from msplora_analysis.options import NO_MOMENTS, Execution, Options
 
 
 class Averaging(str, Enum):
@@ -114,7 +114,10 @@ def compare(
             raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
     arguments.make_folder(out)
     with terminal.progress_bar("Reading") as progress:
-        options, execution = Options(ignore_unknown), Execution(workers, cache=cache, progress=progress)
+        options, execution = (
+            Options(ignore_unknown, moments=NO_MOMENTS),
+            Execution(workers, cache=cache, progress=progress),
+        )
         sides = load_sides(paths, other, method, with_method, options, execution, epoch=epoch)
     table = compared(
         *sides,

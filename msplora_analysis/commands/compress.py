@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,11 +14,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from msplora_analysis.write.truncate import Compressed
-
-
-class Weights(str, Enum):
-    moments = "moments"
-    none = "none"
 
 
 @command(
@@ -60,7 +54,7 @@ def compress(
         ),
     ] = None,
     weights: Annotated[
-        Weights | None,
+        arguments.Weights | None,
         typer.Option(
             metavar="moments|none",
             help="What is best: in the metric of the task, by moments; or in Frobenius norm.  "

@@ -9,7 +9,7 @@ import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.options import Execution, Options
+from msplora_analysis.options import NO_MOMENTS, Execution, Options
 from msplora_analysis.tables.rows import rows_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def diagnose(
 
     with terminal.progress_bar("Reading") as progress:
         execution = Execution(workers, cache=cache, progress=progress)
-        found = findings_of(gather(paths, Options(ignore_unknown), execution, model=base))
+        options = Options(ignore_unknown, moments=NO_MOMENTS)
+        found = findings_of(gather(paths, options, execution, model=base))
     with terminal.closed_pipe_ignored():
         if as_json:
             print(json.dumps(as_objects(found), indent=2, ensure_ascii=False))

@@ -18,6 +18,7 @@ from msplora_analysis.options import Execution, Options
         "msplora-analyze figures runs/lora runs/msplora --out figures --format pdf --format svg",
         "msplora-analyze figures tables --out figures --style icml-column",
         "msplora-analyze figures tables/spectra.parquet --out figures",
+        "msplora-analyze figures runs --out figures --weights moments",
     ),
 )
 def figures(
@@ -31,6 +32,14 @@ def figures(
             show_default=False,
         ),
     ] = None,
+    weights: Annotated[
+        arguments.Weights,
+        typer.Option(
+            metavar="moments|none",
+            help="moments: draw the figures of spectra of the task-weighted ones, as files whose names end in _task.",
+        ),
+    ] = arguments.Weights.none,
+    moments: arguments.Moments = None,
     style: arguments.StyleOption = None,
     workers: arguments.Workers = None,
     cache: arguments.UseCache = True,
@@ -49,16 +58,19 @@ def figures(
 
         style_of(style)
     arguments.make_folder(out)
-    options = Options(ignore_unknown)
+    options, is_weighted = Options(ignore_unknown, moments=moments), weights is not arguments.Weights.none
     table = pairs = scales = None
     ablation, paths = gather_ablations(paths)
     if paths:
         with terminal.progress_bar("Reading") as progress:
             table = gather_spectra(paths, options, Execution(workers, cache=cache, progress=progress))
+    if paths and not is_weighted:
         with terminal.progress_bar("Comparing") as progress:
             pairs, scales = gather_redundancy(paths, options, Execution(workers, progress=progress))
     from msplora_analysis.show.figures import write_figures
 
-    written = write_figures(table, out, formats, pairs=pairs, scales=scales, ablation=ablation, style=style)
+    written = write_figures(
+        table, out, formats, pairs=pairs, scales=scales, ablation=ablation, weights=weights.value, style=style
+    )
     with terminal.closed_pipe_ignored():
         terminal.print_paths(written)

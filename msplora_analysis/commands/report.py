@@ -22,6 +22,7 @@ from msplora_analysis.commands.shared.declaring import command
 def report(
     paths: arguments.Paths,
     out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),
+    moments: arguments.Moments = None,
     workers: arguments.Workers = None,
     cache: arguments.UseCache = True,
     ignore_unknown: arguments.IgnoreUnknown = False,
@@ -39,6 +40,7 @@ def report(
         written = write_report(
             paths,
             out,
+            moments=moments,
             workers=workers,
             cache=cache,
             ignore_unknown=ignore_unknown,

@@ -16,6 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,8 +163,10 @@ def _files(adapter: Adapter, options: Options) -> Iterator[Path]:
 
 
 def _key(identity: Identity, adapter: Adapter, options: Options) -> bytes:
-    """A digest of what decides the result."""
-    text = json.dumps([__version__, identity, adapter.config, repr(options)], sort_keys=True, default=str)
+    """A digest of what decides the result; the file of moments is one of the identity."""
+    text = json.dumps(
+        [__version__, identity, adapter.config, repr(replace(options, moments=None))], sort_keys=True, default=str
+    )
     return _digest(text.encode(errors="surrogatepass"))
 
 

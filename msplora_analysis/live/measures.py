@@ -25,11 +25,11 @@ from msplora_analysis.formats import read_contents
 from msplora_analysis.formats.updates import Matrix, Product, Sum
 from msplora_analysis.live.model import ModelTensors
 from msplora_analysis.live.reduction import alike, can_be_reduced, slices, small_factors
-from msplora_analysis.options import Options
+from msplora_analysis.options import NO_MOMENTS, Options
 from msplora_core.names import TOTAL
 
 PREFIX = "spectra"
-_OPTIONS = Options(ignore_unknown=True)
+_OPTIONS = Options(ignore_unknown=True, moments=NO_MOMENTS)
 
 
 class Directions(NamedTuple):

@@ -101,11 +101,12 @@ class Columns:
 
 
 def task_measures(task: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Measures of task-weighted singular values, descending; NaN of a matrix that has none."""
+    """Measures of task-weighted singular values, descending; NaN of a matrix without."""
     padded = np.zeros((len(task), max([1, *map(len, task)])))
     for values, row in zip(task, padded, strict=True):
         row[: len(values)] = values
-    known = np.array([len(values) > 0 for values in task], dtype=bool)
+    known = np.array([len(values) > 0 and values[0] == values[0] for values in task], dtype=bool)
+    padded[~known] = 0
     return {name: np.where(known, function(padded), np.nan) for name, function in TASK_MEASURES.items()}
 
 

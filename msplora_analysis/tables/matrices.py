@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.formats.names import stack_and_layer
+from msplora_analysis.options import NO_MOMENTS, check_weights
 from msplora_analysis.tables.checkpoints import align, one_per_epoch
-from msplora_analysis.tables.columns import KEYS
+from msplora_analysis.tables.columns import KEYS, TASK
 from msplora_core.names import method_label
 
 _AS_NUMBERS = {name: kind if kind == "str" else "Float64" for name, kind in KEYS.items()}
@@ -24,16 +25,19 @@ class Matrices(NamedTuple):
     Args:
         keys: The key columns, and ``rank``: the number of singular values.
         sigma: Singular values (matrices, R), float64, in the same order; zeros beyond the rank.
+        task: The task-weighted ones, likewise, NaN of a matrix without; None where no matrix has them.
     """
 
     keys: pd.DataFrame
     sigma: Array
+    task: Array | None = None
 
     def where(self, chosen: ArrayLike) -> "Matrices":
         """Those that a mask or indices choose."""
         chosen = np.asarray(chosen)
         rows = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        return Matrices(self.keys.iloc[rows].reset_index(drop=True), self.sigma[rows])
+        task = None if self.task is None else self.task[rows]
+        return Matrices(self.keys.iloc[rows].reset_index(drop=True), self.sigma[rows], task)
 
     def parts(self) -> "Matrices":
         """Without the totals of layers that have several scales: what is wrong is in one of these."""
@@ -67,10 +71,33 @@ def pivot(spectra: pd.DataFrame) -> Matrices:
         raise AnalysisError(
             f"run {twice['run']} holds {twice['name']} ({twice['scale']}) twice: pass each adapter once"
         )
-    values = np.zeros((n, r))
-    values[matrix, k - 1] = spectra["sigma"].to_numpy(dtype=np.float64)
+    values = {}
+    for name in ("sigma", *(name for name in TASK if name in spectra)):
+        values[name] = np.zeros((n, r))
+        values[name][matrix, k - 1] = spectra[name].to_numpy(dtype=np.float64)
+    task = values.get("task_sigma")
+    if task is not None:
+        task[np.isnan(task).any(axis=1)] = np.nan
+        task = None if np.isnan(task).all() else task
     first = np.unique(matrix, return_index=True)[1]
-    return Matrices(keys.iloc[first].reset_index(drop=True).assign(rank=np.bincount(matrix)), values)
+    keys = keys.iloc[first].reset_index(drop=True).assign(rank=np.bincount(matrix))
+    return Matrices(keys, values["sigma"], task)
+
+
+def weighted(spectra: pd.DataFrame, weights: str) -> pd.DataFrame:
+    """The spectra table; weighted by "moments": ``task_sigma`` in the place of ``sigma``, of the matrices that have it.
+
+    Raises:
+        AnalysisError: none has it.
+    """
+    if check_weights(weights) == NO_MOMENTS:
+        return spectra
+    known = spectra[spectra["task_sigma"].notna()] if "task_sigma" in spectra else spectra[:0]
+    if known.empty:
+        raise AnalysisError(
+            f"weights={weights}: no adapter has moments; record them with `msplora-measure moments`", "weights"
+        )
+    return known.assign(sigma=known["task_sigma"])
 
 
 def as_keys(table: pd.DataFrame) -> pd.DataFrame:
@@ -94,7 +121,7 @@ def prepare(spectra: pd.DataFrame) -> pd.DataFrame:
     first all-digit part (`roberta.encoder.layer`), None for a module outside the numbered layers. All runs of a method
     keep the same epochs (see `checkpoints.align`).
     """
-    keys, values = pivot(spectra)
+    keys, values, _ = pivot(spectra)
     matrices = pd.concat([keys, pd.DataFrame(values, columns=range(1, values.shape[1] + 1))], axis=1)
     matrices["stack"] = stacks_of(matrices["name"]).where(matrices["group"].notna(), None)
     matrices["variant"] = matrices["run"].map(_labels(matrices))

@@ -17,11 +17,10 @@ from msplora_analysis.adapters.moments import moments_file, open_moments
 from msplora_analysis.compute.linalg.spectra import Array, adapter_spectra
 from msplora_analysis.compute.weighted import Weights, fitting
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.options import NO_MOMENTS, Options
+from msplora_analysis.options import NO_MOMENTS, Options, check_weights
 from msplora_analysis.write.source import Module, Source
 from msplora_core.moments import directions
 
-MOMENTS = "moments"
 RECORD = "record them with `msplora-measure moments`"
 
 
@@ -82,11 +81,11 @@ def ranked(source: Source, weights: str | None, options: Options) -> Ranking:
     Raises:
         AnalysisError: the moments are wanted and not there, or are those of another adapter.
     """
-    if weights not in (None, MOMENTS, NO_MOMENTS):
-        raise AnalysisError(f"weights={weights}: expected moments or none", "weights")
+    if weights is not None:
+        check_weights(weights)
     spectra = [one.sigma for one in adapter_spectra(source.file, [module.matrix for module in source.modules])]
     path = moments_file(source.adapter, options)
-    if path is None and weights == MOMENTS:
+    if path is None and weights not in (None, NO_MOMENTS):
         raise AnalysisError(f"{source.adapter.file}: no moments beside it; {RECORD}, or give moments=", "moments")
     by_task = path is not None and weights != NO_MOMENTS
     basis = "task" if by_task else "plain"

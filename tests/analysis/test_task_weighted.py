@@ -1,6 +1,8 @@
 """Task-weighted spectra, against dense matrices: G^½ ΔW C^½ of inputs and gradients that the test made."""
 
+import json
 import os
+import re
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ from moment_cases import lora_factors, module_moments, random_tokens, square_roo
 from safetensors.numpy import load_file, save_file
 
 import msplora_analysis as ma
+import msplora_analysis.show.figures
 from msplora_analysis import AnalysisError, cli
 from msplora_core.moments import directions
 
@@ -66,10 +69,10 @@ def test_task_sigma_of_a_lora_is_that_of_the_dense_product(lora):
         assert row["task_effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
 
 
-def msplora_case(folder):
+def msplora_case(folder, seed=0):
     """Two modules of five layers in two mid groups, and moments whose scales stand in another order."""
     ranks, layers, firsts = {"global": 3, "mid": 2, "layer": 1}, list(range(5)), [0, 3]
-    tensors = msplora_tensors(layers, firsts, ranks, ("query", "value"), rows=10, cols=8)
+    tensors = msplora_tensors(layers, firsts, ranks, ("query", "value"), rows=10, cols=8, seed=seed)
     write_adapter(folder, tensors, msplora_config(ranks=ranks, mid_groups=2))
     factors, tokens = {}, {}
     for module in ("query", "value"):
@@ -83,7 +86,7 @@ def msplora_case(folder):
                     for of in "AB"
                 )
                 factors[name][scale] = a, 16 / ranks[scale] * b
-            tokens[name] = random_tokens(10, 8, seed=len(tokens))
+            tokens[name] = random_tokens(10, 8, seed=100 * seed + len(tokens))
     write_moments(folder, factors, tokens)
     return factors, tokens
 
@@ -237,3 +240,57 @@ def test_parts_of_a_large_adapter_agree_with_the_whole(tmp_path, monkeypatch):
     whole = ma.load_spectra(tmp_path / "msplora", cache=False)
     monkeypatch.setattr("msplora_analysis.compute.tasks._TASK", 2**11)
     pd.testing.assert_frame_equal(ma.load_spectra(tmp_path / "msplora", cache=False), whole)
+
+
+# Figures
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A run of MSPLoRA of three checkpoints with moments each."""
+    for i, step in enumerate((10, 20, 30)):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        msplora_case(folder, seed=i)
+        (folder / "trainer_state.json").write_text(f'{{"epoch": {i + 1}, "global_step": {step}}}')
+    return tmp_path / "run"
+
+
+def test_figures_are_drawn_of_task_weighted_spectra(training):
+    spectra = ma.load_spectra(training, cache=False)
+    plain, weighted = ma.draw_figures(spectra), ma.draw_figures(spectra, weights="moments")
+    assert {f"{name}_task" for name in plain} == set(weighted)
+    for name in ("figure3_msplora-3-2-1", "spectra_by_layer_msplora-3-2-1", "rank_needed_msplora-3-2-1"):
+        assert "task-weighted" in weighted[f"{name}_task"].get_suptitle()
+        assert "task-weighted" not in plain[name].get_suptitle()
+    rows = spectra[(spectra["scale"] == "mid") & (spectra["k"] == 1) & (spectra["epoch"] == 2)]
+    shown = weighted["figure3_msplora-3-2-1_task"].axes[1].collections[0].get_array()
+    assert shown[0, 1] == pytest.approx(rows["task_sigma"].mean())
+
+
+def test_figures_take_weights_by_themselves_and_on_the_command_line(training, tmp_path, run):
+    spectra = ma.load_spectra(training, cache=False)
+    for draw in (ma.show.figures.figure3, ma.show.figures.spectra_by_layer):
+        assert "task-weighted" in draw(spectra, weights="moments").get_suptitle()
+    words = ("figures", training, "--out", tmp_path / "f", "--format", "svg", "--no-cache")
+    status, said, _ = run(*words, "--weights", "moments")
+    assert status == 0
+    assert "task_sigma" in (tmp_path / "f/figure3_msplora-3-2-1_task.csv").read_text()
+    assert all("_task." in line for line in said.splitlines())
+    status, _, error = run(*words, "--weights", "moments", "--moments", "none")
+    assert status == 1
+    assert "--weights moments: no adapter has moments" in error
+
+
+def test_the_report_shows_both_spectra_beside_each_other(training, tmp_path):
+    spectra, metrics = ma.load_tables(training, cache=False)
+    html = ma.report(training, tmp_path / "report.html", cache=False).read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
+    (panel,) = (of for of in data["spectra"][0]["panels"] if (of["place"], of["kind"]) == ("query", "whole"))
+    rows = spectra.query("scale == 'total' and module == 'query' and epoch == 3")
+    for name, column in (("values", "sigma"), ("task", "task_sigma")):
+        assert panel[name][2] == pytest.approx(rows[column].tolist(), rel=1e-3)
+    last = metrics.query("epoch == 3")
+    assert data["matrices"]["task_norm"] == pytest.approx(last["task_norm"].tolist(), rel=1e-3)
+    assert "task_norm" in data["measures"]
+    plain = ma.report(training, tmp_path / "plain.html", moments="none", cache=False).read_text()
+    assert "task" not in re.search(r'id="data">(.*?)</script>', plain)[1]

@@ -90,6 +90,11 @@ Base = Annotated[
 ]
 
 
+class Weights(str, Enum):
+    moments = "moments"
+    none = "none"
+
+
 Moments = Annotated[
     str | None,
     typer.Option(

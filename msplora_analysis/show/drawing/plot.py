@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pandas as pd
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.options import NO_MOMENTS
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.style import settings
+from msplora_analysis.show.drawing.text import noting
 from msplora_analysis.show.drawing.venues import style_of
 from msplora_analysis.tables.files import marked
 from msplora_analysis.tables.matrices import choose, method_labels, slug, stacks
@@ -109,6 +111,24 @@ def all_plots(tables: Mapping[str, pd.DataFrame], epoch: float | None = None) ->
     return [plot for plot in plots if len(plot.numbers)]
 
 
+def weighted_plot(plot: Plot) -> Plot:
+    """A figure of task-weighted spectra, under a name of its own: its title and the column of its numbers say so."""
+
+    def draw(numbers: pd.DataFrame, style: str | None) -> Figure:
+        assert plot.draw is not None
+        return drawn(plot.draw, numbers.rename(columns={"task_sigma": "sigma"}), style, "moments")
+
+    return Plot(f"{plot.stem}_task", plot.numbers.rename(columns={"sigma": "task_sigma"}), plot.draw and draw)
+
+
+def drawn(draw: Callable[..., Figure], numbers: pd.DataFrame, style: str | None, weights: str, **more: Any) -> Figure:
+    """What ``draw`` makes of the numbers; the title says if they are weighted."""
+    if weights == NO_MOMENTS:
+        return draw(numbers, style, **more)
+    with noting("task-weighted"):
+        return draw(numbers, style, **more)
+
+
 def of_one_method(
     table: pd.DataFrame,
     method: str | None,
@@ -117,6 +137,7 @@ def of_one_method(
     numbers: Callable[..., pd.DataFrame],
     draw: Callable[..., Figure],
     style: str | None,
+    weights: str = NO_MOMENTS,
 ) -> Figure:
     """The figure of the layers of one method and stack; either may be left out if there is only one.
 
@@ -124,12 +145,14 @@ def of_one_method(
         table: What `prepare` or `prepare_pairs` makes.
         numbers: Of the rows of layers in it, a method, a stack and the epoch.
         draw: Of these numbers and a style.
+        weights: Whether the table is of task-weighted spectra.
     """
     layers = table[table["scale"] == "layer"]
     label = method and choose("method", method, method_labels(layers))
     stack = choose("stack", stack, stacks(layers[layers["variant"] == label] if label else layers))
     label = choose("method", label, method_labels(layers[layers["stack"] == stack]))
-    return draw(numbers(layers, label, stack, epoch), style, name_stack=len(stacks(layers)) > 1)
+    name_stack = len(stacks(layers)) > 1
+    return drawn(draw, numbers(layers, label, stack, epoch), style, weights, name_stack=name_stack)
 
 
 def each_method(

@@ -2,7 +2,9 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import pandas as pd
@@ -19,6 +21,19 @@ from msplora_analysis.tables.labels import epoch_note
 _EDGE = 6.0  # points between a text and the edge of the figure, at least
 
 
+_NOTES: ContextVar[tuple[str, ...]] = ContextVar("notes", default=())
+
+
+@contextmanager
+def noting(note: str) -> Iterator[None]:
+    """Titles of figures drawn meanwhile say this first among their notes."""
+    token = _NOTES.set((note,))
+    try:
+        yield
+    finally:
+        _NOTES.reset(token)
+
+
 def title(figure: Figure, heading: str, *notes: str, math: bool = False) -> None:
     """A short heading with what was averaged in brackets; on lines of their own where the figure is too narrow.
 
@@ -28,7 +43,7 @@ def title(figure: Figure, heading: str, *notes: str, math: bool = False) -> None
         notes: What stands in the brackets; empty ones are left out.
         math: Whether $ begins a formula; else a $ in a name is a $.
     """
-    heading, note = printable(heading), printable(", ".join(filter(None, notes)))
+    heading, note = printable(heading), printable(", ".join(filter(None, (*_NOTES.get(), *notes))))
     room = 72 * figure.get_figwidth() - 2 * _EDGE
     text = figure.suptitle(f"{heading} ({note})" if note else heading, parse_math=math)
     if size_of(text)[0] > room:

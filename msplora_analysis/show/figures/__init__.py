@@ -25,12 +25,12 @@ from pkgutil import iter_modules
 import pandas as pd
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.options import Execution, Options, Progress
+from msplora_analysis.options import NO_MOMENTS, Execution, Options, Progress, check_weights
 from msplora_analysis.show.drawing.figure import Figure, Figures
-from msplora_analysis.show.drawing.plot import FORMATS, KINDS, Plot, all_plots, check_formats
+from msplora_analysis.show.drawing.plot import FORMATS, KINDS, Plot, all_plots, check_formats, weighted_plot
 from msplora_analysis.show.drawing.venues import style_of
 from msplora_analysis.tables.gather import gather_ablations, gather_redundancy, gather_spectra
-from msplora_analysis.tables.matrices import prepare
+from msplora_analysis.tables.matrices import prepare, weighted
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
 
 __all__ = ["FORMATS", "draw_figures", "write_figures"]
@@ -60,6 +60,8 @@ def draw_figures(
     pairs: pd.DataFrame | None = None,
     scales: pd.DataFrame | None = None,
     ablation: pd.DataFrame | None = None,
+    weights: str = "none",
+    moments: str | PathLike[str] | None = None,
     ignore_unknown: bool = False,
     semantics: str = "paper",
     base: str | PathLike[str] | None = None,
@@ -82,6 +84,7 @@ def draw_figures(
         pairs: See `write_figures`.
         scales: See `write_figures`.
         ablation: See `write_figures`; paths need none.
+        weights: See `write_figures`.
 
     Raises:
         AnalysisError: For input that cannot be used, and if there is no figure of a name in `which`.
@@ -93,12 +96,14 @@ def draw_figures(
         spectra = paths
     else:
         ablation, listed = gather_ablations([paths] if isinstance(paths, str | PathLike) else list(paths))
-        options, execution = Options(ignore_unknown, semantics, base, top_k), Execution(workers, dask, cache, progress)
+        options = Options(ignore_unknown, semantics, base, top_k, moments)
+        execution = Execution(workers, dask, cache, progress)
         spectra = gather_spectra(listed, options, execution) if listed else None
         of_pairs = [kind for kind in KINDS.values() if kind.needs in ("pairs", "scales")]
-        if listed and (wanted is None or any(_is(name, kind.name) for kind in of_pairs for name in wanted)):
+        needs_pairs = wanted is None or any(_is(name, kind.name) for kind in of_pairs for name in wanted)
+        if listed and needs_pairs and check_weights(weights) == NO_MOMENTS:
             pairs, scales = gather_redundancy(listed, options, execution)
-    plots = {plot.stem: plot for plot in _plots(spectra, epoch, pairs, scales, ablation) if plot.draw}
+    plots = {plot.stem: plot for plot in _plots(spectra, epoch, pairs, scales, ablation, weights) if plot.draw}
     for name in wanted or ():
         if not any(_is(stem, name) for stem in plots):
             raise AnalysisError(f"no figure {name!r} can be drawn of this: choose from {', '.join(plots) or 'none'}")
@@ -115,6 +120,7 @@ def write_figures(
     pairs: pd.DataFrame | None = None,
     scales: pd.DataFrame | None = None,
     ablation: pd.DataFrame | None = None,
+    weights: str = "none",
     style: str | None = None,
 ) -> list[Path]:
     """Draw all that the table allows, with the numbers of each figure beside it as CSV. Equal tables give equal bytes.
@@ -128,6 +134,7 @@ def write_figures(
         pairs: Of `load_redundancy` for the same runs, drawn too.
         scales: As `pairs`.
         ablation: Of `load_ablation`, drawn too.
+        weights: "moments": the figures of spectra alone, of the task-weighted ones; the names end in `_task`.
         style: See `venues.style_of`.
 
     Returns:
@@ -138,7 +145,7 @@ def write_figures(
     """
     formats = check_formats(formats)
     style_of(style)
-    plots = _plots(spectra, epoch, pairs, scales, ablation)
+    plots = _plots(spectra, epoch, pairs, scales, ablation, weights)
     if not plots:
         raise AnalysisError(
             "nothing to draw: figures need checkpoints of two or more epochs, or adapters of numbered layers"
@@ -154,8 +161,13 @@ def _plots(
     pairs: pd.DataFrame | None,
     scales: pd.DataFrame | None,
     ablation: pd.DataFrame | None = None,
+    weights: str = NO_MOMENTS,
 ) -> list[Plot]:
     """All that the tables allow, in order."""
+    if check_weights(weights) != NO_MOMENTS:
+        if spectra is None:
+            raise AnalysisError(f"weights={weights}: an ablation has no spectra; give adapters", "weights")
+        return [weighted_plot(plot) for plot in all_plots({"spectra": prepare(weighted(spectra, weights))}, epoch)]
     tables = {} if ablation is None else {"ablation": ablation}
     if spectra is not None:
         matrices = tables["spectra"] = prepare(spectra)

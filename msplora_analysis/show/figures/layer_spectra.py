@@ -11,7 +11,7 @@ from msplora_analysis.show.drawing.plot import Plot, each_method, of_one_method,
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
-from msplora_analysis.tables.matrices import ks, prepare
+from msplora_analysis.tables.matrices import ks, prepare, weighted
 
 TOP = 8
 
@@ -22,10 +22,14 @@ def spectra_by_layer(
     *,
     stack: str | None = None,
     epoch: float | None = None,
+    weights: str = "none",
     style: str | None = None,
 ) -> Figure:
-    """Layers across, index k down (1 at the top), colour = sigma_k of the `layer` part, mean over modules and runs."""
-    return of_one_method(prepare(spectra), method, stack, epoch, numbers, draw, style)
+    """Layers across, index k down (1 at the top), colour = sigma_k of the `layer` part, mean over modules and runs.
+
+    With `weights="moments"` sigma is the task-weighted one, `task_sigma`.
+    """
+    return of_one_method(prepare(weighted(spectra, weights)), method, stack, epoch, numbers, draw, style, weights)
 
 
 @plots_of(spectra_by_layer, order=6)

@@ -10,23 +10,31 @@ from msplora_analysis.formats.updates import SCALES
 from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot, plots_of
+from msplora_analysis.show.drawing.plot import Plot, drawn, plots_of
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import epochs_of
-from msplora_analysis.tables.matrices import choose, is_msplora, ks, method_labels, prepare, slug
+from msplora_analysis.tables.matrices import choose, is_msplora, ks, method_labels, prepare, slug, weighted
 
 TOP = 8
 
 
-def figure3(spectra: pd.DataFrame, method: str | None = None, *, style: str | None = None) -> Figure:
+def figure3(
+    spectra: pd.DataFrame, method: str | None = None, *, weights: str = "none", style: str | None = None
+) -> Figure:
     """One panel per scale, epochs across, index k down (1 at the top), colour = sigma_k on one scale for all panels.
 
     Source: MSPLoRA, arXiv 2503.21838, figure 3 (which shows ranks 8/8/8). A panel with many bright rows is a broad
     spectrum, that is a high effective rank; M_eff-k, the share of the k largest values, is then low.
+
+    Args:
+        spectra: Of `load_spectra`.
+        method: Its label, such as "MSPLoRA 8/8/8"; the only one there is.
+        weights: "moments": of the task-weighted spectra, `task_sigma`.
+        style: See `venues.style_of`.
     """
-    matrices = prepare(spectra)
-    return draw(numbers(matrices, choose("method", method, drawable(matrices))), style)
+    matrices = prepare(weighted(spectra, weights))
+    return drawn(draw, numbers(matrices, choose("method", method, drawable(matrices))), style, weights)
 
 
 @plots_of(figure3, order=1)

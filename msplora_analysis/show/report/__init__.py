@@ -31,6 +31,7 @@ def report(
     semantics: str = "paper",
     base: StrPath | None = None,
     top_k: int | None = None,
+    moments: StrPath | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     cache: bool = True,
@@ -59,7 +60,8 @@ def report(
     file = Path(out)
     check_out(file)
     given = as_paths(paths)
-    options, execution = Options(ignore_unknown, semantics, base, top_k), Execution(workers, dask, cache, progress)
+    options = Options(ignore_unknown, semantics, base, top_k, moments)
+    execution = Execution(workers, dask, cache, progress)
     evidence = gather(given, options, execution)
     if evidence.spectra.empty:
         first = f"{evidence.adapters[0].file}: no low-rank factors in this or any other file; give other paths"

@@ -12,6 +12,7 @@ from msplora_analysis.compute.measures.registry import Array, Measure, Place, me
 from msplora_analysis.errors import printable
 from msplora_analysis.formats.names import stack_and_layer
 from msplora_analysis.formats.updates import SCALES
+from msplora_analysis.tables.columns import task_measures
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +41,9 @@ MEASURES = {name: _SAID.get(name, one.label) for name, one in _measures("report"
 
 TITLES = {name: one.symbol for name, one in _measures("matrices").items()}
 """Of the table of matrices: name -> head of its column."""
+
+TASK_TITLES = {"task_norm": "task norm", "task_effective_rank": "task eff. rank"}
+"""Measures of task-weighted spectra, where these are."""
 
 Columns = dict[str, list[Any]]
 Places = Mapping[str, str]  # name of a matrix -> where it is
@@ -82,8 +86,9 @@ def _path(name: str) -> str:
 
 def means(matrices: Matrices, runs: Sequence[str], axis: str) -> Columns:
     """Mean of each of ``MEASURES`` over the matrices of one run, scale and checkpoint."""
-    keys, sigma = matrices
+    keys, sigma, task = matrices
     values = {name: one.function(sigma) for name, one in _measures("report").items()}
+    values |= {} if task is None else task_measures(task)
     table = keys[["run", "scale", "time"]].assign(when=keys[axis], **values)
     rows = table.groupby(["run", "scale", "time"], sort=False).mean().reset_index()
     columns: Columns = {"run": [runs.index(run) for run in rows["run"]], "scale": rows["scale"].tolist()}
@@ -93,10 +98,10 @@ def means(matrices: Matrices, runs: Sequence[str], axis: str) -> Columns:
 def spectra(matrices: Matrices, runs: Sequence[str], axis: str, places: Places) -> tuple[list[dict[str, Any]], str]:
     """For each run its checkpoints (``when``) and ``panels``, one of each place and kind (parts, or whole updates).
 
-    A panel has ``units`` (rows of its picture), ``k`` and, for each checkpoint, sigma unit by unit. Second: what of it
-    is left out, in a sentence, or ''.
+    A panel has ``units`` (rows of its picture), ``k`` and, for each checkpoint, sigma unit by unit; and as ``task`` the
+    task-weighted ones, where they are known. Second: what of it is left out, in a sentence, or ''.
     """
-    keys, sigma = matrices
+    keys, sigma, task = matrices
     share = min(1.0, VALUES / max(int(keys["rank"].sum()), 1))
     found, left = [], 0
     for run in runs:
@@ -113,6 +118,8 @@ def spectra(matrices: Matrices, runs: Sequence[str], axis: str, places: Places) 
         groups: dict[Any, Any] = of_run.groupby([labels, whole], sort=False).indices
         for (place, is_whole), chosen in groups.items():
             panel = _panel(of_run.iloc[chosen], sigma[rows[chosen]], kept)
+            if task is not None and np.isfinite(task[rows[chosen]]).any():
+                panel["task"] = _panel(of_run.iloc[chosen], task[rows[chosen]], kept)["values"]
             panels.append({"place": place, "kind": "whole" if is_whole else "parts", **panel})
         when = of_run.drop_duplicates("time").set_index("time", drop=False)[axis][kept]
         found.append({"when": rounded(when), "panels": panels})
@@ -186,9 +193,10 @@ def _shortest(column: list[Any]) -> Any:
 
 def matrix_table(matrices: Matrices, runs: Sequence[str], places: Places) -> Columns:
     """Measures of every matrix at the last checkpoint of its run."""
-    keys, sigma = matrices.where(matrices.keys["last"])
+    keys, sigma, task = matrices.where(matrices.keys["last"])
     shape = [f"{int(r)} × {int(c)}" if r == r else None for r, c in zip(keys["rows"], keys["cols"], strict=True)]
     numbers = {"rank": keys["rank"]} | {name: one.function(sigma) for name, one in _measures("matrices").items()}
+    numbers |= {} if task is None else task_measures(task)
     return {
         "run": [runs.index(run) for run in keys["run"]],
         "place": [places[name] for name in keys["name"]],

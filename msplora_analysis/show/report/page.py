@@ -72,6 +72,7 @@ def page(evidence: Evidence, paths: Sequence[StrPath], options: Options) -> str:
         not_compared=not_compared,
         notes=[printable(note) for note in (*evidence.notes, *(one.message for one in evidence.broken))],
         scales=set(last["scale"]),
+        has_task=evidence.matrices.task is not None,
         thinned=any(one.is_thinned for one in abouts),
         points=POINTS,
     )

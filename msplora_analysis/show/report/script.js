@@ -155,10 +155,13 @@ function positions(runs) {
   return { when, at: runs.map((run) => Math.max(0, data.spectra[run].when.findLastIndex((w) => w === null || w <= when))) };
 }
 
+// Beside each spectrum stands the task-weighted one, where it is known.
+const ofKind = (kind) => (kind.startsWith("task") ? "task" : "values");
 const mostOf = new Map();
 function most(panel, kind) {
   const known = mostOf.get(panel) ?? {};
-  known[kind] ??= highest(panel.values.map((values) => highest(kind === "share" ? shares(values, panel.k) : values)));
+  const all = panel[ofKind(kind)] ?? [];
+  known[kind] ??= highest(all.map((values) => highest(kind.endsWith("share") ? shares(values, panel.k) : values)));
   mostOf.set(panel, known);
   return known[kind];
 }
@@ -171,16 +174,18 @@ function drawSpectra() {
   byId("spectra-now").value = now;
   byId("spectra-when").setAttribute("aria-valuetext", now);
   const panels = runs.map((run) => spectraOf(run, place, kind));
-  const top = Math.max(0, ...panels.filter(Boolean).map((panel) => most(panel, value)));
-  ["sigma", "share"].forEach((each) => [0, 1].forEach((side) => {
+  const topOf = (each) => Math.max(0, ...panels.filter(Boolean).map((panel) => most(panel, each)));
+  [0, 1].forEach((side) => ["sigma", "share", "task_sigma", "task_share"].forEach((each) => {
     const id = `spectra-${each}-${side}`;
     const panel = panels[side];
-    if (each !== value || !panel) return hide(id);
-    const flat = each === "share" ? shares(panel.values[at[side]], panel.k) : panel.values[at[side]];
+    if (!each.endsWith(value) || !panel?.[ofKind(each)]) return hide(id);
+    const values = panel[ofKind(each)][at[side]];
+    const flat = each.endsWith("share") ? shares(values, panel.k) : values;
     const rows = flat.map((cell, i) => ({ unit: panel.units[Math.floor(i / panel.k)], k: (i % panel.k) + 1, value: cell }));
     const own = data.spectra[runs[side]].when[at[side]];
-    const title = [names.length > 1 ? names[runs[side]] : "", place, own === null ? "" : `${data.axis} ${own}`];
-    show(id, byId("spectra-charts"), each, title.filter(Boolean).join(", "), rows, { most: top });
+    const title = [names.length > 1 ? names[runs[side]] : "", place, own === null ? "" : `${data.axis} ${own}`,
+      each.startsWith("task") ? "task-weighted" : ""];
+    show(id, byId("spectra-charts"), each, title.filter(Boolean).join(", "), rows, { most: topOf(each) });
   }));
 }
 

@@ -90,13 +90,14 @@ def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) 
     pairs, pairs_left = numbers.pairs(evidence.pairs, runs, places)
     styled = runs if len(runs) <= LINES else labels
     legend = list(dict.fromkeys(styled))
+    task = {} if evidence.matrices.task is None else numbers.TASK_TITLES
     several = bool(keys.groupby("run")["time"].nunique().gt(1).any())
     return {
         "runs": [{"name": run, "label": label} for run, label in zip(runs, styled, strict=True)],
         "axis": title,
         "means": numbers.means(evidence.matrices, runs, axis) if several else None,
-        "measures": numbers.MEASURES,
-        "titles": numbers.TITLES,
+        "measures": numbers.MEASURES | task,
+        "titles": numbers.TITLES | task,
         "spectra": spectra,
         "spectra_note": left,
         "pairs": pairs,
@@ -104,7 +105,7 @@ def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) 
         "matrices": numbers.matrix_table(evidence.matrices, runs, places),
         "curves": numbers.curves([about.curve for about in abouts]),
         "shared": _shared(evidence),
-        "specs": _specs(title, legend),
+        "specs": _specs(title, legend) | (_task_specs() if task else {}),
         "config": charts.CONFIG,
     }
 
@@ -124,6 +125,14 @@ def _specs(axis: str, legend: list[str]) -> dict[str, charts.Spec]:
         "overlap_in": charts.cells(across, down, "overlap", beside, square=True),
         "overlap_out": charts.cells(across, down, "overlap", beside, square=True),
         "needed": charts.cells(("unit", "layer"), ("place", ""), "directions", of_layer, step=24, texts=True),
+    }
+
+
+def _task_specs() -> dict[str, charts.Spec]:
+    titles = {"task_sigma": "task-weighted σ", "task_share": "task-weighted σ / Σσ"}
+    return {
+        name: charts.cells(("k", "k"), ("unit", ""), title, [("unit", "unit"), ("k", "k")])
+        for name, title in titles.items()
     }
 
 

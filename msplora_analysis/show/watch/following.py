@@ -17,7 +17,7 @@ from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import compute
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Folder, Place, read_json, walk
-from msplora_analysis.options import Execution, Options
+from msplora_analysis.options import NO_MOMENTS, Execution, Options
 from msplora_core.names import RECORD, STATE
 from msplora_core.records import TRAINER_STATE
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _SETTLING = 5.0  # seconds without a change after which a folder without trainer_state.json counts as written
 _GIVEN_UP = 30.0  # seconds without a change after which a folder that cannot be read is no longer being written
-_OPTIONS = Options(ignore_unknown=True)
+_OPTIONS = Options(ignore_unknown=True, moments=NO_MOMENTS)
 
 Signature = tuple[tuple[str, int, int, int], ...]  # of files: name, inode, size, time of change
 
