@@ -9,7 +9,7 @@ GLUE ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-versions lint docs notebooks bench study clean
+.PHONY: demo test test-all test-versions test-peft lint docs notebooks bench study clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msplora-train --method lora --rank 8 --output-dir $(DEMO)/runs/lora-8 --overwrite
@@ -36,6 +36,11 @@ test-all: test
 # The wheel with the lowest versions that pyproject.toml claims, and with those of constraints.txt.
 test-versions: $(VENV)/.test
 	bash .ci/matrix.sh $(BIN)/python
+
+# PEFT's own tests on our tuners, LoRA as control; kept in .peft. PEFT_ARGS: what pytest takes, such as -k shared, and
+# --files test_config.py --processes 1. All take 12 minutes of CPU time.
+test-peft: $(VENV)/.test
+	$(BIN)/python tests/peft/run.py $(PEFT_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

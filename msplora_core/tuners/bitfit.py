@@ -80,6 +80,8 @@ class BitFitModel(StrictTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.target_modules is None:
             whole = set(peft_config.modules_to_save or ())
+            if peft_config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):  # PEFT names their heads only later
+                whole |= {"classifier", "score", "qa_outputs"}
             peft_config.target_modules = {
                 name
                 for name, module in unadapted_modules(model)

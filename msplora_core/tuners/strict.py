@@ -154,7 +154,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             merged = (weight + self.get_delta_weight(adapter_name)).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"NaNs detected in the merged weights: with the adapter '{adapter_name}' they are not finite"
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
+                    "with it, weights are not finite"
                 )
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter_name)
