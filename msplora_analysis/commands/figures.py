@@ -60,13 +60,13 @@ def figures(
     arguments.make_folder(out)
     options, is_weighted = Options(ignore_unknown, moments=moments), weights is not arguments.Weights.none
     table = pairs = scales = None
-    ablation, paths = gather_ablations(paths)
-    if paths:
+    ablation, adapters = gather_ablations(paths)
+    if adapters:
         with terminal.progress_bar("Reading") as progress:
-            table = gather_spectra(paths, options, Execution(workers, cache=cache, progress=progress))
-    if paths and not is_weighted:
+            table = gather_spectra(adapters, options, Execution(workers, cache=cache, progress=progress))
+    if adapters and not is_weighted:
         with terminal.progress_bar("Comparing") as progress:
-            pairs, scales = gather_redundancy(paths, options, Execution(workers, progress=progress))
+            pairs, scales = gather_redundancy(adapters, options, Execution(workers, progress=progress))
     from msplora_analysis.show.figures import write_figures
 
     written = write_figures(

@@ -98,9 +98,9 @@ def _read(file: Path) -> pd.DataFrame:
     try:
         step = found.get("step")
         about = {
-            "run": pd.array([printable(found["run"])] * len(table), "str"),
-            "step": pd.array([step] * len(table), "Int64"),
-            **{to: pd.array([found.get(name)] * len(table), "str") for to, name in _TEXTS.items()},
+            "run": pd.Series([printable(found["run"])] * len(table), dtype="str"),
+            "step": pd.Series([step] * len(table), dtype="Int64"),
+            **{to: pd.Series([found.get(name)] * len(table), dtype="str") for to, name in _TEXTS.items()},
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AnalysisError(f"{beside}: not what `msplora-measure ablate` wrote ({type(error).__name__})") from None

@@ -69,7 +69,7 @@ class Kind:
     order: int
     needs: str
     plots: Plots
-    function: Callable[..., Figure]
+    function: Callable[..., Any]
 
 
 KINDS: dict[str, Kind] = {}
@@ -77,7 +77,7 @@ KINDS: dict[str, Kind] = {}
 
 
 def plots_of(
-    function: Callable[..., Figure], *, order: int, needs: str = "spectra", name: str | None = None
+    function: Callable[..., Any], *, order: int, needs: str = "spectra", name: str | None = None
 ) -> Callable[[_Plots], _Plots]:
     """Declare a kind of figure: a decorator of what yields a `Plot` for each figure of the kind that can be drawn.
 

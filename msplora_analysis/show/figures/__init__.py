@@ -21,6 +21,7 @@ from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 import pandas as pd
 
@@ -39,7 +40,7 @@ for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
 
 
-def __getattr__(name: str) -> Callable[..., Figure]:
+def __getattr__(name: str) -> Callable[..., Any]:
     """The function of a figure."""
     for kind in KINDS.values():
         if kind.function.__name__ == name:

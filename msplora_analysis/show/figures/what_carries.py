@@ -60,7 +60,7 @@ def numbers(ablation: pd.DataFrame, stack: str) -> pd.DataFrame:
     table = table.assign(
         stack=[place for place, _ in places],
         layer=pd.array([layer for _, layer in places], "Int64"),
-        module=modules,
+        module=np.array(modules, dtype=object),
         metric_name=metric_label(ablation),
     )
     columns = ["run", "step", "metric_name", "cut", "what", "stack", "layer", "module"]
@@ -93,7 +93,7 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     cells = heatmap.draw_cells(map_, kl.to_numpy(np.float64), norm, colours.SEQUENTIAL)
     map_.set_yticks(range(len(names)), names, parse_math=False)
     map_.set_title("without the module")
-    figure.colorbar(cells, ax=map_, label=kl_label(metric), aspect=8, pad=0.02)
+    figure.colorbar(cells, ax=map_, label=kl_label(metric).replace(" an example", ""), aspect=8, pad=0.02)
     _points(bars, numbers[numbers["cut"] == "layer"].set_index("layer").reindex(layers))
     bars.set(title="without the layer", ylabel="\n".join(["change of", *metric.split()]), xlabel=LABELS["layer"])
     panels = grid[2].subgridspec(1, len(others), width_ratios=shares).subplots(sharey=True, squeeze=False)[0]
