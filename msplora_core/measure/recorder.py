@@ -84,8 +84,9 @@ class Recorder:
         self.rows: list[int] = []
         """Numbers, among those of all processes, of the rows recorded here: example × draws + draw."""
         self.tokens = 0
-        half = any(update.layer.get_base_layer().weight.dtype == torch.float16 for update in updates.values())
-        self._factor = _HALF if half else 1.0
+        bases = [update.layer.get_base_layer() for update in updates.values()]
+        tensors = (tensor for base in bases for tensor in (*base.parameters(), *base.buffers()))
+        self._factor = _HALF if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0
         self._batch: Tokens | None = None
         self._draws = 0
         self._pool = ThreadPoolExecutor(1)
@@ -117,7 +118,7 @@ class Recorder:
         self._batch, start = tokens, len(self.rows)
         self.tokens += tokens.count() or tokens.examples
         for draw in range(draws):
-            gradient = drawing.gradient(outputs, first, draw) * self._factor
+            gradient = drawing.gradient(outputs, first, draw).mul_(self._factor)
             with torch.autocast(gradient.device.type, enabled=False):  # as Trainer: backward is in what forward chose
                 torch.autograd.backward(outputs.values, gradient, retain_graph=draw + 1 < draws)
             self._put_away(slice(start + draw, start + tokens.examples * draws, draws))

@@ -96,10 +96,7 @@ def record_moments(
     try:
         with differentiated(model), recorder.watching():
             for number in tqdm(own, desc="moments", unit="batch", disable=not progress):
-                first, batch = sum(examples[:number]), batches[number]
-                inputs, tokens = prepared(batch, base)
-                outputs = outputs_of(base, _logits(model, base, inputs), batch, tokens)
-                recorder.record(outputs, tokens, drawing, first)
+                _forward_and_backward(model, base, batches[number], recorder, drawing, sum(examples[:number]))
     except TrainingError as error:
         failure = str(error)
     distributed.raise_first(failure)
@@ -132,6 +129,14 @@ def check_labels(labels: str) -> None:
     """
     if labels not in LABELS:
         raise TrainingError(f"labels={labels!r}: expected one of {', '.join(LABELS)}")
+
+
+def _forward_and_backward(
+    model: Any, base: Any, batch: Batch, recorder: Recorder, drawing: Drawing, first: int
+) -> None:
+    inputs, tokens = prepared(batch, base)
+    outputs = outputs_of(base, _logits(model, base, inputs), batch, tokens)
+    recorder.record(outputs, tokens, drawing, first)
 
 
 def _logits(model: Any, base: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -93,7 +93,8 @@ class Update:
     @property
     def _device(self) -> torch.device:
         # a pair that several devices share lives on one of them
-        return self.layer.get_base_layer().weight.device
+        weight = getattr(self.layer.get_base_layer(), "weight", None)  # some quantised layers have none of that name
+        return self.parts[0].b.device if weight is None else weight.device
 
     def set(self, core: torch.Tensor) -> None:
         """Put B core A in the place of B A, in this module alone; ``core``: (R, R), on the module's device."""
