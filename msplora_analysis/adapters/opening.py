@@ -13,6 +13,7 @@ from msplora_analysis.files.addresses import parse
 from msplora_analysis.files.opening import PairedFile, open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import looks_like_adapter, read_contents
+from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.formats.updates import Contents
 from msplora_analysis.options import Options
 
@@ -37,6 +38,11 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
         except AnalysisError as error:
             raise AnalysisError(f"{adapter.file}: {error}", *error.arguments) from None
         if contents.unknown and not options.ignore_unknown:
+            if parts := _of_adapted(contents):
+                raise AnalysisError(
+                    f"{adapter.file}: {unknown_text(parts)}; they stand in modules that are adapted, and may "
+                    "change their updates: this form of adapter is not supported"
+                )
             raise AnalysisError(
                 f"{adapter.file}: {unknown_text(contents.unknown)}; pass ignore_unknown=True to leave them out",
                 "ignore_unknown",
@@ -51,6 +57,17 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
 def unknown_text(names: Sequence[str]) -> str:
     """Names the first few tensors that no format explains."""
     return f"unknown tensors ({len(names)}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def _of_adapted(contents: Contents) -> list[str]:
+    """Unknown tensors of modules that are adapted, such as a gate between the factors; not biases."""
+    modules = {matrix.name for matrix in contents.matrices}
+    paths = {name: name.removeprefix(PREFIX).split(".") for name in contents.unknown if not name.endswith("bias")}
+    return [
+        name
+        for name, path in paths.items()
+        if any(".".join(path[:length]) in modules for length in range(1, len(path)))
+    ]
 
 
 def _open(adapter: Adapter, options: Options) -> TensorFile:

@@ -16,6 +16,7 @@ import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
+from msplora_analysis.files.narrow import widened
 from msplora_analysis.files.tensors import FloatArray, Shape, TensorFile, check_name, state_of
 
 _MOST_HEADER = 8 * 2**20  # bytes: an adapter has no vocabulary
@@ -74,8 +75,8 @@ class GgufFile(TensorFile):
             values: FloatArray = blocks["values"] * blocks["scale"].astype(np.float32)[:, None]
         else:
             values = raw.view(_KINDS[entry.kind])
-        if entry.kind == 30:  # the upper half of a float32
-            values = np.left_shift(values, 16, dtype="<u4").view("<f4")
+        if entry.kind == 30:
+            values = widened(values, "BF16")
         return values.reshape(entry.shape)
 
     def _read_into(self, target: memoryview, offset: int) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
+from msplora_analysis.files.narrow import NARROW, widened
 from msplora_analysis.files.tensors import MOST_AXES, FloatArray, Shape, TensorFile, check_name, state_of
 
 # The safetensors library takes 100 MB. A tensor needs 100 bytes or so, and an adapter of every expert of the largest
@@ -29,7 +30,7 @@ _BITS = {
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-_READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 _READABLE_ALONE = {"I64": "<i8", "I32": "<i4"}  # one number: some programs write alpha so
 
 
@@ -107,8 +108,8 @@ class SafetensorsFile(TensorFile):
             raw = np.empty(size, dtype=np.uint8)
             self._read_into(raw.data, self._data + entry.begin)
         values = raw.view(kind)
-        if entry.dtype == "BF16":  # the upper half of a float32
-            values = np.left_shift(values, 16, dtype="<u4").view("<f4")
+        if entry.dtype in NARROW:
+            values = widened(values, entry.dtype)
         return values.reshape(entry.shape)
 
     def _read_into(self, target: memoryview, offset: int) -> None:

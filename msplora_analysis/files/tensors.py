@@ -37,7 +37,7 @@ class TensorFile:
     states: dict[Path, State]
 
     def read(self, name: str) -> FloatArray:
-        """One tensor, float16/32/64 (bfloat16 widened to float32), or int32/64 of one element. Not to be changed."""
+        """One tensor, not to be changed: float16/32/64 (bfloat16, float8 as float32), or int32/64 of one element."""
         raise NotImplementedError
 
     def prefetch(self, names: Iterable[str]) -> None:

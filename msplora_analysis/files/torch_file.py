@@ -17,10 +17,18 @@ import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
+from msplora_analysis.files.narrow import NARROW, widened
 from msplora_analysis.files.tensors import FloatArray, TensorFile, check_name, state_of
 from msplora_analysis.files.torch_pickle import RefusedError, Storage, Stored, kind_of, unpickle
 
-_READABLE = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+_READABLE = {
+    "float64": "<f8",
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "float8_e4m3fn": "u1",
+    "float8_e5m2": "u1",
+}
 _READABLE_ALONE = {"int64": "<i8", "int32": "<i4"}  # one number: alpha, say
 _MOST_PICKLED = 8 * 2**20  # bytes of the pickle that names the tensors: some 40,000 of them
 _MOST_LISTED = 8 * 2**20  # bytes of the list of a zip archive's entries
@@ -84,8 +92,8 @@ class TorchFile(TensorFile):
         raw = np.empty(tensor.span * tensor.item, np.uint8)
         self._read_into(raw.data, begin)
         values = raw.view(kind)
-        if tensor.kind == "bfloat16":  # the upper half of a float32
-            values = np.left_shift(values, 16, dtype="<u4").view("<f4")
+        if tensor.kind in NARROW:
+            values = widened(values, tensor.kind)
         strides = [stride * values.itemsize for stride in tensor.strides]
         array: FloatArray = np.lib.stride_tricks.as_strided(values, tensor.shape, strides)
         return -array if tensor.negated else array

@@ -83,6 +83,12 @@ def find_format(config: Config, file: TensorFile) -> Format:
             "adapters copy adapter_config.json beside it, and for a whole model give its base as base=",
             "base",
         )
+    if kind is None:
+        first = next(iter(file.shapes), "none")
+        raise AnalysisError(
+            f"adapter_config.json has no peft_type, and the file's tensors ({first}, ...) have no names of low-rank "
+            "factors that are known; of PEFT's adapters use the configuration that was saved with the weights"
+        )
     if kind in REASONS:
         raise AnalysisError(
             f"adapter_config.json: peft_type {kind!r} has no spectra of low-rank factors: {REASONS[kind]}"

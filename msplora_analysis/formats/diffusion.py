@@ -52,6 +52,7 @@ _SPELLINGS = tuple(
     )
 )
 _BESIDE = re.compile(r"(?P<name>.+)\.(?P<part>alpha|scalar|dora_scale|lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?")
+_EMBEDDINGS = "bundle_emb."  # textual inversions that stand beside a LoRA in one file
 _VECTOR = re.compile(r".+\.(?:diff_b|w_norm|b_norm|lora_(?:B|up)\.bias)")
 # Updates that are the weights of the model times or through something, so that they need the model itself.
 _UNSUPPORTED = {
@@ -71,11 +72,13 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per adapted module, all of scale "layer"."""
     modules: dict[str, Parts] = {}
     beside: dict[str, Parts] = {}
-    unknown, vectors = [], []
+    unknown, vectors, embeddings = [], [], []
     for key, shape in file.shapes.items():
         if reason := _unsupported(key, file.shapes):
             raise AnalysisError(f"tensor {key}: {reason}, so the file does not hold the update; it is not supported")
-        if _VECTOR.fullmatch(key) or (key.endswith(".diff") and len(shape) < 2):
+        if key.startswith(_EMBEDDINGS):
+            embeddings.append(key)
+        elif _VECTOR.fullmatch(key) or (key.endswith(".diff") and len(shape) < 2):
             vectors.append(key)
         elif factor := _factor(key):
             add_part(modules, *factor, key)
@@ -100,7 +103,10 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
             decomposed.append(name)
         matrices.append(layer_matrix(name, _update(parts, file.shapes, scaling)))
     unknown += [key for parts in beside.values() for key in parts.values()]
-    return contents(matrices, unknown, _notes(file, len(modules), unscaled, decomposed, vectors))
+    notes = _notes(file, len(modules), unscaled, decomposed, vectors)
+    if embeddings:
+        notes.append(f"{len(embeddings)} tensors of bundled embeddings ({embeddings[0]}, ...) are left out")
+    return contents(matrices, unknown, notes)
 
 
 # Names

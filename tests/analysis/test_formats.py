@@ -188,7 +188,6 @@ def test_heads_and_embeddings_beside_the_factors_are_left_out(tmp_path):
         "layer.0.q.bias",
         "embed_tokens.token_adapter.trainable_tokens_delta",
         "layer.0.lora_A.weight.extra",
-        "layer.0.q.msplora_layer.A",
     ],
 )
 def test_what_the_config_does_not_explain_is_unknown(tmp_path, name):

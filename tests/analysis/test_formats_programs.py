@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapters import assert_promised
+from adapters import assert_promised, lora_tensors, write_adapter
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from msplora_analysis import AnalysisError, load_spectra, load_tables
 from msplora_analysis.adapters.discovery import discover
+from msplora_analysis.files.opening import open_tensors
 
 torch.set_num_threads(1)
 RNG = np.random.default_rng(0)
@@ -196,3 +198,67 @@ def test_adapterhub(tmp_path):
         assert next(iter(about)) in error(adapterhub(tmp_path / "b", tensors, **about))
     (folder / "adapter_config.json").unlink()
     assert "without its adapter_config.json" in error(folder)
+
+
+# PaddleNLP
+
+
+@pytest.mark.parametrize(("about", "scale"), [({}, 3), ({"rslora": True}, 6 / 2**0.5), ({"pissa": True}, 1)])
+def test_paddlenlp(tmp_path, about, scale):
+    a, b = pair(2, 6, 6)  # square: it would multiply the other way too
+    tensors = {f"{NAME}.lora_A": np.ascontiguousarray(a.T), f"{NAME}.lora_B": np.ascontiguousarray(b.T)}
+    save_file(tensors, tmp_path / "peft_model-00001-of-00001.safetensors")
+    (tmp_path / "lora_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, **about}))
+    assert_read(tmp_path, {NAME: scale * b @ a}, notes="pissa" in about)
+    (tmp_path / "lora_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "tensor_parallel_degree": 2}))
+    assert "merge_tensor_parallel" in error(tmp_path)
+
+
+# torchtune
+
+
+def test_torchtune(tmp_path):
+    a, b = pair(2, 6, 5)
+    name = "layers.0.attn.q_proj"
+    tensors = {f"{name}.lora_a.weight": torch.from_numpy(a), f"{name}.lora_b.weight": torch.from_numpy(b)}
+    torch.save(tensors, tmp_path / "adapter_0.pt")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    assert_read(tmp_path, {name: 3 * b @ a})
+    torch.save({**tensors, f"{name}.magnitude": torch.ones(6)}, tmp_path / "adapter_0.pt")
+    assert_read(tmp_path, {name: 3 * b @ a}, notes=1)
+    (tmp_path / "adapter_config.json").unlink()
+    assert "r is missing" in error(tmp_path)
+
+
+# Numbers of 8 bits, and embeddings beside a LoRA
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_number_of_8_bits(tmp_path, kind):
+    values = torch.arange(256, dtype=torch.uint8).view(kind)
+    save_torch({"x": values}, tmp_path / "a.safetensors")
+    torch.save({"x": values}, tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        with open_tensors(tmp_path / name) as file:
+            assert np.array_equal(file.read("x"), values.float().numpy(), equal_nan=True)
+
+
+def test_embeddings_bundled_with_a_lora(tmp_path):
+    a, b = pair(2, 6, 5)
+    key = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": np.array(6.0)}
+    save_file({**tensors, "bundle_emb.style.string_to_param.*": np.ones((2, 8))}, tmp_path / "style.safetensors")
+    assert_read(tmp_path, {"unet.mid_block.attentions.0.proj_in": 3 * b @ a}, notes=1)
+
+
+@pytest.mark.parametrize("key", ["lora_B0.weight", "lora_route.weight"])
+def test_hydra_lora_has_no_one_update(tmp_path, key):
+    tensors = lora_tensors("layer.0.q") | {f"base_model.model.layer.0.q.{key}": np.ones((2, 2))}
+    assert "HydraLoRA" in error(write_adapter(tmp_path / "a", tensors))
+
+
+def test_what_stands_between_the_factors_is_not_to_be_ignored(tmp_path):
+    tensors = lora_tensors("layer.0.q") | {"base_model.model.layer.0.q.gate": np.ones(2)}
+    message = error(write_adapter(tmp_path / "a", tensors))
+    assert "may change their updates" in message
+    assert "ignore" not in message

@@ -102,7 +102,7 @@ def test_types_without_a_float_value_are_listed_but_not_read(tmp_path):
     save_file({"ids": np.arange(3), "x": np.ones(2)}, path)
     with open_tensors(path) as file:
         assert file.shapes == {"ids": (3,), "x": (2,)}
-        with pytest.raises(AnalysisError, match="tensor ids is of type I64; expected one of F64, F32, F16, BF16"):
+        with pytest.raises(AnalysisError, match="tensor ids is of type I64; expected one of F64, F32, F16, BF16, F8"):
             file.read("ids")
 
 
@@ -218,5 +218,6 @@ def test_old_bin_layout_is_read(tmp_path):
 def test_bin_of_integers(tmp_path):
     torch.save({"x": torch.ones(2, dtype=torch.int32)}, tmp_path / "t.bin")
     assert error(tmp_path / "t.bin") == (
-        f"{tmp_path}/t.bin: tensor x is of type int32; expected one of float64, float32, float16, bfloat16"
+        f"{tmp_path}/t.bin: tensor x is of type int32; expected one of float64, float32, "
+        "float16, bfloat16, float8_e4m3fn, float8_e5m2"
     )
