@@ -69,7 +69,9 @@ def main() -> NoReturn:
         message = with_options(error)
     except OSError as error:  # whatever no module foresaw, such as a full disk
         message = f"{error.filename or 'system'}: {error.strerror or error}"
-    print(f"error: {message}", file=sys.stderr)
+    except (MemoryError, ImportError) as error:  # a library that finds no room for itself is not found
+        message = f"there is not enough memory, or a package is broken ({error or type(error).__name__})"
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from msplora_core.errors import TrainingError
+from msplora_core.names import printable
 from msplora_core.run.distributed import is_writer
 from msplora_core.version import __version__
 
@@ -84,19 +86,24 @@ def run(app: typer.Typer, options: Iterable[str]) -> None:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _terminate)
+    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal's encoding lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except TrainingError as error:
         message = _for_the_command_line(str(error), options)
     except OSError as error:  # whatever no module foresaw, such as a full disk
         message = f"{error.filename or 'system'}: {error.strerror or error}"
+    except (MemoryError, ImportError) as error:  # a library that finds no room for itself is not found
+        message = f"there is not enough memory, or a package is broken ({error or type(error).__name__})"
     try:
         # What goes wrong in one process mostly does in all, and is told by the writing one; a launcher ends the others.
         if not is_writer():
             time.sleep(_PATIENCE)
     except KeyboardInterrupt:
         sys.exit(1)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import lora_config, lora_tensors, write_adapter
-from fuzz import fuzz
+from fuzz import KINDS, fuzz
 
 from msplora_analysis import AnalysisError, load_tables
 from msplora_analysis.adapters.discovery import discover
@@ -69,10 +69,12 @@ def at_most(seconds: float, mebibytes: int):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < mebibytes * 1024
 
 
-def test_two_thousand_mutations(tmp_path):
-    outcomes = fuzz(2000, tmp_path, seed=1)
-    assert outcomes["tables"] > 50
-    assert outcomes["error"] > 500
+def test_mutations_of_every_kind(tmp_path):
+    commands = ["load", "spectra", "diagnose", "results", "watch", "export", "resume", "rows", "base"]
+    outcomes = fuzz(150, tmp_path, seed=1, commands=commands)
+    assert {kind for kind, _, _ in outcomes} == set(KINDS)
+    assert {command for _, command, _ in outcomes} == set(commands)
+    assert {outcome for _, _, outcome in outcomes} == {"done", "error"}
 
 
 # --- safetensors ---

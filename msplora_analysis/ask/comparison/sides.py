@@ -12,7 +12,7 @@ import pandas as pd
 from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.ask.comparison.compare import Side
 from msplora_analysis.ask.comparison.pairing import units
-from msplora_analysis.errors import AnalysisError
+from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.checkpoints import adapters_at
@@ -49,7 +49,7 @@ def load_sides(
         sides.append(side)
     if (sides[0].pairs is None) != (sides[1].pairs is None):
         warnings.warn("subspaces are not compared: one of the two is a table without a pairs table", stacklevel=2)
-    called_a, called_b = (Path(paths[0]).name or str(paths[0]) for paths in (a, b))
+    called_a, called_b = (printable(Path(paths[0]).name or str(paths[0])) for paths in (a, b))
     return told_apart(sides[0], sides[1], called_a, called_b)
 
 

@@ -13,6 +13,7 @@ from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import printable
 from msplora_analysis.tables.checkpoints import newest
 from msplora_core.names import RECORD, STATE
+from msplora_core.records import TRAINER_STATE
 
 POINTS = 400
 """Most points of a curve: more cannot be told apart on a screen."""
@@ -46,12 +47,12 @@ def about(run: str, adapters: Sequence[Adapter]) -> About:
         return About(run, "", _facts(unit.task, unit.seed, {}, {}, 0), {}, {})
     (last,) = newest(adapters)
     record = nearest_json(last.file, RECORD)
-    curve = _curves(nearest_json(last.file, STATE).get("log_history"), _in_log)
+    curve = _curves(nearest_json(last.file, STATE, TRAINER_STATE).get("log_history"), _in_log)
     curve = curve or _curves(record.get("results"), _RESULTS.get)
     longest = max(map(len, curve.values()), default=0)
     return About(
         run,
-        str(last.file.parent),
+        printable(str(last.file.parent)),
         _facts(unit.task, unit.seed, record, last.config, len(adapters)),
         _record(record, last.config),
         {name: _thinned(points) for name, points in curve.items()},
