@@ -22,7 +22,7 @@ from msplora_core.measure.updates import updates_of
 from msplora_core.moments import ModuleMoments, Moments
 from msplora_core.train.evaluation import metric_value
 
-from .conftest import make_bert, make_llama
+from .conftest import make_bert, make_gpt2, make_llama, make_t5
 
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 METHODS = {
@@ -331,3 +331,26 @@ def test_moments_of_another_adapter_are_refused():
     moments, _ = moments_of(adapted("bert", "lora", size=0.4))
     with pytest.raises(TrainingError, match="another adapter"):
         ablate(model, batches_of("bert", 4), moments=moments)
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_t5], ids=["gpt2", "t5"])
+def test_layers_that_a_cut_does_not_change_are_skipped_and_nothing_else(make):
+    torch.manual_seed(3)
+    base = make().eval()
+    targets = {"gpt2": ["c_attn"], "t5": ["q", "v"]}[base.config.model_type]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    tokens = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    found = ablate(model, [batch], ranks=())
+    shift = 0 if base.config.model_type == "t5" else 1
+    with torch.no_grad():
+        whole = model(**batch).logits
+        for cut, kl in zip(found.cuts, found.measured.kl, strict=True):
+            zeroed = {name: model.get_base_model().get_submodule(name).lora_B["default"] for name in cut.closed}
+            kept = {name: b.weight.clone() for name, b in zeroed.items()}
+            for b in zeroed.values():
+                b.weight.zero_()
+            p, q = (logits[:, : 7 - shift].double().log_softmax(-1) for logits in (whole, model(**batch).logits))
+            for name, b in zeroed.items():
+                b.weight.copy_(kept[name])
+            np.testing.assert_allclose(kl, (p.exp() * (p - q)).sum((1, 2)), rtol=1e-3, atol=1e-9, err_msg=cut.what)
