@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +267,45 @@ def test_adapters_become_loras() -> None:
     lora = get_peft_model(make_bert(layers=3), LoraConfig(**{**config.to_dict(), "peft_version": None}))
     set_peft_model_state_dict(lora, tensors)
     torch.testing.assert_close(run_model(lora.eval()), run_model(model), rtol=1e-4, atol=1e-5)
+
+
+# --- In processes of their own ---
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_sharded_training_is_training_on_one_device() -> None:
+    """FSDP1 and FSDP2 with gloo; with GPUs the same script also checks DeepSpeed and bitsandbytes."""
+    command = [sys.executable, "tests/gpu/run.py", "--parts", "fsdp", "--seconds", "800"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+    checks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(checks) >= 12
+    assert all(check["holds"] for check in checks), done.stdout
+    assert done.returncode == 0
+
+
+IN_PEFT = """
+import sys, peft, torch
+from peft.tuners.msplora import MSPLoraConfig
+base = lambda: torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+model = peft.get_peft_model(base(), MSPLoraConfig(target_modules=["0", "1", "2"], init_weights=False))
+model.save_pretrained("adapter")
+again = peft.PeftModel.from_pretrained(base(), "adapter")
+saved, loaded = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(again)
+assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
+assert "msplora_core" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_the_folder_is_one_of_pefts(tmp_path: Path) -> None:
+    """Copied into PEFT, with the name in its enumeration, the method works without this package."""
+    shutil.copytree(Path(peft.__file__).parent, tmp_path / "peft")
+    ours = REPOSITORY / "msplora_core" / "tuners"
+    shutil.copytree(ours / "msplora", tmp_path / "peft" / "tuners" / "msplora")
+    shutil.copy(ours / "strict.py", tmp_path / "peft" / "tuners")
+    enumeration = tmp_path / "peft" / "utils" / "peft_types.py"
+    enumeration.write_text(enumeration.read_text().replace("    LORA =", '    MSPLORA = "MSPLORA"\n    LORA =', 1))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", IN_PEFT], cwd=tmp_path, env=environment, check=True)
