@@ -16,7 +16,7 @@ from msplora_analysis.adapters.discovery import Adapter, discover
 from msplora_analysis.compute.results import Result, Spectra
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.options import Execution, Options
+from msplora_analysis.options import NO_MOMENTS, Execution, Options
 from msplora_analysis.tables.against_base import measure
 from msplora_analysis.tables.checkpoints import last_checkpoints, newest, times
 from msplora_analysis.tables.columns import KEYS
@@ -169,7 +169,8 @@ def of_results(
     adapters = [result.adapter for result in good]
     spectra, metrics = tables_of(adapters, good, (1,), any(result.task for result in good))
     latest = [adapter for adapter in newest(adapters) if adapter.file.is_file()]
-    pairs, scales = redundancy_of(latest, options, replace(execution, progress=None), details=True, say=False)
+    plain, quietly = replace(options, moments=NO_MOMENTS), replace(execution, progress=None)
+    pairs, scales = redundancy_of(latest, plain, quietly, details=True, say=False)
     relative = pd.DataFrame()
     if model is not None and latest:
         relative = measure(latest, Path(model), options, execution.progress)

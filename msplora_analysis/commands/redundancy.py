@@ -53,6 +53,7 @@ def redundancy(
     workers: arguments.Workers = None,
     dask: arguments.Dask = None,
     base: arguments.Base = None,
+    moments: arguments.Moments = None,
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
@@ -67,7 +68,7 @@ def redundancy(
     from msplora_analysis.tables.pair_means import summary
     from msplora_analysis.tables.pairs import Tables, read_redundancy
 
-    options = Options(ignore_unknown, semantics.value, base, top_k)
+    options = Options(ignore_unknown, semantics.value, base, top_k, moments)
     with terminal.progress_bar("Comparing") as progress:
         tables = read_redundancy(paths, options, Execution(workers, dask, progress=progress), details=details)
     if tables.pairs.empty and tables.scales.empty:

@@ -104,7 +104,7 @@ def weights_of(matrices: Iterable[Matrix], modules: Mapping[str, Module]) -> dic
     """The moments of each matrix that they serve: of scales, shared pairs and whole updates."""
     acting: dict[Product, list[Weights]] = {}  # a product, and its moments in every module that it acts in
     for module in modules.values():
-        for product, at in _places(module.matrix):
+        for product, at in products_at(module.matrix):
             acting.setdefault(product, []).append(module.weights.part(at))
     found = {module.matrix: module.weights for module in modules.values()}
     for matrix in matrices:
@@ -125,7 +125,7 @@ def _products(matrix: Matrix) -> tuple[Product, ...]:
     return matrix.update.products
 
 
-def _places(matrix: Matrix) -> list[tuple[Product, slice]]:
+def products_at(matrix: Matrix) -> list[tuple[Product, slice]]:
     """The products of an update, and where their factors stand among all."""
     products = _products(matrix)
     ends = accumulate((product.rank for product in products), initial=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,11 +11,20 @@ import pandas as pd
 from msplora_analysis.adapters.layouts import WEIGHTS_SUFFIXES
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath, parse, walk
-from msplora_analysis.options import Execution, Options
+from msplora_analysis.options import NO_MOMENTS, Execution, Options
 from msplora_analysis.tables.ablation import ablations_at, load_ablation
 from msplora_analysis.tables.files import FORMATS, read_spectra, read_table, typed, with_whole_epochs
 from msplora_analysis.tables.load import read_tables
-from msplora_analysis.tables.pairs import DETAILS, PAIRS, SCALES, Tables, read_redundancy, table_of
+from msplora_analysis.tables.pairs import (
+    DETAILS,
+    PAIRS,
+    PAIRS_TASK,
+    SCALES,
+    SCALES_TASK,
+    Tables,
+    read_redundancy,
+    table_of,
+)
 from msplora_core.names import ABLATION
 
 
@@ -56,7 +66,8 @@ def gather_redundancy(paths: Sequence[StrPath], options: Options, execution: Exe
         for pairs, scales in stored
     ]
     if adapters := [path for path, file in files.items() if file is None]:
-        found.append(read_redundancy(adapters, options, execution, details=True, say=False))
+        plain = replace(options, moments=NO_MOMENTS)
+        found.append(read_redundancy(adapters, plain, execution, details=True, say=False))
     return Tables(*(joined(of_kind) for of_kind in zip(*found, strict=True)))
 
 
@@ -110,6 +121,6 @@ def stored_pairs(spectra: Path, name: str) -> pd.DataFrame | None:
     candidates = [spectra.parent / f"{name}.{suffix}" for suffix in FORMATS]
     if (file := next((file for file in candidates if file.is_file()), None)) is None:
         return None
-    types = PAIRS if name == "pairs" else SCALES
+    types, task = (PAIRS, PAIRS_TASK) if name == "pairs" else (SCALES, SCALES_TASK)
     # The columns of DETAILS are there with --details alone.
-    return read_table(file, types, f"table of {name}", "one of `msplora-analyze redundancy`", more=DETAILS)
+    return read_table(file, types, f"table of {name}", "one of `msplora-analyze redundancy`", more=DETAILS | task)

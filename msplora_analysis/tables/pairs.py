@@ -13,6 +13,7 @@ overlap_in, overlap_out: of the input (right) and output (left) singular directi
 smaller numerical rank of the two, or ``top_k`` if that is less.
 overlap_expected: what random subspaces would give, K / d, the mean of both sides where these differ in d.
 cosine: of the whole updates; empty where only the largest singular directions of a large matrix are known.
+task_...: the same of the leading task directions, where adapters have moments (see docs/metrics.md).
 All are empty for an update of zero. Overlaps and cosines are exact to 1e-6.
 """
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter, discover
+from msplora_analysis.adapters.moments import have_moments
 from msplora_analysis.compute.pairs import measure
 from msplora_analysis.compute.results import Columns, Redundancy
 from msplora_analysis.compute.tasks import compute_each
@@ -41,6 +43,8 @@ PAIRS = _WHEN | {"scale": "str", "module": "str"} | _UNITS | _FLOATS
 SCALES = (
     _WHEN | {"module": "str", "group": "Int64", "name": "str", "scale_i": "str", "scale_j": "str"} | _UNITS | _FLOATS
 )
+PAIRS_TASK = dict.fromkeys(("task_overlap_in", "task_overlap_out", "task_overlap_expected"), "float64")
+SCALES_TASK = dict.fromkeys(("task_overlap_in", "task_overlap_out", "task_cosine"), "float64")
 DETAILS = {
     "name_i": "str", "name_j": "str", "k": "Int64", "expected_in": "float64", "expected_out": "float64",
     "deviation_in": "float64", "deviation_out": "float64",
@@ -63,6 +67,7 @@ def load_pairs(
     semantics: str = "paper",
     base: StrPath | None = None,
     top_k: int | None = None,
+    moments: StrPath | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     progress: Progress | None = None,
@@ -82,8 +87,9 @@ def load_pairs(
         >>> pairs = ma.load_pairs("runs/cola")
         >>> pairs.groupby(["run", "module"])["overlap_in"].mean()
     """
+    options = Options(ignore_unknown, semantics, base, top_k, moments)
     execution = Execution(workers, dask, progress=progress)
-    return read_redundancy(paths, Options(ignore_unknown, semantics, base, top_k), execution, details=details).pairs
+    return read_redundancy(paths, options, execution, details=details).pairs
 
 
 def load_scale_pairs(
@@ -94,6 +100,7 @@ def load_scale_pairs(
     semantics: str = "paper",
     base: StrPath | None = None,
     top_k: int | None = None,
+    moments: StrPath | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     progress: Progress | None = None,
@@ -113,8 +120,9 @@ def load_scale_pairs(
         >>> scales = ma.load_scale_pairs("runs/msplora")
         >>> scales.groupby(["scale_i", "scale_j"])["cosine"].mean()
     """
+    options = Options(ignore_unknown, semantics, base, top_k, moments)
     execution = Execution(workers, dask, progress=progress)
-    return read_redundancy(paths, Options(ignore_unknown, semantics, base, top_k), execution, details=details).scales
+    return read_redundancy(paths, options, execution, details=details).scales
 
 
 def load_redundancy(
@@ -125,6 +133,7 @@ def load_redundancy(
     semantics: str = "paper",
     base: StrPath | None = None,
     top_k: int | None = None,
+    moments: StrPath | None = None,
     workers: int | None = 1,
     dask: str | None = None,
     progress: Progress | None = None,
@@ -145,8 +154,9 @@ def load_redundancy(
     Example:
         >>> pairs, scales = ma.load_redundancy("runs/msplora", details=True)
     """
+    options = Options(ignore_unknown, semantics, base, top_k, moments)
     execution = Execution(workers, dask, progress=progress)
-    return read_redundancy(paths, Options(ignore_unknown, semantics, base, top_k), execution, details=details)
+    return read_redundancy(paths, options, execution, details=details)
 
 
 def read_redundancy(
@@ -175,9 +185,10 @@ def redundancy_of(
     if say:
         said.give()
     extra = DETAILS if details else {}
+    of_pairs, of_scales = (PAIRS_TASK, SCALES_TASK) if have_moments(adapters, options) else ({}, {})
     return Tables(
-        table_of([(r.adapter, block) for r in found for block in r.pairs], PAIRS | extra),
-        table_of([(r.adapter, block) for r in found for block in r.scales], SCALES | extra),
+        table_of([(r.adapter, block) for r in found for block in r.pairs], PAIRS | of_pairs | extra),
+        table_of([(r.adapter, block) for r in found for block in r.scales], SCALES | of_scales | extra),
     )
 
 
@@ -190,7 +201,7 @@ def table_of(blocks: Sequence[tuple[Adapter, Columns]], types: dict[str, str]) -
     lengths = [len(block["cosine"]) for _, block in blocks]
     columns = {}
     for name, kind in types.items():
-        values = [getattr(adapter, name) if name in _WHEN else block[name] for adapter, block in blocks]
+        values = [getattr(adapter, name) if name in _WHEN else block.get(name, np.nan) for adapter, block in blocks]
         cells = [v if isinstance(v, (np.ndarray, list)) else [v] * n for v, n in zip(values, lengths, strict=True)]
         if kind == "float64":
             columns[name] = pd.Series(np.concatenate([np.empty(0), *cells]), dtype=kind)

@@ -294,3 +294,55 @@ def test_the_report_shows_both_spectra_beside_each_other(training, tmp_path):
     assert "task_norm" in data["measures"]
     plain = ma.report(training, tmp_path / "plain.html", moments="none", cache=False).read_text()
     assert "task" not in re.search(r'id="data">(.*?)</script>', plain)[1]
+
+
+# What layers and scales share
+
+
+def basis(rows):
+    return np.linalg.qr(rows.T)[0]
+
+
+def leading(tokens, update, rank):
+    """Inputs and outputs of the task directions that hold 99 % of the task energy, rows; by the dense decomposition."""
+    u, sigma, vt = np.linalg.svd(tokens.weighted(update))
+    k = int(np.argmax(np.cumsum(sigma[:rank] ** 2) >= 0.99 * np.sum(sigma[:rank] ** 2))) + 1
+    # ΔW = Σ_k G^-½ u_k σ_k v_kᵀ C^-½
+    return k, vt[:rank] @ np.linalg.inv(tokens.root_in()), u[:, :rank].T @ np.linalg.inv(tokens.root_out())
+
+
+def test_overlap_of_leading_task_directions_between_layers(tmp_path):
+    factors, tokens = msplora_case(tmp_path / "a")
+    pairs = ma.load_pairs(tmp_path / "a").query("scale == 'total' and module == 'query'")
+    for row in pairs.itertuples():
+        i, j = (
+            leading(tokens[name], update_of(factors[name]), 6)
+            for name in (f"encoder.layer.{layer}.self.query" for layer in (row.group_i, row.group_j))
+        )
+        k = min(i[0], j[0])
+        for side, found in ((1, row.task_overlap_in), (2, row.task_overlap_out)):
+            cosines = np.linalg.svd(basis(i[side][:k]).T @ basis(j[side][:k]), compute_uv=False)
+            assert found == pytest.approx(np.sum(cosines**2) / k, rel=1e-4)
+        assert row.task_overlap_expected == pytest.approx((k / 8 + k / 10) / 2)
+
+
+def test_scales_of_a_layer_are_compared_in_its_own_metric(tmp_path):
+    factors, tokens = msplora_case(tmp_path / "a")
+    for row in ma.load_scale_pairs(tmp_path / "a").itertuples():
+        of = tokens[row.name]
+        one, other = (of.weighted(update_of({"_": factors[row.name][scale]})) for scale in (row.scale_i, row.scale_j))
+        cosine = np.sum(one * other) / np.linalg.norm(one) / np.linalg.norm(other)
+        assert row.task_cosine == pytest.approx(cosine, abs=1e-6)
+        (u, s, v), (x, t, y) = np.linalg.svd(one), np.linalg.svd(other)
+        k = min(int(np.argmax(np.cumsum(of**2) >= 0.99 * np.sum(of**2))) + 1 for of in (s, t))
+        assert row.task_overlap_in == pytest.approx(np.sum((v[:k] @ y[:k].T) ** 2) / k, rel=1e-6)
+        assert row.task_overlap_out == pytest.approx(np.sum((u[:, :k].T @ x[:, :k]) ** 2) / k, rel=1e-6)
+
+
+def test_without_moments_tables_of_redundancy_are_as_before(tmp_path):
+    msplora_case(tmp_path / "a")
+    weighted, plain = ma.load_redundancy(tmp_path / "a"), ma.load_redundancy(tmp_path / "a", moments="none")
+    for with_task, without in zip(weighted, plain, strict=True):
+        kept = [column for column in with_task if not column.startswith("task")]
+        assert len(kept) == len(with_task.columns) - 3
+        pd.testing.assert_frame_equal(with_task[kept], without)

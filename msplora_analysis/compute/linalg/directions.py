@@ -8,7 +8,7 @@ Cholesky factor, Q comes from the Householder QR that ``spectra`` takes there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from msplora_analysis.compute.linalg.spectra import (
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.updates import Kronecker, Matrix, Sum, Whole
+from msplora_core import moments as core
 
 TOLERANCE = 1e-6
 """A singular value below this share of the largest is zero for the numerical rank: its direction says nothing.
@@ -42,7 +43,9 @@ class Directions(NamedTuple):
     sigma: (n, R), all singular values known, descending. lengths: (n,), how many that are. rank: (n,), how many of
     them exceed TOLERANCE sigma_1. left: (n, R, rows) and right: (n, R, cols), a direction a row, zeros beyond the
     rank, both in float32, which is exact enough for inner products (1e-6) at half the cost. complete: (n,), whether
-    the update is the sum of these directions, rather than only its largest part.
+    the update is the sum of these directions, rather than only its largest part. task_in and task_out: (n, R, R), an
+    orthonormal basis of the task directions on either side, a direction a row, in terms of ``right`` and ``left``: its
+    first k span what the first k task directions do; None without moments.
     """
 
     sigma: Array
@@ -51,10 +54,12 @@ class Directions(NamedTuple):
     left: Array
     right: Array
     complete: NDArray[np.bool_]
+    task_in: Array | None = None
+    task_out: Array | None = None
 
     def part(self, which: slice) -> Directions:
         """Those of some of the updates."""
-        return Directions(*(field[which] for field in self))  # type: ignore[arg-type]
+        return Directions(*(None if field is None else field[which] for field in self))  # type: ignore[arg-type]
 
 
 def singular_directions(a: Array, b: Array) -> tuple[Array, Array, Array]:
@@ -73,11 +78,16 @@ def singular_directions(a: Array, b: Array) -> tuple[Array, Array, Array]:
     return sigma, left, right
 
 
-def directions(file: TensorFile, matrices: Sequence[Matrix], top_k: int | None = None) -> Directions:
+def directions(
+    file: TensorFile,
+    matrices: Sequence[Matrix],
+    top_k: int | None = None,
+    task: Mapping[Matrix, core.Directions] | None = None,
+) -> Directions:
     """The singular directions of updates of one shape.
 
-    top_k: how many of a whole matrix that is too large for all; of a product of factors they are always all. Raises
-    AnalysisError naming the tensor that holds NaN or Inf.
+    top_k: how many of a whole matrix that is too large for all; of a product of factors they are always all. task: the
+    task directions of updates, in terms of their factors. Raises AnalysisError naming the tensor that holds NaN or Inf.
     """
     rows, cols = matrices[0].update.rows, matrices[0].update.cols
     limits = [held(matrix, top_k) for matrix in matrices]
@@ -89,6 +99,7 @@ def directions(file: TensorFile, matrices: Sequence[Matrix], top_k: int | None =
         np.zeros((n, most, rows), dtype=np.float32),
         np.zeros((n, most, cols), dtype=np.float32),
         np.array([limit == matrix.update.rank for matrix, limit in zip(matrices, limits, strict=True)]),
+        *((np.zeros((n, most, most)), np.zeros((n, most, most))) if task is not None else ()),
     )
     sums = {i: matrix.update for i, matrix in enumerate(matrices) if isinstance(matrix.update, Sum)}
     for block in factor_blocks(sums):
@@ -98,6 +109,9 @@ def directions(file: TensorFile, matrices: Sequence[Matrix], top_k: int | None =
         left *= np.sign(scaling)[:, None, None]
         for i, found in zip(block, zip(sigma, left, right, strict=True), strict=True):
             _keep(file, matrices[i], result, i, *found)
+        for at, i in enumerate(block):
+            if task is not None and matrices[i] in task:
+                _keep_task(result, i, a[at] @ right[at].T, b[at].T @ left[at].T, task[matrices[i]])
     for i, matrix in enumerate(matrices):
         if i not in sums:
             _keep(file, matrix, result, i, *_of_other(file, matrix, limits[i]))
@@ -122,6 +136,16 @@ def _keep(
     result.rank[i] = rank
     result.left[i, :rank] = left[:rank]
     result.right[i, :rank] = right[:rank]
+
+
+def _keep_task(result: Directions, i: int, of_a: Array, of_b: Array, task: core.Directions) -> None:
+    """of_a: (r, r), the rows of A in terms of right singular directions; of_b: the columns of B, of left ones."""
+    assert result.task_in is not None
+    assert result.task_out is not None
+    rank = result.rank[i]
+    for basis, terms in ((result.task_in, task.right @ of_a), (result.task_out, task.left.T @ of_b)):
+        q = np.linalg.qr(terms[:, :rank].T)[0]  # (rank, least of rank and r)
+        basis[i, : q.shape[1], :rank] = q.T
 
 
 def _orthonormal_rows(factor: Array, norms: Array, lower: Array, rotation: Array) -> Array:
