@@ -44,7 +44,7 @@ def read_contents(config: Config, file: TensorFile, options: Options) -> Content
     if _last is not None and _last[0] == key:
         return _last[1]
     known = find_format(config, file)
-    found = known.read(config, file, options)
+    found = _without_base(known.read(config, file, options))
     if not found.matrices and not found.unknown:
         raise AnalysisError("no low-rank factors in the file; was the adapter saved before it was added?")
     if (known.peft_types or known.lone) and (note := _trained_whole(config, file, found)):
@@ -52,6 +52,15 @@ def read_contents(config: Config, file: TensorFile, options: Options) -> Content
     if not known.reads_values:
         _last = key, found
     return found
+
+
+def _without_base(found: Contents) -> Contents:
+    """A whole checkpoint of a model with adapters in it has the base's weights too, which are no updates."""
+    if not any(name.endswith(".base_layer.weight") for name in found.unknown):
+        return found
+    rest = [name for name in found.unknown if "lora" in name]
+    note = f"a whole checkpoint: {len(found.unknown) - len(rest)} tensors of the base model are left out"
+    return Contents(found.matrices, rest, [*found.notes, note])
 
 
 def _trained_whole(config: Config, file: TensorFile, found: Contents) -> str | None:

@@ -102,6 +102,11 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         if "dora_scale" in extra or "lora_magnitude_vector" in extra:
             decomposed.append(name)
         matrices.append(layer_matrix(name, _update(parts, file.shapes, scaling)))
+    if unscaled and any(".base_layer." in key for key in file.shapes):
+        raise AnalysisError(
+            "a whole checkpoint of a model with PEFT's adapters in it, whose scale is not in the file; copy the "
+            "adapter's adapter_config.json beside it"
+        )
     unknown += [key for parts in beside.values() for key in parts.values()]
     notes = _notes(file, len(modules), unscaled, decomposed, vectors)
     if embeddings:

@@ -262,3 +262,25 @@ def test_what_stands_between_the_factors_is_not_to_be_ignored(tmp_path):
     message = error(write_adapter(tmp_path / "a", tensors))
     assert "may change their updates" in message
     assert "ignore" not in message
+
+
+# Whole checkpoints of a model with PEFT's adapters
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("model.safetensors", ""), ("last.ckpt", "model.")])
+def test_whole_checkpoints_with_adapters(tmp_path, name, prefix):
+    peft = pytest.importorskip("peft")
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(5, 6), "v": torch.nn.Linear(5, 6)})
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q"], init_lora_weights=False)
+    )
+    tensors = {prefix + key: value.detach() for key, value in model.state_dict().items()}
+    file = tmp_path / name
+    if name.endswith(".ckpt"):
+        torch.save({"epoch": 1, "global_step": 2, "state_dict": tensors}, file)
+    else:
+        save_torch(tensors, file)
+    assert "adapter_config.json beside it" in error(file)
+    model.peft_config["default"].save_pretrained(tmp_path)
+    delta = model.base_model.model.q.get_delta_weight("default").detach().numpy()
+    assert_read(file, {f"{prefix}base_model.model.q" if prefix else "q": delta}, notes=1)
