@@ -36,6 +36,7 @@ OTHERS = re.compile(
 
 EXPECTED = {
     "not linear and cannot be merged": "bottlenecks are not linear and cannot be merged",
+    "without the scale 'layer', a state dict": "tensors that are shared do not name the modules that share them",
     "BitFit trains biases, and this model has none": "BitFit, and a model without biases",
     "Linear without a bias": "BitFit, and a module without a bias",
     r"bitfit~.*(Bert|Roberta)Model[^$]*assert param.grad is not None": "BitFit, and a pooler that no loss sees",
