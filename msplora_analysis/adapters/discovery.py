@@ -141,7 +141,7 @@ def _left_out(failed: list[AnalysisError] | None) -> Iterator[None]:
 def as_paths(source: Any) -> list[StrPath]:
     """A list of paths from one or several. Raises AnalysisError for anything else, such as a table."""
     paths = [source] if isinstance(source, (str, os.PathLike)) or not isinstance(source, Iterable) else list(source)
-    if "" in paths:
+    if any(isinstance(path, str) and not path for path in paths):
         raise AnalysisError("an empty path is given; expected that of an adapter: is a variable of the shell not set?")
     wrong = [f"{type(path).__name__} is" for path in paths if not isinstance(path, (str, os.PathLike))]
     if type(source).__name__ == "DataFrame":
