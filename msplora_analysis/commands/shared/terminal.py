@@ -28,6 +28,9 @@ _COLUMNS = {
     "stable\nrank": "stable_rank",
     "M_eff-1": "m_eff_1",
     "M_eff-4": "m_eff_4",
+}
+# With moments; together they fit into 80 letters.
+_TASK_COLUMNS = {name: column for name, column in _COLUMNS.items() if column not in ("stable_rank", "m_eff_4")} | {
     "task\nnorm": "task_norm",
     "task eff.\nrank": "task_effective_rank",
 }
@@ -162,7 +165,7 @@ class Summary:
 
     def add(self, metrics: pa.RecordBatch) -> None:
         keys = zip(*(metrics[name].to_pylist() for name in ("run", "scale", "step", "epoch")), strict=True)
-        self._columns = {head: name for head, name in _COLUMNS.items() if name in metrics.schema.names}
+        self._columns = _TASK_COLUMNS if "task_norm" in metrics.schema.names else _COLUMNS
         values = zip(*(metrics[name].to_pylist() for name in self._columns.values()), strict=True)
         for (run, scale, step, epoch), row in zip(keys, values, strict=True):
             scales = self._runs.setdefault(run, {})

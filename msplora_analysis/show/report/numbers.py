@@ -88,7 +88,7 @@ def means(matrices: Matrices, runs: Sequence[str], axis: str) -> Columns:
     """Mean of each of ``MEASURES`` over the matrices of one run, scale and checkpoint."""
     keys, sigma, task = matrices
     values = {name: one.function(sigma) for name, one in _measures("report").items()}
-    values |= {} if task is None else task_measures(task)
+    values |= {} if task is None else task_measures(list(task))
     table = keys[["run", "scale", "time"]].assign(when=keys[axis], **values)
     rows = table.groupby(["run", "scale", "time"], sort=False).mean().reset_index()
     columns: Columns = {"run": [runs.index(run) for run in rows["run"]], "scale": rows["scale"].tolist()}
@@ -196,7 +196,7 @@ def matrix_table(matrices: Matrices, runs: Sequence[str], places: Places) -> Col
     keys, sigma, task = matrices.where(matrices.keys["last"])
     shape = [f"{int(r)} × {int(c)}" if r == r else None for r, c in zip(keys["rows"], keys["cols"], strict=True)]
     numbers = {"rank": keys["rank"]} | {name: one.function(sigma) for name, one in _measures("matrices").items()}
-    numbers |= {} if task is None else task_measures(task)
+    numbers |= {} if task is None else task_measures(list(task))
     return {
         "run": [runs.index(run) for run in keys["run"]],
         "place": [places[name] for name in keys["name"]],
