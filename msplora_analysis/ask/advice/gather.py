@@ -47,9 +47,9 @@ def advise_known(evidence: Evidence, options: Options) -> list[RunAdvice]:
     """
     found = []
     for adapter in newest(evidence.adapters):
-        tables = [table[_is_of(table, adapter)] for table in (evidence.spectra, evidence.metrics)]
-        if not any(table.empty for table in tables):
-            found.append(_advice(adapter, *tables, options))
+        spectra, metrics = (table[_is_of(table, adapter)] for table in (evidence.spectra, evidence.metrics))
+        if not spectra.empty and not metrics.empty:
+            found.append(_advice(adapter, spectra, metrics, options))
     return found
 
 
