@@ -17,6 +17,8 @@ ABLATION = "ablation"
 """The name, before the dot, of the files of an ablation."""
 PARTIAL = ".partial"
 """The folder inside a run folder for what is being written or deleted. Nothing outside it is ever half there."""
+LOCK = ".lock"
+"""The file inside a run folder that a training holds while it writes there."""
 
 RANK_DECAY = {"global": 1, "mid": 2, "layer": 4}
 """What r is divided by for the rank of each scale: r, r/2, r/4 (arXiv 2503.21838, section 3.2)."""

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from msplora_core.data.loading import Split
 from msplora_core.data.tasks import get_task
 from msplora_core.errors import TrainingError
 from msplora_core.models import ModelSource, is_head
-from msplora_core.names import RECORD, method_label
+from msplora_core.names import LOCK, RECORD, method_label
 from msplora_core.options import options_of
-from msplora_core.run import checkpoints, distributed
+from msplora_core.run import checkpoints, distributed, lock
 from msplora_core.run.settings import Settings
 from msplora_core.version import __version__
 
@@ -39,7 +40,10 @@ def check_output_dir(settings: Settings) -> Path | None:
     folder = settings.output_dir
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder}: is a file; give 'output_dir' a folder")
-    if not folder.exists() or settings.overwrite or not any(folder.iterdir()):
+    if not folder.exists():
+        return None
+    lock.check_free(folder)
+    if settings.overwrite or not any(path.name != LOCK for path in folder.iterdir()):
         return None
     if not settings.resume:
         raise TrainingError(
@@ -80,20 +84,33 @@ def results_if_finished(settings: Settings) -> list[dict[str, Any]] | None:
     return results
 
 
-def make_output_dir(settings: Settings) -> list[str]:
-    """Make the run folder; with overwrite, delete the run in it first.
+def make_output_dir(settings: Settings, last_checkpoint: Path | None, until_end: ExitStack) -> list[str]:
+    """Make the run folder and hold it; with overwrite, delete the run in it first.
+
+    Args:
+        last_checkpoint: What :func:`check_output_dir` found.
+        until_end: What is left at the end of the run.
 
     Returns:
-        What a killed run had left unfinished there and is removed now, in sentences.
+        What the user should know, in sentences: what a killed run had left unfinished there and is removed now.
+
+    Raises:
+        TrainingError: another training writes there, or has since the folder was checked.
     """
     folder = settings.output_dir
     folder.mkdir(parents=True, exist_ok=True)
+    note = until_end.enter_context(lock.held(folder))
+    others = [path for path in folder.iterdir() if path.name != LOCK]
+    newest = checkpoints.newest_whole(folder)[0] if settings.resume else None
+    if newest != last_checkpoint or (others and not settings.resume and not settings.overwrite):
+        raise TrainingError(f"{folder}: another training wrote to it just now; give another 'output_dir'")
     if settings.overwrite:  # only what a run writes: the folder may be somebody's home
         for checkpoint in checkpoints.all_in(folder).values():
             checkpoints.discard(checkpoint)
         (folder / RECORD).unlink(missing_ok=True)  # the last, as it tells whose checkpoints there are
     removed = checkpoints.remove_partial(folder)
-    return [f"{folder}: removed {name}, which a killed run had not finished" for name in removed]
+    notes = [f"{folder}: removed {name}, which a killed run had not finished" for name in removed]
+    return [note, *notes] if note else notes
 
 
 def notes_on_resuming(settings: Settings, run: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,13 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
         The results of epoch 0 and of every epoch.
 
     Raises:
-        TrainingError: bad input: model, task, data, method, ranks or output folder.
+        TrainingError: bad input: model, task, data, method, ranks or output folder; or another training writes there.
     """
+    with ExitStack() as until_end:
+        return _train(settings, report, until_end)
+
+
+def _train(settings: Settings, report: Callable[[str], None], until_end: ExitStack) -> list[EpochResult]:
     distributed.join()
     if not distributed.is_writer():
         report, settings = (lambda line: None), replace(settings, progress_bar=False)
@@ -76,7 +82,7 @@ def train(settings: Settings, report: Callable[[str], None] = tqdm.write) -> lis
     run = distributed.by_writer(lambda: record.describe_run(settings, source, splits, model))
     notes = distributed.by_writer(lambda: record.notes_on_resuming(settings, run))
     # all that can be wrong with the input has been told by now
-    notes += distributed.by_writer(lambda: record.make_output_dir(settings))
+    notes += distributed.by_writer(lambda: record.make_output_dir(settings, last_checkpoint, until_end))
     if settings.shard_base:
         distributed.shard_frozen(model)
     trainer = AdapterTrainer(
