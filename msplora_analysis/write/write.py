@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from msplora_analysis.files.addresses import Place, StrPath
 from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.tables.files import write_table
 from msplora_analysis.write.source import Module, Source
+from msplora_core.atomic import replacing_folder
 from msplora_core.names import CONFIG
 
 if TYPE_CHECKING:
@@ -56,22 +56,8 @@ def new_folder(out: StrPath, source: Place, overwrite: bool) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     try:
         _check_free(out, source, overwrite)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside, before = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-        beside.mkdir()
-        try:
+        with replacing_folder(out) as beside:
             yield beside
-            if out.is_dir():
-                os.rename(out, before)
-            try:
-                os.rename(beside, out)
-            except OSError:
-                if before.is_dir():
-                    os.rename(before, out)
-                raise
-            shutil.rmtree(before, ignore_errors=True)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise AnalysisError(f"out={out}: cannot be written: {error.strerror or error}", "out") from None
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from msplora_core import names, records
-from msplora_core.atomic import flush
+from msplora_core.atomic import flush, flush_all, not_written
 from msplora_core.errors import TrainingError, reason_of
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -21,8 +21,7 @@ _RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", 
 
 def publish(folder: Path, target: Path) -> None:
     """Give a finished folder its final name, at once; survives a power cut, not only a kill."""
-    for path in (*folder.rglob("*"), folder):
-        flush(path)
+    flush_all(folder)
     discard(target)
     os.rename(folder, target)
     flush(target.parent)
@@ -107,24 +106,16 @@ def told(folder: Path) -> Iterator[None]:
     Raises:
         TrainingError: it names the file, the reason, and how to go on.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
     except Exception as error:
-        told_by_torch = any(words in str(error) for words in ("PytorchStreamWriter", "iostream error"))
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-        elif isinstance(error, SafetensorError) or told_by_torch:
-            reason = " ".join(str(error).split())[:200]
-            if shutil.disk_usage(folder if folder.exists() else folder.parent).free < 2**20:
-                reason = "no space left on the device"
-        else:
+        failure = not_written(error, folder)
+        if failure is None:
             raise
         files = [path for path in folder.rglob("*") if path.is_file()]
         file = max(files, key=lambda path: path.stat().st_mtime_ns, default=folder)
         raise TrainingError(
-            f"{file}: cannot be written ({reason}); make room there and continue with resume=True: "
+            f"{file}: cannot be written ({failure.strerror}); make room there and continue with resume=True: "
             "the checkpoints of earlier epochs are whole"
         ) from error
 

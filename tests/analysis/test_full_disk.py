@@ -1,0 +1,133 @@
+"""Full disks, and files that may not grow, in every command that writes: one line, and what was there before."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+RUNS = Path(__file__).parents[2] / "examples" / "runs"
+MAIN = "from msplora_analysis.cli import main; main()"
+LORA, OTHER = RUNS / "lora-8", RUNS / "msplora-8-8-8"
+COMMANDS = {
+    "spectra": ["spectra", LORA, "--out"],
+    "spectra as csv": ["spectra", LORA, "--format", "csv", "--out"],
+    "export": ["export", f"{LORA}/checkpoint-0", "--overwrite", "--out"],
+    "redundancy": ["redundancy", LORA, "--out"],
+    "figures": ["figures", LORA, "--format", "png", "--format", "pdf", "--format", "svg", "--out"],
+    "compare": ["compare", LORA, "--with", OTHER, "--figure", "pdf", "--out"],
+    "results": ["results", RUNS, "--out"],
+    "compress": ["compress", f"{LORA}/checkpoint-270", "--rank", "2", "--overwrite", "--out"],
+    "report": ["report", LORA, "--out"],
+}
+QUICK = ("spectra", "export")
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
+
+
+def run(name: str, folder: Path, **options) -> subprocess.CompletedProcess:
+    out = folder / ("report.html" if name == "report" else "out")
+    command = [sys.executable, "-c", MAIN, *map(str, COMMANDS[name]), str(out)]
+    environment = os.environ | {"MSPLORA_CACHE": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False, **options)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("part", [0, 0.9], ids=["from the beginning", "near its end"])
+def test_files_that_may_not_grow(tmp_path, name, part):
+    assert run(name, tmp_path).returncode == 0
+    before = content(tmp_path)
+    limit = int(part * max(map(len, before.values())))
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    failed = run(name, tmp_path, preexec_fn=limited)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("error: ")
+    assert str(tmp_path) in failed.stderr
+    assert "File too large" in failed.stderr
+    assert content(tmp_path) == before
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 64 kB; skips where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_really_full_disk(small_disk, name):
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+    failed = run(name, small_disk)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert str(small_disk) in failed.stderr
+    assert "No space left on device" in failed.stderr
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == [filler]
+
+
+def test_a_full_disk_behind_the_output(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", MAIN, "results", str(RUNS)]
+        failed = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert "No space left on device" in failed.stderr
+
+
+# What a killed process leaves
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from msplora_core.atomic import replacing, replacing_folder
+with {function}(Path(sys.argv[1])) as beside:
+    (beside / "half" if beside.is_dir() else beside).write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_while(function: str, path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED.format(function=function), str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("name", ["export", pytest.param("spectra", marks=pytest.mark.slow)])
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    place = tmp_path if name == "export" else tmp_path / "out"
+    for function in ("replacing", "replacing_folder"):
+        kill_while(function, place / "spectra.parquet")
+    (place / f".out.{os.getpid()}.tmp").touch()  # of a living process, as version 0.1.0 named it
+    (place / ".notes.tmp").touch()  # of somebody else
+    assert run(name, tmp_path).returncode == 0
+    left = {path for path in os.listdir(place) if path.startswith(".")}
+    assert left == {f".out.{os.getpid()}.tmp", ".notes.tmp"}
