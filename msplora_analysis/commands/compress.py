@@ -87,8 +87,8 @@ def compress(
     table = done.table
     with terminal.closed_pipe_ignored():
         headers = ["module", "number", "rank", "rank\nkept", "parameters", "parameters\nkept", "energy\nkept", "error"]
-        if "task_norm" in table:
-            headers += ["task energy\nkept", "task\nerror"]
+        if "task_norm" in table:  # in the place of what the last line says too, to fit into 80 letters
+            headers = [head for head in headers if head != "parameters"] + ["task energy\nkept", "task\nerror"]
         with terminal.printed_whole() as console:
             groups = [[name, *_cells(rows)] for name, rows in terminal.by_module(table)]
             console.print(terminal.plain_table(headers, groups), end="\n\n")
@@ -125,7 +125,7 @@ def _cells(rows: pd.DataFrame) -> list[str]:
         str(len(rows)),
         terminal.span(rows["rank_before"]),
         terminal.span(rows["rank"]),
-        f"{rows['parameters_before'].sum():,}",
+        *([] if "task_norm" in rows else [f"{rows['parameters_before'].sum():,}"]),
         f"{rows['parameters'].sum():,}",
         *(text for share in shares for text in (f"{1 - share:.2%}", f"{share**0.5:.3g}")),
     ]
