@@ -10,6 +10,7 @@ from moment_cases import Tokens, lora_factors, module_moments, random_tokens, up
 from test_task_weighted import msplora_case
 
 import msplora_analysis as ma
+from msplora_analysis.ask.advice.advise import KL
 from msplora_analysis.ask.advice.configuration import lora_config as config_to_paste
 from msplora_analysis.cli import app
 from msplora_core.moments import Moments
@@ -42,10 +43,10 @@ def lost_kl(factors, tokens, k):
 
 @pytest.fixture
 def measured(tmp_path):
-    """An adapter of rank 4 that may be cut to rank 2 for 0.009 nats an example; and its factors and tokens."""
+    """An adapter of rank 4 that may be cut to rank 2, for 0.9 of the nats allowed; its factors and tokens."""
     folder, factors = write_lora(tmp_path / "run" / "checkpoint-10")
     tokens = {name: random_tokens(5, 6, seed=i) for i, name in enumerate(NAMES)}
-    size = (0.009 / lost_kl(factors, tokens, 2)) ** 0.5
+    size = (0.9 * KL / lost_kl(factors, tokens, 2)) ** 0.5
     tokens = {name: Tokens(of.x, of.g * size) for name, of in tokens.items()}
     write_moments(folder, factors, tokens)
     return folder, factors, tokens
