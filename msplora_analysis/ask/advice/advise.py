@@ -138,7 +138,7 @@ def _learned(subject: Subject, course: Course | None) -> Answer:
         answer = "It changed the weights. Whether that serves the task, weights alone do not tell."
         return Answer(question, answer, " ".join(evidence), command=_moments_command(subject))
     answer = "Yes." if learned else "Next to nothing."
-    sure = "The prediction is too high for effects as large as this; that it is large is sure." if learned else ""
+    sure = "Effects as large as this are predicted roughly, within a factor of 4 or so." if learned else ""
     return Answer(question, answer, " ".join(evidence), sure, value=bool(learned))
 
 
