@@ -160,9 +160,7 @@ def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
         evidence = f"Cut to rank {rank}, the outputs move by {row['predicted_kl']:.2g}{_unit(subject)}."
         if rank == full:
             evidence = f"Every lower rank listed moves the outputs by more than {limit:.2g}{_unit(subject)}."
-        sure = (
-            "Predicted from the task's gates. Of 18 adapters cut so, two lost more than 0.01 of the metric "
-        )
+        sure = "Predicted from the task's gates. Of 18 adapters cut so, two lost more than 0.01 of the metric "
         sure += "(docs/calibration.md). msplora-measure ablate would measure it here."
         return _rank_answer(question, rank, full, evidence, sure, compress), rank
     energy = ranks.loc[ranks["energy"] >= 0.99, "rank"].iloc[0]
