@@ -1,29 +1,34 @@
 """The runs of docs/calibration.md: adapters on which it is measured what an update is worth to its task.
 
     python study/calibration.py train --data-dir glue --jobs 12
-    python study/calibration.py train --data-dir glue --models smollm2 --jobs 6 --minutes 10
+    python study/calibration.py measure --data-dir glue --jobs 8
+    python study/calibration.py examples --data-dir glue --jobs 8 --seeds 0
+    python study/calibration_tables.py                  # tables and figures of what was measured
 
-Call it again to go on: complete runs are skipped, runs that were cut off continue from their newest epoch. One seed of all
-comes after the other, the longest runs of a seed first, so that a calibration cut short is even. A run that fails is told,
+`train` makes the runs, `measure` cuts their adapters and measures what each cut costs, `examples` asks how many examples
+the predictions need. Call any of them again to go on: complete runs are skipped, runs that were cut off continue from
+their newest epoch. One seed of all comes after the other, the longest runs of a seed first. A run that fails is told,
 with its reason, and the next call tries it again.
 
-    FOLDER/models/<model>                             a base model as a folder of safetensors, read in place of a GGUF file
-    FOLDER/runs/<model>/<task>/<method>/seed-<n>/     run folders of msplora-train, without what only resuming needs
+    FOLDER/models/<model>                                   a base model as a folder, read in place of a GGUF file
+    FOLDER/runs/<model>/<task>/<method>/seed-<n>/           run folders of msplora-train
+    FOLDER/measured/<model>/<task>/<method>/seed-<n>.csv    a row a cut: its cost, and what each measure says of it
+    FOLDER/examples/<model>/<task>/<method>/seed-<n>.csv    the same cuts, predicted from fewer or more examples
 
-Kept of a run are its record, the checkpoint before training and the last one, each with the adapter and its head. Of MiniLM's
-first seed every epoch's checkpoint is kept.
+Kept of a run are its record, the checkpoint before training and the last one, each with the adapter and its head.
 
-Learning rates. MiniLM: the row "all" of study/learning_rates/chosen.csv, which never read the validation split; MSPLoRA 8/8/8
-has the rate of 8/4/2. SmolLM2: the rate of the study (docs/study.md), whose search did read validation scores, of another
-seed and fewer epochs. No rate was searched for these runs.
+Learning rates. MiniLM: those of study/learning_rates/chosen.csv, which never read the validation split. LoRA has on
+CoLA that of its row "all", as no rate was better than another there; MSPLoRA 8/8/8 has the rates of 8/4/2. SmolLM2: the
+rate of the study (docs/study.md), whose search did read validation scores, of three tasks, two methods and seed 0.
 
-On a GPU, matrix products are in TF32; SmolLM2 trains in bfloat16 (autocast), its weights and adapters in float32. Many
-small runs share one GPU well under NVIDIA MPS (nvidia-cuda-mps-control -d).
+On a GPU, matrix products are in TF32. Many small runs share one well under NVIDIA MPS (nvidia-cuda-mps-control -d). The
+published runs: one H100, torch 2.11.0, transformers 5.17.0, PEFT 0.21.0; MiniLM's weights were rounded to float16.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import json
 import multiprocessing
@@ -32,9 +37,10 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,32 +52,27 @@ METHODS: dict[str, dict[str, Any]] = {  # options of make_settings
 }
 
 
+CHOSEN = Path(__file__).parent / "learning_rates" / "chosen.csv"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a model is trained; all else is the recipe of msplora-train."""
 
-    epochs: dict[str, int]
-    learning_rates: dict[str, float]
-    every_epoch: tuple[int, ...] = ()
-    """Seeds of which every epoch's checkpoint is kept."""
-    options: dict[str, Any] = field(default_factory=dict)
-    at_once: dict[str, int] = field(default_factory=dict)
-    """Examples computed at once, where a batch of long ones would need too much memory."""
+    epochs: int
+    learning_rate: float | None
+    """None: that of chosen.csv."""
+
+    def rate(self, task: str, method: str) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        method = "msplora-8-4-2" if method == "msplora-8-8-8" else method
+        row = "all" if (method, task) == ("lora-8", "cola") else task
+        chosen = {(of["method"], of["task"]): of["learning_rate"] for of in csv.DictReader(CHOSEN.open())}
+        return float(chosen[method, row])
 
 
-MODELS = {
-    "minilm": Plan(
-        epochs=dict.fromkeys(TASKS, 20),
-        learning_rates={"lora-8": 1e-3, "msplora-8-4-2": 3e-4, "msplora-8-8-8": 3e-4},
-        every_epoch=(0,),
-    ),
-    "smollm2": Plan(
-        epochs={"cola": 3, "stsb": 3, "mrpc": 4, "rte": 4},
-        learning_rates=dict.fromkeys(METHODS, 1e-3),
-        options={"precision": "bf16"},
-        at_once={"rte": 32},
-    ),
-}
+MODELS = {"minilm": Plan(10, None), "smollm2": Plan(3, 1e-3)}
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "README.md")
 
 
@@ -84,21 +85,36 @@ class Run(NamedTuple):
     def folder(self, options: argparse.Namespace) -> Path:
         return options.folder / "runs" / self.model / self.task / self.method / f"seed-{self.seed}"
 
+    def table(self, name: str, options: argparse.Namespace) -> Path:
+        return options.folder / name / self.model / self.task / self.method / f"seed-{self.seed}.csv"
+
 
 def main() -> None:
     options = _options()
-    failed = train(options)
+    failed = in_processes(PARTS[options.part], options)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; call again to try them once more")
 
 
-def train(options: argparse.Namespace) -> list[str]:
-    """Train what is not complete, `--jobs` at a time; after `--minutes` start none. Returns what failed."""
+def freeing(do: Callable[[Run, argparse.Namespace], str], run: Run, options: argparse.Namespace) -> str:
+    """Do it; then give memory back: the next run of this process, and those beside it, need other sizes."""
+    import torch
+
+    try:
+        return do(run, options)
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def in_processes(part: Part, options: argparse.Namespace) -> list[str]:
+    """Do what is not done, `--jobs` runs at a time; after `--minutes` start none. Returns what failed."""
     for model in options.models:
         base_model(model, options)
-    waiting = [run for run in wanted(options) if not _is_complete(run, options)]
-    total = sum(1 for _ in wanted(options))
-    print(f"{total - len(waiting)} of {total} runs are complete", flush=True)
+    runs = part.runs(options)
+    waiting = [run for run in runs if not part.is_done(run, options)]
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are complete", flush=True)
     end = time.monotonic() + 60 * options.minutes
     running: dict[Future[str], Run] = {}
     failed: list[str] = []
@@ -107,26 +123,22 @@ def train(options: argparse.Namespace) -> list[str]:
     with ProcessPoolExecutor(options.jobs, processes) as pool:
         while (waiting and time.monotonic() < end) or running:
             while waiting and len(running) < options.jobs and time.monotonic() < end:
-                running[pool.submit(train_one, waiting[0], options)] = waiting[0]
+                running[pool.submit(freeing, part.do, waiting[0], options)] = waiting[0]
                 waiting.pop(0)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = "/".join(map(str, running.pop(future)))
-                if error := future.exception():
-                    failed.append(name)
-                    print(f"{name}: failed: {' '.join(repr(error).split())[:500]}", flush=True)
-                else:
-                    print(f"{name}: {future.result()}", flush=True)
+                error = future.exception()
+                failed += [name] * (error is not None)
+                said = f"failed: {' '.join(repr(error).split())[:500]}" if error else future.result()
+                print(f"{name}: {said}", flush=True)
     if waiting:
         sys.exit(f"{len(waiting) + len(failed)} runs are left: call again to go on")
     return failed
 
 
-def wanted(options: argparse.Namespace) -> Iterator[Run]:
-    for seed in options.seeds:
-        for model in options.models:
-            for task in options.tasks:
-                for method in options.methods:
-                    yield Run(model, task, method, seed)
+def wanted(options: argparse.Namespace) -> list[Run]:
+    runs = product(options.seeds, options.models, options.tasks, options.methods)
+    return [Run(model, task, method, seed) for seed, model, task, method in runs]
 
 
 def base_model(model: str, options: argparse.Namespace) -> Path:
@@ -161,46 +173,77 @@ def train_one(run: Run, options: argparse.Namespace) -> str:
         output_dir=run.folder(options),
         data_dir=options.data_dir,
         seed=run.seed,
-        epochs=options.epochs or plan.epochs[run.task],
-        learning_rate=plan.learning_rates[run.method],
-        micro_batch_size=plan.at_once.get(run.task),
+        epochs=options.epochs or plan.epochs,
+        learning_rate=plan.rate(run.task, run.method),
         resume=True,
-        **plan.options,
         **METHODS[run.method],
     )
-    try:
-        results = train(settings, report=lambda line: None)
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the next run of this process, and those beside it, need other sizes
-    _thin(settings.output_dir, keep_all=run.seed in plan.every_epoch)
+    results = train(settings, report=lambda line: None)
+    _thin(settings.output_dir)
     return f"{results[0].metric:.3f} -> {results[-1].metric:.3f} in {time.perf_counter() - started:.0f} s"
 
 
-def _thin(folder: Path, keep_all: bool) -> None:
-    *between, _first = checkpoints = sorted(
-        folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])
-    )
-    for checkpoint in checkpoints:
-        if checkpoint in between[1:] and not keep_all:
-            shutil.rmtree(checkpoint)
-        else:
-            for name in RESUME_FILES:
-                (checkpoint / name).unlink(missing_ok=True)
+def _thin(folder: Path) -> None:
+    last, *between, first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
+    for checkpoint in between:
+        shutil.rmtree(checkpoint)
+    for path in (checkpoint / name for checkpoint in (first, last) for name in RESUME_FILES):
+        path.unlink(missing_ok=True)
 
 
-def _is_complete(run: Run, options: argparse.Namespace) -> bool:
+def is_trained(run: Run, options: argparse.Namespace) -> bool:
     record = run.folder(options) / "run.json"
     if not record.is_file():
         return False
-    epochs = options.epochs or MODELS[run.model].epochs[run.task]
+    epochs = options.epochs or MODELS[run.model].epochs
     return [result["epoch"] for result in json.loads(record.read_text()).get("results", [])] == list(range(epochs + 1))
+
+
+def trained(options: argparse.Namespace) -> list[Run]:
+    return [run for run in wanted(options) if is_trained(run, options)]
+
+
+def measure_one(run: Run, options: argparse.Namespace) -> str:
+    """What each cut of a run costs, and each measure says of it."""
+    import calibration_measure as measuring
+
+    return _measured(run, "measured", measuring.measured, options)
+
+
+def compare_examples(run: Run, options: argparse.Namespace) -> str:
+    """What other numbers of examples say of the same cuts."""
+    import calibration_measure as measuring
+
+    return _measured(run, "examples", measuring.by_examples, options)
+
+
+def _measured(run: Run, table: str, measure: Callable[[Any, int], Any], options: argparse.Namespace) -> str:
+    from calibration_measure import load, write
+
+    started = time.perf_counter()
+    subject = load(run.folder(options), base_model(run.model, options), options.data_dir)
+    write(measure(subject, run.seed), run._asdict(), run.table(table, options))
+    return f"{table} in {time.perf_counter() - started:.0f} s"
+
+
+class Part(NamedTuple):
+    """What is done with runs: of which, how, and whether it is done already."""
+
+    runs: Callable[[argparse.Namespace], list[Run]]
+    do: Callable[[Run, argparse.Namespace], str]
+    is_done: Callable[[Run, argparse.Namespace], bool]
+
+
+PARTS = {
+    "train": Part(wanted, train_one, is_trained),
+    "measure": Part(trained, measure_one, lambda run, options: run.table("measured", options).is_file()),
+    "examples": Part(trained, compare_examples, lambda run, options: run.table("examples", options).is_file()),
+}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("train",))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--folder", type=Path, default=Path("runs/calibration"), help="default: runs/calibration")
     parser.add_argument("--data-dir", type=Path, help="folder with {task}_train.jsonl[.gz] and so on; else the Hub")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
@@ -209,7 +252,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--epochs", type=int, help="default: 20 for minilm, 3 or 4 for smollm2")
+    parser.add_argument("--epochs", type=int, help="default: 10 for minilm, 3 for smollm2")
     return parser.parse_args()
 
 
