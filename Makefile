@@ -1,15 +1,16 @@
-# Each target makes the virtual environments that it needs: demo, test, docs, notebooks, bench, study.
+# Each target makes the virtual environments that it needs: demo, test, docs, notebooks, bench, study, calibration.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 BENCH ?= .bench
 STUDY ?= runs/study
+CALIBRATION ?= runs/calibration
 GLUE ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-versions test-peft lint docs notebooks bench study clean
+.PHONY: demo test test-all test-versions test-peft lint docs notebooks bench study calibration clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msplora-train --method lora --rank 8 --output-dir $(DEMO)/runs/lora-8 --overwrite
@@ -64,6 +65,13 @@ bench: $(VENV)/.bench $(BENCH)/rivals/.installed
 # STUDY_ARGS: see `python study/study.py --help`, such as --jobs 4 --minutes 10.
 study: $(VENV)/.test
 	$(BIN)/python study/study.py --folder $(STUDY) $(if $(GLUE),--data-dir $(GLUE)) $(STUDY_ARGS)
+
+# The calibration of docs/calibration.md, likewise, into $(CALIBRATION). CALIBRATION_ARGS: see `python study/calibration.py --help`.
+calibration: $(VENV)/.test
+	$(BIN)/python study/calibration.py train --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
+	$(BIN)/python study/calibration.py measure --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
+	$(BIN)/python study/calibration.py examples --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
+	$(BIN)/python study/calibration_tables.py --folder $(CALIBRATION) --out $(CALIBRATION)/tables
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(BENCH)

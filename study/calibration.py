@@ -5,10 +5,10 @@
     python study/calibration.py examples --data-dir glue --jobs 8 --seeds 0
     python study/calibration_tables.py                  # tables and figures of what was measured
 
-`train` makes the runs, `measure` cuts their adapters and measures what each cut costs, `examples` asks how many examples
-the predictions need. Call any of them again to go on: complete runs are skipped, runs that were cut off continue from
-their newest epoch. One seed of all comes after the other, the longest runs of a seed first. A run that fails is told,
-with its reason, and the next call tries it again.
+`train` makes the runs, `measure` cuts their adapters and measures what each cut costs, `examples` asks how many
+examples the predictions need. Call any of them again to go on: complete runs are skipped, runs that were cut off
+continue from their newest epoch. One seed of all comes after the other, the longest runs of a seed first. A run that
+fails is told, with its reason, and the next call tries it again.
 
     FOLDER/models/<model>                                   a base model as a folder, read in place of a GGUF file
     FOLDER/runs/<model>/<task>/<method>/seed-<n>/           run folders of msplora-train
