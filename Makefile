@@ -70,7 +70,7 @@ study: $(VENV)/.test
 calibration: $(VENV)/.test
 	$(BIN)/python study/calibration.py train --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
 	$(BIN)/python study/calibration.py measure --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
-	$(BIN)/python study/calibration.py examples --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
+	$(BIN)/python study/calibration.py examples --seeds 0 --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
 	$(BIN)/python study/calibration_tables.py --folder $(CALIBRATION) --out $(CALIBRATION)/tables
 
 clean:
