@@ -43,7 +43,10 @@ class _WhenPeftIsImported:
         if name != "peft":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # whoever asks need not import it: transformers only asks whether it is there
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             load = loader.exec_module

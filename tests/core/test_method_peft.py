@@ -285,6 +285,13 @@ def test_sharded_training_is_training_on_one_device() -> None:
     assert done.returncode == 0
 
 
+def test_to_ask_whether_peft_is_there_is_not_to_import_it() -> None:
+    """transformers asks so before anybody imports PEFT; the method is registered all the same."""
+    asks = "import importlib.util, msplora_core; importlib.util.find_spec('peft'); import peft"
+    code = f"{asks}; assert 'MSPLORA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
 IN_PEFT = """
 import sys, peft, torch
 from peft.tuners.msplora import MSPLoraConfig
