@@ -54,6 +54,7 @@ def plots(measured: pd.DataFrame, examples: pd.DataFrame) -> Iterator[Plot]:
     yield Plot("ratios", ratios(measured))
     yield Plot("predicted_against_measured", points(measured), draw_predicted)
     yield Plot("compression", compression(measured), draw_compression)
+    yield Plot("limits", limits(measured))
     yield Plot("scales", scales(measured), draw_scales)
     yield Plot("examples", by_examples(measured, examples))
 
@@ -136,6 +137,20 @@ def compression(measured: pd.DataFrame) -> pd.DataFrame:
     found = medians.join([quantiles, mean, worse]).rename(columns={"ratio_runs": "runs"}).reset_index()
     found.loc[found["task"] == "all", list(medians)] = np.nan  # nats and squares of points have no common median
     return found.astype({"rank": int}).round(6)
+
+
+def limits(measured: pd.DataFrame) -> pd.DataFrame:
+    """The least rank of each classifier whose predicted KL is within a limit, and what it does to the metric."""
+    cut = measured[(measured["cut"] == "rank_task") & ~measured["task"].isin(REGRESSIONS)]
+    rows = []
+    for limit in (0.001, 0.002, 0.003, 0.004, 0.005, 0.01):
+        chosen = cut[cut["predicted_kl"] <= limit].sort_values("rank").groupby(RUN).first().reset_index()
+        for part, of in (("seed 0", chosen["seed"] == 0), ("other seeds", chosen["seed"] != 0)):
+            change = chosen.loc[of, "metric_change"]
+            counts = {f"lost_more_than_{loss:g}": int((change < -loss).sum()) for loss in (0.01, 0.02)}
+            row = {"limit": limit, "part": part, "adapters": len(change), **counts}
+            rows.append(row | {"mean_change": change.mean(), "mean_rank": chosen.loc[of, "rank"].mean()})
+    return pd.DataFrame(rows)
 
 
 def scales(measured: pd.DataFrame) -> pd.DataFrame:
