@@ -97,6 +97,7 @@ def test_decoupling_lines_are_means_over_runs(tables):
             assert chance.get_ydata()[0] == pytest.approx(by_chance)
 
 
+@pytest.mark.slow
 def test_the_command_draws_both_from_adapters_and_from_tables(runs, tmp_path, capsys, monkeypatch):
     names = ["overlap_between_layers_lora-3", "overlap_between_layers_msplora-5-3-2", "decoupling_over_epochs"]
     out = tmp_path / "from_adapters"

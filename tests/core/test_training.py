@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -355,8 +356,11 @@ def test_output_folder_that_is_not_empty(settings: Any, tmp_path: Path) -> None:
         record.check_output_dir(settings())
     (folder / "checkpoint-3").mkdir()
     assert record.check_output_dir(settings(overwrite=True)) is None
-    record.make_output_dir(settings(overwrite=True))
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]  # only what a run writes is deleted
+    with ExitStack() as until_end:  # only what a run writes is deleted
+        record.make_output_dir(settings(overwrite=True), None, until_end)
+    assert [path.name for path in folder.iterdir() if path.name != ".lock"] == [
+        "notes.txt"
+    ]  # only what a run writes is deleted
 
 
 def test_bad_input_costs_no_earlier_run(settings: Any, data_dir: Path) -> None:
