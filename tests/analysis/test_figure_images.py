@@ -54,7 +54,11 @@ def test_every_kind_of_figure_is_among_the_cases():
 NAMES = ["-".join(str(part) for part in case if part) for case in CASES]
 
 
-@pytest.mark.parametrize(("kind", "layers", "style"), CASES, ids=NAMES)
+# Many layers take long to draw.
+MARKED = [pytest.param(*case, marks=[pytest.mark.slow] if case[1] >= 80 else []) for case in CASES]
+
+
+@pytest.mark.parametrize(("kind", "layers", "style"), MARKED, ids=NAMES)
 @pytest.mark.mpl_image_compare(style="default", savefig_kwargs={"dpi": 60}, tolerance=2)
 def test_figure(kind, layers, style):
     figure = draw(kind, layers, style)

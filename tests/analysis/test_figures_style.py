@@ -108,6 +108,7 @@ def test_figures_are_returned_and_kept_nowhere_else():
         assert not pyplot.get_fignums()
 
 
+@pytest.mark.slow
 def test_what_is_returned_is_what_is_written(tmp_path):
     table, _ = tables(12)
     pairs = pairs_of(12).assign(run="cola/lora-8/seed0")
@@ -158,6 +159,7 @@ def test_long_names_of_variants_in_a_legend():
     check_texts(figures.m_eff_over_epochs(table, style="acl-column"))
 
 
+@pytest.mark.slow
 def test_one_layer_one_epoch_nothing_learned():
     for table in (
         spectra_of(layers=1, epochs=(3,), tasks=["cola"], seeds=[0], modules=["q"]),

@@ -69,6 +69,7 @@ def at_most(seconds: float, mebibytes: int):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < mebibytes * 1024
 
 
+@pytest.mark.slow
 def test_mutations_of_every_kind(tmp_path):
     commands = ["load", "spectra", "diagnose", "results", "watch", "export", "resume", "rows", "base"]
     outcomes = fuzz(150, tmp_path, seed=1, commands=commands)

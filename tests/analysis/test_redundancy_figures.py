@@ -120,6 +120,7 @@ def test_the_command_draws_both_from_adapters_and_from_tables(runs, tmp_path, ca
         pd.testing.assert_frame_equal(one, other)
 
 
+@pytest.mark.slow
 def test_stacks_are_drawn_apart(tmp_path):
     names = [f"{stack}.block.{layer}.q" for stack in ("encoder", "decoder") for layer in range(3)]
     write_adapter(tmp_path / "run", lora_tensors(*names))

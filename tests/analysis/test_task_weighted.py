@@ -255,6 +255,7 @@ def training(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_of_task_weighted_spectra(training):
     spectra = ma.load_spectra(training, cache=False)
     plain, weighted = ma.draw_figures(spectra), ma.draw_figures(spectra, weights="moments")

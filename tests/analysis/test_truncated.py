@@ -53,6 +53,7 @@ def test_largest_are_lapacks_within_the_bound(case, k):
     assert_promised(sigma, exact[:k])
 
 
+@pytest.mark.slow
 def test_krylov_does_not_fall_back_where_the_spectrum_decays(monkeypatch):
     matrix = CASES["decay"]()
     monkeypatch.setattr(truncated, "_dense", None)

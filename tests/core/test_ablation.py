@@ -243,6 +243,7 @@ def test_small_cuts_cost_what_the_gates_predict(method):
     np.testing.assert_allclose(cut["predicted_kl"], cut["kl"], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_of_a_regression_the_squared_difference_is_measured_and_predicted():
     torch.manual_seed(3)
     config = BertConfig(
