@@ -56,11 +56,11 @@ def _csv_writer() -> type[CSVWriter]:
 
     class Marking(CSVWriter):
         def write(self, batch: pa.RecordBatch | pa.Table) -> None:
+            columns = list(batch.columns)
             for i, field in enumerate(batch.schema):
                 if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-                    marked = pc.replace_substring_regex(batch[field.name], _FORMULA, rf"{_MARK}\1")
-                    batch = batch.set_column(i, field, marked)
-            super().write(batch)
+                    columns[i] = pc.replace_substring_regex(columns[i], _FORMULA, rf"{_MARK}\1")
+            super().write(type(batch).from_arrays(columns, schema=batch.schema))
 
     return Marking
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from adapters import lora_tensors, write_adapter
 from safetensors.numpy import save_file
 
@@ -369,6 +368,7 @@ def test_an_empty_path_is_a_variable_that_is_not_set():
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt", ".pth"])
 def test_files_of_pytorch_are_found_in_folders_by_their_tensors(tmp_path, suffix):
+    torch = pytest.importorskip("torch")
     torch.save({"layers.0.q.lora_A": torch.ones(2, 3), "layers.0.q.lora_B": torch.ones(3, 2)}, tmp_path / f"w{suffix}")
     torch.save({"layers.0.q.weight": torch.ones(2, 3)}, tmp_path / f"whole{suffix}")
     assert [adapter.file.name for adapter in discover(tmp_path)] == [f"w{suffix}"]
@@ -377,6 +377,7 @@ def test_files_of_pytorch_are_found_in_folders_by_their_tensors(tmp_path, suffix
 
 
 def test_two_files_of_one_adapter_that_differ(tmp_path):
+    torch = pytest.importorskip("torch")
     folder = write_adapter(tmp_path / "a")
     tensors = {name: torch.from_numpy(value) for name, value in lora_tensors("layer.0.query").items()}
     torch.save(tensors, folder / "adapter_model.bin")
