@@ -154,7 +154,13 @@ class Moments:
             beside.write_bytes(save(tensors, metadata={"msplora_moments": about}))
         return path
 
-    def predicted_kl(self, scores: Array) -> float:
+    @property
+    def is_regression(self) -> bool:
+        """Whether the task's outputs are numbers: then a predicted KL is half of a mean squared difference."""
+        return self.about.get("loss") == "regression"
+
+    @staticmethod
+    def predicted_kl(scores: Array) -> float:
         """The KL that a cut costs to second order: ½ mean (sum of its gates' scores)², in nats an example.
 
         The exact Fisher form, with no fitted constant; interactions between directions, modules and layers count. For

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from msplora_analysis.compute.linalg.spectra import Array
 from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import AnalysisError
+from msplora_core.moments import Moments
 
 
 class Choice(NamedTuple):
@@ -127,7 +128,7 @@ def below_kl(scores: Sequence[NDArray[np.floating]], costs: Sequence[int], nats:
         ranks[i] -= 1
         closed += seen[i][ranks[i]]
         closed_unseen += unseen[i][ranks[i]]
-        cost, cost_unseen = (0.5 * float(np.mean(np.square(of))) for of in (closed, closed_unseen))
+        cost, cost_unseen = (Moments.predicted_kl(of) for of in (closed, closed_unseen))
         if max(cost, cost_unseen) > nats:
             break
         best = Cut(ranks.tolist(), cost_unseen, cost)

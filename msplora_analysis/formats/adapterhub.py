@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import pair_factors
+from msplora_analysis.formats.helpers.parts import dora_note, pair_factors
 from msplora_analysis.formats.helpers.settings import needed_count, needed_number
 from msplora_analysis.formats.loralib import part_matrices
 from msplora_analysis.formats.protocol import Format
@@ -20,10 +20,7 @@ from msplora_analysis.options import Options
 
 _FACTOR = r"(?P<name>.+)\.loras\.(?P<scale>[^.]+)\.lora_(?P<factor>[AB])"
 _MAGNITUDE = r".+\.loras\.[^.]+\.m\.weight"
-_DORA = (
-    "DoRA (arXiv 2402.09353): the spectra are of its low-rank part, alpha / r * B A; the magnitude vectors that then "
-    "rescale the weight are not in them"
-)
+_DORA = dora_note("alpha / r")
 _REFUSED = {
     "use_gating": "a gate scales its update as the input says; there is no one update",
     "vera_d": "VeRA of this library draws its projections anew, and they are not in the file",

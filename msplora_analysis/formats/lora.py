@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import layer_matrix, make_product, pair_factors
+from msplora_analysis.formats.helpers.parts import dora_note, layer_matrix, make_product, pair_factors
 from msplora_analysis.formats.helpers.settings import by_pattern, check_rank, count, needed_count, needed_number, table
 from msplora_analysis.formats.helpers.structures import block_diagonal, rows_scaled
 from msplora_analysis.formats.names import PREFIX, module_of, stack_and_layer
@@ -44,8 +44,7 @@ _REFUSED = {
     "arrow_config": "Arrow mixes other adapters token by token, and has no update of its own: analyse those adapters",
 }
 _NOTES = {
-    "use_dora": "DoRA (arXiv 2402.09353): the spectra are of its low-rank part, scaling * B A; the magnitude vectors "
-    "that then rescale the weight are not in them",
+    "use_dora": dora_note("scaling"),
     "kasa_config": "KaSA (arXiv 2412.06071): the spectra are of the update to a base weight whose r smallest singular "
     "values were set to zero before training",
     "alora_invocation_tokens": "activated LoRA (arXiv 2504.12397): the update acts only from the invocation tokens on",

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import expect_shape, layer_matrix, pair_factors
+from msplora_analysis.formats.helpers.parts import dora_note, expect_shape, layer_matrix, pair_factors
 from msplora_analysis.formats.helpers.settings import number
 from msplora_analysis.formats.helpers.structures import expert_matrices, transposed
 from msplora_analysis.formats.protocol import Format
@@ -20,10 +20,7 @@ from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, P
 from msplora_analysis.options import Options
 
 _FACTOR = r"(?P<name>.+)\.lora_(?P<factor>[ab])"
-_DORA = (
-    "DoRA (arXiv 2402.09353): the spectra are of its low-rank part, scale * B A; the magnitude vectors that then "
-    "rescale the weight are not in them"
-)
+_DORA = dora_note("scale")
 
 
 def _has_factors(names: Collection[str]) -> bool:

@@ -10,17 +10,14 @@ import re
 from collections.abc import Collection
 
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import layer_matrix, make_product, pair_factors
+from msplora_analysis.formats.helpers.parts import dora_note, layer_matrix, make_product, pair_factors
 from msplora_analysis.formats.helpers.settings import check_rank, needed_count, needed_number
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Sum, contents
 from msplora_analysis.options import Options
 
 _FACTOR = r"(?P<name>.+)\.lora_(?P<factor>[ab])\.weight"
-_DORA = (
-    "DoRA (arXiv 2402.09353): the spectra are of its low-rank part, scaling * B A; the magnitude vectors that then "
-    "rescale the weight are not in them"
-)
+_DORA = dora_note("scaling")
 
 
 def _has_factors(names: Collection[str]) -> bool:

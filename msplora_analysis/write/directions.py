@@ -19,7 +19,7 @@ from msplora_analysis.compute.weighted import Weights, fitting
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import NO_MOMENTS, Options, check_weights
 from msplora_analysis.write.source import Module, Source
-from msplora_core.moments import directions
+from msplora_core.moments import Moments, directions
 
 RECORD = "record them with `msplora-measure moments`"
 
@@ -205,4 +205,4 @@ def predicted_kl(ranking: Ranking, ranks: Sequence[int]) -> float | None:
         return None
     cuts = zip(ranking.modules, scores, ranks, strict=True)
     closed = [of[:, k:].sum(axis=1, dtype=np.float64) for one, of, k in cuts if k < one.rank]
-    return 0.5 * float(np.mean(np.square(np.sum(closed, axis=0)))) if closed else 0.0
+    return Moments.predicted_kl(np.sum(closed, axis=0)) if closed else 0.0

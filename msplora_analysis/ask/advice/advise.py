@@ -56,9 +56,18 @@ class Subject:
     def whole(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Both tables, of the whole updates alone."""
         if (self.metrics["scale"] == TOTAL).any():
-            tables = (self.spectra, self.metrics)
-            return tuple(table[table["scale"] == TOTAL] for table in tables)  # type: ignore[return-value]
+            return self.of_scale(TOTAL)
         return self.spectra, self.metrics
+
+    def of_scale(self, scale: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Both tables, of one scale."""
+        return self.spectra[self.spectra["scale"] == scale], self.metrics[self.metrics["scale"] == scale]
+
+    @property
+    def scales(self) -> list[str]:
+        """The scales of MSPLoRA that it has, in the order of ``SCALES``."""
+        present = set(self.metrics["scale"])
+        return [scale for scale in SCALES if scale in present]
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
 
 def _limit(subject: Subject) -> float | None:
     """What a cut may cost by its gates: KL nats; of a regression, whose outputs have no unit, a hundredth of all."""
-    if subject.moments is None or subject.moments.about.get("loss") != "regression":
+    if subject.moments is None or not subject.moments.is_regression:
         return KL
     scores = whole(subject.moments)
     return None if scores is None else predicted(subject.moments, scores) / 100
@@ -185,7 +194,7 @@ def _rank_answer(question: str, rank: int, full: int, evidence: str, sure: str, 
 def _modules(subject: Subject, ranks: pd.DataFrame, rank: int | None) -> tuple[list[Answer], dict[str, int] | None]:
     """Whether ranks of its own for each module save much, at what the rank for all would cost."""
     moments, (_, metrics) = subject.moments, subject.whole
-    if moments is None or rank is None or moments.about.get("loss") == "regression":
+    if moments is None or rank is None or moments.is_regression:
         return [], None
     even = ranks[ranks["rank"] == rank].iloc[0]
     nats = float(even["predicted_kl"]) or KL
@@ -209,8 +218,7 @@ def _config(subject: Subject, rank: int | None, pattern: dict[str, int] | None) 
         return None
     if config.get("peft_type") != "MSPLORA":
         return lora_config(config, rank, pattern)
-    present = [scale for scale in SCALES if (subject.metrics["scale"] == scale).any()]
-    if subject.moments is None or (ranks := ranks_of_scales(subject.moments, present, KL)) is None:
+    if subject.moments is None or (ranks := ranks_of_scales(subject.moments, subject.scales, KL)) is None:
         return None
     return msplora_config(config, ranks)
 
@@ -222,12 +230,11 @@ def scale_table(subject: Subject) -> pd.DataFrame:
         Columns scale, parameters (of its shared factors, once), predicted_kl (nats an example, of leaving it out), and
         of an ablation kl, metric_change, low, high. Empty for an adapter without several scales.
     """
-    present = [scale for scale in SCALES if (subject.metrics["scale"] == scale).any()]
-    if len(present) < 2:
+    if len(subject.scales) < 2:
         return pd.DataFrame()
     rows = []
-    for scale in present:
-        own = subject.metrics[subject.metrics["scale"] == scale]
+    for scale in subject.scales:
+        _, own = subject.of_scale(scale)
         size = ((own["rows"] + own["cols"]) * own["rank"]).sum()
         row: dict[str, object] = {"scale": scale, "parameters": int(size)}
         if subject.moments is not None and (scores := of_scale(subject.moments, scale)) is not None:
@@ -272,7 +279,7 @@ def _checkpoint(course: Course | None) -> list[Answer]:
 
 
 def _unit(subject: Subject) -> str:
-    is_regression = subject.moments is not None and subject.moments.about.get("loss") == "regression"
+    is_regression = subject.moments is not None and subject.moments.is_regression
     return " (mean squared difference)" if is_regression else " nats an example"
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from msplora_analysis.compute.choose import below_kl
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_core.moments import ModuleMoments, Moments
+
+Scores = NDArray[np.float32]
 
 
 class Pattern(NamedTuple):
@@ -24,7 +27,7 @@ class Pattern(NamedTuple):
 def predicted(moments: Moments, scores: Sequence[Array]) -> float:
     """What ``ablate`` would measure of a cut, as far as the gates tell: KL, for regression the squared difference."""
     kl = moments.predicted_kl(np.sum(scores, axis=0))
-    return 2 * kl if moments.about.get("loss") == "regression" else kl
+    return 2 * kl if moments.is_regression else kl
 
 
 def beyond(moments: Moments, rank: int) -> list[Array] | None:
@@ -45,7 +48,7 @@ def of_scale(moments: Moments, scale: str, rank: int = 0) -> list[Array] | None:
     return _of_each(chosen, basis, lambda module, scores: scores[:, module.part(scale)][:, rank:])
 
 
-def _of_each(moments: Moments, basis: str, columns) -> list[Array] | None:  # type: ignore[no-untyped-def]
+def _of_each(moments: Moments, basis: str, columns: Callable[[ModuleMoments, Scores], Scores]) -> list[Array] | None:
     modules = moments.modules.values()
     if not modules or any(basis not in module.scores for module in modules):
         return None

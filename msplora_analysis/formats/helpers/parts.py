@@ -185,3 +185,11 @@ def make_product(a: str, b: str, shapes: Shapes, alpha: float, config: Config) -
 def leading(shape: Shape) -> int | None:
     """The size of the first axis; None where it has none."""
     return shape[0] or None if shape else None
+
+
+def dora_note(scaling: str) -> str:
+    """What a reader of DoRA's spectra must know; ``scaling``: the factor of B A, in the format's words."""
+    return (
+        f"DoRA (arXiv 2402.09353): the spectra are of its low-rank part, {scaling} * B A; the magnitude vectors that "
+        "then rescale the weight are not in them"
+    )
