@@ -46,6 +46,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.tables.pairs import load_redundancy as load_redundancy
     from msplora_analysis.tables.pairs import load_scale_pairs as load_scale_pairs
     from msplora_analysis.write.concatenate import export as export
+    from msplora_analysis.write.extract import extract as extract
     from msplora_analysis.write.truncate import compress as compress
 
 _MODULES = {
@@ -56,6 +57,7 @@ _MODULES = {
     "diagnose": "interface",
     "draw_figures": "show.figures",
     "export": "write.concatenate",
+    "extract": "write.extract",
     "load_ablation": "tables.ablation",
     "load_metrics": "tables.load",
     "load_pairs": "tables.pairs",

@@ -56,8 +56,9 @@ app = make_app()
 
 def main() -> NoReturn:
     """Entry point: exit status 0 done, 1 bad input (one line on stderr), 2 wrong usage."""
-    # Factors are small: more than one BLAS thread is slower. It must be set before numpy starts.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Factors are small: more than one BLAS thread is slower. It must be set before numpy starts. Whole weights are not.
+    if sys.argv[1:2] != ["extract"]:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     warnings.showwarning = _print_warning
     for stream in (sys.stdout, sys.stderr):  # a letter that the terminal's encoding lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):

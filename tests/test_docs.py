@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import typer
@@ -209,6 +210,16 @@ def test_ranks_are_documented(tmp_path: Path) -> None:
         written = types(ma.export(adapter, tmp_path / "a")) | types(ma.compress(adapter, tmp_path / "b", rank=2))
     task = dict.fromkeys(("task_norm", "task_energy", "task_error"), "float64")  # of an adapter with moments
     assert documented("ranks.csv of export and compress") == written | task
+
+
+def test_ranks_of_extract_are_documented(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    for number, name in enumerate(("base", "tuned")):
+        (tmp_path / name).mkdir()
+        save_file({"layers.0.up.weight": np.eye(4) * (1 + number)}, tmp_path / name / "model.safetensors")
+    written = ma.extract(tmp_path / "tuned", tmp_path / "adapter", base=tmp_path / "base", rank=2)
+    assert documented("ranks.csv of extract") == types(written)
 
 
 def test_numbers_of_figures_are_documented(redundancy: Any, ablation: pd.DataFrame) -> None:

@@ -89,6 +89,9 @@ class ShardedFile(TensorFile):
     def read(self, name: str) -> FloatArray:
         return self._open(self._shards[name]).read(name)
 
+    def read_part(self, name: str, begin: int, end: int) -> FloatArray:
+        return self._open(self._shards[name]).read_part(name, begin, end)
+
     def _open(self, shard: str) -> TensorFile:
         if self._opened is None or self._opened.path.name != shard:
             self.__exit__()
@@ -126,6 +129,10 @@ class PairedFile(TensorFile):
         self._base.__exit__()
 
     def read(self, name: str) -> FloatArray:
-        if name.startswith(BASE):
-            return self._base.read(name.removeprefix(BASE))
-        return self._tuned.read(name)
+        return self._of(name).read(name.removeprefix(BASE))
+
+    def read_part(self, name: str, begin: int, end: int) -> FloatArray:
+        return self._of(name).read_part(name.removeprefix(BASE), begin, end)
+
+    def _of(self, name: str) -> TensorFile:
+        return self._base if name.startswith(BASE) else self._tuned

@@ -91,6 +91,17 @@ class SafetensorsFile(TensorFile):
             self._read_into(target[: end - begin], self._data + begin)
             target = target[end - begin :]
 
+    def read_part(self, name: str, begin: int, end: int) -> FloatArray:
+        entry = self._entries[name]
+        if entry.dtype not in _READABLE:
+            return super().read_part(name, begin, end)
+        size = _BITS[entry.dtype] // 8
+        begin, end = (min(at * size, entry.end - entry.begin) for at in (begin, end))
+        raw = np.empty(end - begin, dtype=np.uint8)
+        self._read_into(raw.data, self._data + entry.begin + begin)
+        values = raw.view(_READABLE[entry.dtype])
+        return widened(values, entry.dtype) if entry.dtype in NARROW else values
+
     def read(self, name: str) -> FloatArray:
         entry = self._entries[name]
         kind = _READABLE.get(entry.dtype)

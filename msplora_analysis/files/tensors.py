@@ -40,6 +40,10 @@ class TensorFile:
         """One tensor, not to be changed: float16/32/64 (bfloat16, float8 as float32), or int32/64 of one element."""
         raise NotImplementedError
 
+    def read_part(self, name: str, begin: int, end: int) -> FloatArray:
+        """Some of the values of a tensor, in the order of rows, as one axis: a large one need not be held whole."""
+        return self.read(name).reshape(-1)[begin:end]
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Say which tensors will be read next, so that those that lie side by side are read at once.
 

@@ -27,6 +27,7 @@ from msplora_analysis.options import Options
 
 # Tables of words (and outputs over them) grow at their end when tokens are added.
 _RESIZED = re.compile(r"(.+\.)?(\w*embed\w*|wte|shared|lm_head|output|decoder)")
+_TABLE = re.compile(rf"{_RESIZED.pattern}|(.+\.)?(wpe|relative_attention_bias)")
 _BUFFERS = ("position_ids", "token_type_ids", "masked_bias", "inv_freq", "relative_position_index", "attn_mask")
 
 
@@ -69,6 +70,11 @@ def _weight(name: str, shape: Shape) -> bool:
     """Whether a tensor is a matrix, or a convolution: what has rows and columns."""
     last = name.rpartition(".")[2]
     return sum(length > 1 for length in shape) >= 2 and last != "bias" and last not in _BUFFERS
+
+
+def is_table(name: str) -> bool:
+    """Whether a weight is one of embeddings, or of an output over them, by its name."""
+    return _TABLE.fullmatch(name.removesuffix(".weight")) is not None
 
 
 def _is_head(name: str) -> bool:

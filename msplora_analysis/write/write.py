@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -87,7 +87,7 @@ def as_pair(module: Module, a: Array, b: Array, dtype: str) -> Pair:
     """A (r, cols) and B (rows, r) with the axes that PEFT gives them, rounded to ``dtype``."""
     rank, ones = len(a), (1,) * (len(module.inputs) - 1)
     a, b = a.reshape(rank, *module.inputs), b.reshape(len(b), rank, *ones)
-    return Pair(module, _rounded(a, dtype), _rounded(b, dtype))
+    return Pair(module, rounded(a, dtype), rounded(b, dtype))
 
 
 def write_adapter(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, table: pd.DataFrame) -> None:
@@ -107,13 +107,13 @@ def write_adapter(folder: Path, pairs: Sequence[Pair], dtype: str, source: Sourc
         for factor, values in (("A", pair.a), ("B", pair.b)):
             key = f"{PREFIX}{pair.module.name}.{part}{factor}{suffix}"
             tensors[key], kinds[key] = values, DTYPES[dtype]
-    config = _config(pairs, source.config)
+    config = peft_config({pair.module.name: len(pair.a) for pair in pairs}, source.config)
     dropped = {module.name for module in source.modules}.difference(config["target_modules"])
     for key, tensor in source.copied.items():
         if key.removeprefix(PREFIX).partition(".base_layer.")[0] in dropped:  # PEFT wraps it no more
             key = key.replace(".base_layer.", ".", 1)
         tensors[key], kinds[key] = source.file.read(tensor), source.stored.get(tensor, "")
-    _save(tensors, kinds, folder / WEIGHTS_NAME)
+    save_tensors(tensors, kinds, folder / WEIGHTS_NAME)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_table(table, folder / TABLE_NAME)
     # safetensors makes files for their owner alone.
@@ -128,7 +128,7 @@ def widest_dtype(source: Source) -> str:
     return next(name for name, kind in reversed(DTYPES.items()) if kind in kinds)
 
 
-def _rounded(values: NDArray[np.float64], dtype: str) -> Array:
+def rounded(values: NDArray[np.float64], dtype: str) -> Array:
     """``values`` at the precision of ``dtype``; bfloat16 in float32, as numpy has no such type.
 
     Raises:
@@ -146,26 +146,34 @@ def _rounded(values: NDArray[np.float64], dtype: str) -> Array:
     return result
 
 
-def _save(tensors: dict[str, Array], kinds: dict[str, str], path: Path) -> None:
+def save_tensors(
+    tensors: dict[str, Array], kinds: Mapping[str, str], path: Path, metadata: Mapping[str, str] = {}
+) -> None:
+    """A safetensors file. kinds: the type of each tensor ("BF16", held as float32); others are written as they are."""
+    about = {"format": "pt", **metadata}
     # safetensors writes the memory of an array as it lies.
     tensors = {key: np.ascontiguousarray(values) for key, values in tensors.items()}
     if "BF16" not in kinds.values():
         from safetensors.numpy import save_file
 
-        save_file(tensors, path, {"format": "pt"})
+        save_file(tensors, path, about)
         return
     import torch
     from safetensors.torch import save_file as save_torch_file
 
     as_torch = {key: torch.from_numpy(values) for key, values in tensors.items()}
-    exact = {key: one.bfloat16() if kinds[key] == "BF16" else one for key, one in as_torch.items()}
-    save_torch_file(exact, path, {"format": "pt"})
+    exact = {key: one.bfloat16() if kinds.get(key) == "BF16" else one for key, one in as_torch.items()}
+    save_torch_file(exact, path, about)
 
 
-def _config(pairs: Sequence[Pair], kept: dict[str, Any]) -> dict[str, Any]:
-    """alpha = r for every module, so that PEFT's alpha / r is 1, also for readers that know one r and alpha only."""
-    rank = max(pair.a.shape[0] for pair in pairs)
-    pattern = {f"^{re.escape(pair.module.name)}": pair.a.shape[0] for pair in pairs if pair.a.shape[0] != rank}
+def peft_config(ranks: Mapping[str, int], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of a plain LoRA whose factors are the whole update: alpha = r for every module.
+
+    PEFT's alpha / r is then 1, also for readers that know one r and alpha only. ranks: of each module. kept: what else
+    it says, of the base model and of what is trained in full.
+    """
+    rank = max(ranks.values())
+    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -176,7 +184,7 @@ def _config(pairs: Sequence[Pair], kept: dict[str, Any]) -> dict[str, Any]:
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted(pair.module.name for pair in pairs),
+        "target_modules": sorted(ranks),
         "use_rslora": False,
         "use_dora": False,
     }

@@ -90,6 +90,12 @@ Base = Annotated[
 ]
 
 
+Device = Annotated[
+    str,
+    typer.Option(metavar="cpu|cuda", help="Where large matrices are computed; cuda takes torch, and a GPU."),
+]
+
+
 class Weights(str, Enum):
     moments = "moments"
     none = "none"

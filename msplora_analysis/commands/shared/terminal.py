@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Progress | None]:
+def progress_bar(what: str, things: str = "adapters") -> Iterator[Progress | None]:
     """A bar on standard error with rate and remaining time, if a person is looking."""
     if not sys.stderr.isatty():
         yield None
@@ -64,7 +64,7 @@ def progress_bar(what: str) -> Iterator[Progress | None]:
         def show(done: float, total: int) -> None:
             speed = bar.tasks[0].speed
             rate = f"{speed:.3g}/s" if speed else ""
-            bar.update(task, completed=done, total=total, count=f"{int(done)} of {total} adapters", rate=rate)
+            bar.update(task, completed=done, total=total, count=f"{int(done)} of {total} {things}", rate=rate)
 
         yield show
 

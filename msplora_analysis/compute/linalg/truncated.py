@@ -1,7 +1,6 @@
 """The largest singular values of a large matrix, with a bound of their error.
 
-Block Krylov (Musco & Musco 2015, arXiv 1504.05477): from a random block, an orthonormal basis of the row space is
-grown by powers of AᵀA until the Rayleigh-Ritz approximations in it are good enough.
+A basis of the row space grows (``krylov``) until the Rayleigh-Ritz approximations in it are good enough.
 
 The bound. Take A V = U S, for the k largest Ritz values S, and the residuals R = Aᵀ U - V S. In bases that start with
 U and V, A is [[S, Rᵀ V⊥], [0, E]]. By Weyl's inequality the singular values of A differ from those of S and E
@@ -16,6 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from msplora_analysis.compute.linalg.device import CPU, library, like, to_device, to_host
+from msplora_analysis.compute.linalg.krylov import krylov
 
 Array = NDArray[np.float64]
 
@@ -45,31 +47,31 @@ class Largest(NamedTuple):
     right: Array
 
 
-def matrix_spectrum(matrix: Array, top_k: int | None = None) -> Spectrum:
+def matrix_spectrum(matrix: Array, top_k: int | None = None, device: str = CPU) -> Spectrum:
     """All singular values of a matrix with SMALL rows or columns or fewer, the TOP_K largest of another.
 
-    matrix: (rows, cols), float64, finite. top_k: how many, at most.
+    matrix: (rows, cols), float64, finite. top_k: how many, at most. device: where it is computed.
     """
     small = min(matrix.shape)
     k = min(small, top_k or (small if small <= SMALL else TOP_K))
-    sigma = largest(matrix, k).sigma
+    sigma = largest(to_device(matrix, device), k).sigma
     if k == small:
         return Spectrum(sigma)
     scale = float(np.abs(matrix).max(initial=0))
     return Spectrum(sigma, scale * float(np.linalg.norm(matrix / scale)) if scale else 0.0)
 
 
-def largest(matrix: Array, k: int, tolerance: float = 1e-5, *, vectors: bool = False) -> Largest:
+def largest(matrix: Any, k: int, tolerance: float = 1e-5, *, vectors: bool = False) -> Largest:
     """The k largest singular values.
 
-    matrix: (rows, cols), float64, finite. Each bound is at most ``tolerance`` times its value, or
+    matrix: (rows, cols), float64, finite, of numpy or torch. Each bound is at most ``tolerance`` times its value, or
     times a hundredth of the largest. The same matrix gives the same values.
     """
     if matrix.shape[0] < matrix.shape[1]:
         sigma, bound, right, left = largest(matrix.T, k, tolerance, vectors=vectors)
         return Largest(sigma, bound, left, right)
     a = matrix
-    scale = float(np.abs(a).max(initial=0))
+    scale = float(abs(a).max()) if 0 not in a.shape else 0.0
     if scale == 0:
         return Largest(np.zeros(k), np.zeros(k), np.eye(len(a), k), np.eye(a.shape[1], k))
     n = a.shape[1]
@@ -80,50 +82,39 @@ def largest(matrix: Array, k: int, tolerance: float = 1e-5, *, vectors: bool = F
         sigma, bound, left, right = largest(a / scale, k, tolerance, vectors=vectors)
         return Largest(sigma * scale, bound * scale, left, right)
 
-    basis = np.empty((n, width), order="F")
-    basis[:, :] = _orthonormal(a.T @ (a @ np.random.default_rng(0).standard_normal((n, width))))
-    projected = np.empty((0, 0))  # basisᵀ AᵀA basis
     check = 3 * width
-    while True:
-        block = basis[:, len(projected) :]
-        image = a.T @ (a @ block)
-        coefficients = basis.T @ image
-        above, corner = np.split(coefficients, [len(projected)])
-        projected = np.block([[projected, above], [above.T, corner]])
-        if len(projected) >= check or len(projected) + width > n:
-            found = _ritz(a, basis @ np.linalg.eigh(projected)[1][:, -k:])
+    for basis, projected, _ in krylov(a, width):
+        held = len(projected)
+        if held >= check or held + width > n:
+            found = _ritz(a, basis @ like(np.linalg.eigh(projected)[1][:, -k:], a))
             if (found.bound <= tolerance * np.maximum(found.sigma, found.sigma[0] / 100)).all():
                 return found
-            if len(projected) + width > n // 2:
-                return _dense(a, k, vectors)  # the basis nears the whole space: no cheaper
-            check = len(projected) + max(2 * width, len(projected) // 4)
-        image -= basis @ coefficients
-        image -= basis @ (basis.T @ image)  # twice is enough
-        basis = np.concatenate([basis, _orthonormal(image, basis)], axis=1)
+            if held + width > n // 2:
+                break  # the basis nears the whole space: no cheaper
+            check = held + max(2 * width, held // 4)
+    return _dense(a, k, vectors)
 
 
-def _dense(a: Array, k: int, vectors: bool) -> Largest:
+def _dense(a: Any, k: int, vectors: bool) -> Largest:
     """LAPACK's values, and its error: rounding."""
+    linalg = library(a).linalg
     if vectors:
-        u, sigma, vt = np.linalg.svd(a, full_matrices=False)
+        u, sigma, vt = map(to_host, linalg.svd(a, full_matrices=False))
+        left, right = u[:, :k], vt[:k].T
     else:
-        u, sigma, vt = np.empty((0, 0)), np.linalg.svd(a, compute_uv=False), np.empty((0, 0))
-    return Largest(sigma[:k], np.full(k, min(a.shape) * _EPS * float(sigma[0])), u[:, :k], vt[:k].T)
+        sigma = np.linalg.svd(a, compute_uv=False) if library(a) is np else to_host(linalg.svdvals(a))
+        left = right = np.empty((0, 0))
+    return Largest(sigma[:k], np.full(k, min(a.shape) * _EPS * float(sigma[0])), left, right)
 
 
-def _orthonormal(block: Array, beside: Array | None = None) -> Array:
-    q: Array = np.linalg.qr(block)[0]
-    if beside is not None:  # directions that were all but in the basis have only rounding left
-        q = np.linalg.qr(q - beside @ (beside.T @ q))[0]
-    return q
-
-
-def _ritz(a: Array, directions: Array) -> Largest:
+def _ritz(a: Any, directions: Any) -> Largest:
     """Ritz values of ``a`` (m, n) in the span of ``directions`` (n, k), bounds of their errors, Ritz vectors."""
-    v = np.linalg.qr(directions)[0]
-    u, sigma, rotation = np.linalg.svd(a @ v, full_matrices=False)
+    linalg = library(a).linalg
+    v = linalg.qr(directions)[0]
+    u, sigma, rotation = linalg.svd(a @ v, full_matrices=False)
     right = v @ rotation.T
     residuals = a.T @ u - right * sigma
-    squares = np.einsum("ij,ij->j", residuals, residuals)
+    squares = to_host((residuals**2).sum(0))
+    sigma = to_host(sigma)
     # Rounding of the products themselves; far below any tolerance.
-    return Largest(sigma, np.sqrt(np.cumsum(squares)) + len(v) * _EPS * sigma[0], u, right)
+    return Largest(sigma, np.sqrt(np.cumsum(squares)) + len(v) * _EPS * sigma[0], to_host(u), to_host(right))

@@ -1,0 +1,110 @@
+"""A long job in parts: each is kept as it is finished, so that a job that ends early goes on where it was.
+
+The parts are safetensors files in a folder beside the output. At the end they are joined into one file, by copying
+bytes: the memory that takes does not grow with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.write.write import Array, save_tensors
+from msplora_core.atomic import replacing
+
+_ABOUT, _FACTS = "msplora_job.json", "msplora_part"
+
+
+class Work:
+    """The folder of a job's finished parts.
+
+    Args:
+        folder: Where; it is made.
+        about: What the job is, as JSON has it. Parts of another job are removed.
+
+    Attributes:
+        found: Facts of the parts that an earlier call finished, by their names.
+
+    Raises:
+        AnalysisError: something else stands there.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.folder = folder
+        told = json.dumps(about, sort_keys=True, indent=2) + "\n"
+        mark = folder / _ABOUT
+        if folder.exists() and not mark.is_file():
+            raise AnalysisError(f"{folder}: it is to hold what is finished, and holds something else; move it away")
+        if mark.is_file() and mark.read_text(encoding="utf-8") != told:
+            self.remove()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not mark.is_file():
+            with replacing(mark) as beside:
+                beside.write_text(told, encoding="utf-8")
+        self.found = dict(map(_facts, sorted(folder.glob("*.safetensors"))))
+        self._count = len(self.found)
+
+    def put(self, tensors: Mapping[str, Array], kinds: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        """Keep a part: its tensors, the types to write them in, and what is to be known of it, with its ``name``."""
+        self._count += 1
+        with replacing(self.folder / f"{self._count:06d}.safetensors", durable=True) as beside:
+            save_tensors(dict(tensors), kinds, beside, {_FACTS: json.dumps(facts)})
+
+    def join(self, path: Path) -> None:
+        """All parts as one safetensors file."""
+        join(sorted(self.folder.glob("*.safetensors")), path)
+
+    def remove(self) -> None:
+        """Remove the folder, its mark last."""
+        for part in self.folder.glob("*.safetensors"):
+            part.unlink()
+        shutil.rmtree(self.folder)
+
+
+def join(parts: Iterable[Path], path: Path) -> None:
+    """Write safetensors files, of different tensors, as one."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    sources = []
+    for part in parts:
+        of_part, begin = _header(part)
+        last = end
+        for name, entry in of_part.items():
+            if name == "__metadata__":
+                continue
+            offsets = [end + at for at in entry["data_offsets"]]
+            header[name] = {**entry, "data_offsets": offsets}
+            last = max(last, offsets[1])
+        sources.append((part, begin))
+        end = last
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of 8 bytes
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for part, begin in sources:
+            with open(part, "rb") as file:
+                file.seek(begin)
+                shutil.copyfileobj(file, out, 2**22)
+
+
+def _facts(part: Path) -> tuple[str, dict[str, Any]]:
+    facts = json.loads(_header(part)[0]["__metadata__"][_FACTS])
+    return facts["name"], facts
+
+
+def _header(part: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file of ours, and where its data begin."""
+    with open(part, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
+
+
+def beside(out: str | os.PathLike[str]) -> Path:
+    """The folder of a job whose output is ``out``."""
+    path = Path(os.path.abspath(out))
+    return path.with_name(f"{path.name}.unfinished")
