@@ -65,12 +65,14 @@ class Execution:
         dask: Address of a Dask scheduler, whose workers compute instead. They see the same paths.
         cache: Use what earlier calls computed of the same files, and keep what this one computes.
         progress: Called after each piece of work.
+        device: Where whole matrices are computed: "cpu", or a device of torch such as "cuda", in this process alone.
     """
 
     workers: int | None = 1
     dask: str | None = None
     cache: bool = True
     progress: Progress | None = None
+    device: str = "cpu"
 
 
 def changed(*given: Options | Execution) -> list[str]:

@@ -52,6 +52,7 @@ def spectra(
             show_default=False,
         ),
     ] = None,
+    device: arguments.Device = "cpu",
     moments: arguments.Moments = None,
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
     ignore_unknown: arguments.IgnoreUnknown = False,
@@ -76,7 +77,7 @@ def spectra(
     with terminal.interruptible() as stopped, terminal.progress_bar("Reading") as progress:
         written = write_tables(
             adapters,
-            spectra_of(adapters, options, Execution(workers, dask, cache, progress)),
+            spectra_of(adapters, options, Execution(workers, dask, cache, progress, device)),
             out,
             format.value,
             {*KS, *ks},

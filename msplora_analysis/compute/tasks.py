@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -22,6 +24,7 @@ from msplora_analysis.adapters.moments import moments_file
 from msplora_analysis.adapters.opening import opened
 from msplora_analysis.compute.cache import open_cache
 from msplora_analysis.compute.executors import cpus, executor_of
+from msplora_analysis.compute.linalg.device import CPU, check_device
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.compute.results import Failure, Result, Row, Spectra, T, joined
 from msplora_analysis.compute.weighted import task_spectra
@@ -59,9 +62,12 @@ Results = list[T | Failure]
 
 def compute(adapters: Sequence[Adapter], options: Options, execution: Execution) -> Iterator[Result]:
     """The spectra of each adapter, by way of the user's cache if that may be used; see ``compute_each``."""
+    work: Work[Spectra] = _spectra
+    if check_device(execution.device) != CPU:
+        work, execution = partial(_spectra, device=execution.device), replace(execution, workers=1, dask=None)
     cache = open_cache() if execution.cache else None
     with nullcontext() if cache is None else closing(cache):
-        yield from compute_each(_spectra, adapters, options, execution, cache)
+        yield from compute_each(work, adapters, options, execution, cache)
 
 
 def compute_each(
@@ -179,10 +185,10 @@ def _read(piece: Piece, options: Options, work: Work[T]) -> T:
     return work(piece, options)
 
 
-def _spectra(piece: Piece, options: Options) -> Spectra:
+def _spectra(piece: Piece, options: Options, device: str = CPU) -> Spectra:
     with opened(piece.adapter, options, base_notes=piece.part == 0) as (file, contents):
         matrices = _share(contents.matrices, piece.part, piece.parts)
-        spectra = adapter_spectra(file, matrices, options.top_k)
+        spectra = adapter_spectra(file, matrices, options.top_k, device)
         built_in = is_built_in(piece.adapter.config, file)
         notes = list(contents.notes)
         moments = moments_file(piece.adapter, options)

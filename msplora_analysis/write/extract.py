@@ -237,8 +237,8 @@ def _plan(file: TensorFile, contents: Contents, modules_to_save: Sequence[str], 
     transposed = {name for name in tensors if _is_transposed(name, file, settings)}
     notes = [
         f"{name} has shape {list(file.shapes[name])}, in the base {list(file.shapes[BASE + other])}: tokens were added "
-        "or taken away; resize the base's embeddings before the adapter is loaded,"
-        " and save them whole: modules_to_save="
+        "or taken away; resize the base's embeddings before the adapter is loaded, "
+        "and save them whole (modules_to_save)"
         for name, other in of_base.items()
         if file.shapes[name] != file.shapes[BASE + other] and name not in saved
     ]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from adapters import assert_promised
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 import msplora_analysis as ma
-from msplora_analysis import AnalysisError
+from msplora_analysis import AnalysisError, cli
 from msplora_analysis.adapters.magnitude import magnitude_change
 from msplora_analysis.compute.linalg.spectra import adapter_spectra
 from msplora_analysis.files.opening import PairedFile, ShardedFile, open_checkpoint
@@ -389,6 +390,15 @@ def test_the_command_reads_full_checkpoints_of_a_run(tmp_path):
     assert metrics.groupby("step").size().tolist() == [17, 17]
     assert metrics["effective_rank"].notna().all()
     assert (metrics["rank"] == metrics[["rows", "cols"]].min(axis=1)).all()
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    base = bert()
+    base.save_pretrained(tmp_path / "base")
+    options = ["--base", str(tmp_path / "base"), "--out", str(tmp_path / "tables"), "--device", "nowhere"]
+    result = CliRunner().invoke(cli.make_app(), ["spectra", str(tmp_path / "base"), *options])
+    assert isinstance(result.exception, AnalysisError)
+    assert "device=nowhere" in str(result.exception)
 
 
 def test_only_the_largest_of_many_values_leave_the_rest_empty(tmp_path):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from adapters import assert_promised
 
 from msplora_analysis.compute.linalg import truncated
@@ -51,6 +52,15 @@ def test_largest_are_lapacks_within_the_bound(case, k):
     assert (bound <= 1e-5 * np.maximum(sigma, exact[0] / 100)).all()
     assert (np.diff(sigma) <= 0).all()
     assert_promised(sigma, exact[:k])
+
+
+@pytest.mark.parametrize("case", ["decay", "flat", "huge"])
+def test_torch_gives_what_numpy_does(case):
+    matrix = CASES[case]()
+    for options in ({}, {"vectors": True}):
+        ours, theirs = largest(matrix, 20, **options), largest(torch.from_numpy(matrix), 20, **options)
+        np.testing.assert_allclose(theirs.sigma, ours.sigma, rtol=1e-5)
+        assert theirs.left.shape == ours.left.shape
 
 
 @pytest.mark.slow

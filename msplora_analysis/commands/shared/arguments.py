@@ -92,7 +92,7 @@ Base = Annotated[
 
 Device = Annotated[
     str,
-    typer.Option(metavar="cpu|cuda", help="Where large matrices are computed; cuda takes torch, and a GPU."),
+    typer.Option(metavar="cpu|cuda", help="Where differences of whole models are computed; cuda takes a GPU."),
 ]
 
 

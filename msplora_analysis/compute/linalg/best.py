@@ -90,7 +90,8 @@ def _by_krylov(a: Any, rank: int | None, energy: float | None) -> Any:
 def _enough(basis: Basis, total: float, rank: int | None, energy: float | None) -> int:
     """How many leading directions of the basis are the approximation; 0 while it is not good enough."""
     kept = np.cumsum(np.linalg.eigvalsh(basis.projected)[::-1])
-    k = rank or 1 + int(np.searchsorted(kept, energy * total))
+    k = rank if energy is None else 1 + int(np.searchsorted(kept, energy * total))
+    assert k is not None
     if k > len(kept) - basis.width:
         return 0
     lost = max(total - float(kept[k - 1]), 0.0)
@@ -107,8 +108,9 @@ def _by_eigenvectors(a: Any, rank: int | None, energy: float | None) -> Any:
 
         return eigh(gram, subset_by_index=[n - rank, n - 1], overwrite_a=True, check_finite=False)[1]
     values, vectors = library(a).linalg.eigh(gram)
-    if rank is None:
+    if energy is not None:
         rank = int(energy_rank(np.sqrt(np.maximum(to_host(values)[::-1], 0)), energy))
+    assert rank is not None
     return vectors[:, max(n - rank, 0) :]
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from msplora_analysis.compute.linalg.device import CPU
 from msplora_analysis.compute.linalg.truncated import Spectrum, matrix_spectrum
 from msplora_analysis.errors import NotFiniteError
 from msplora_analysis.files.tensors import FloatArray, TensorFile
@@ -40,10 +41,12 @@ _BLOCK = 2**23  # bytes of float64 factors held at once, unless one matrix alone
 _of_thread = threading.local()
 
 
-def adapter_spectra(file: TensorFile, matrices: Sequence[Matrix], top_k: int | None = None) -> list[Spectrum]:
+def adapter_spectra(
+    file: TensorFile, matrices: Sequence[Matrix], top_k: int | None = None, device: str = CPU
+) -> list[Spectrum]:
     """The spectrum of each matrix: ``matrix.update.rank`` singular values.
 
-    top_k: how many of a whole matrix, whose largest are computed (see ``truncated``).
+    top_k: how many of a whole matrix, whose largest are computed (see ``truncated``). device: where these are.
 
     Reads each tensor as it is needed; memory stays at one block of factors. Raises AnalysisError
     naming the tensor that holds NaN or Inf.
@@ -54,7 +57,7 @@ def adapter_spectra(file: TensorFile, matrices: Sequence[Matrix], top_k: int | N
         if isinstance(matrix.update, Sum):
             sums[i] = matrix.update
         elif isinstance(matrix.update, Whole):
-            result[i] = _whole_spectrum(file, matrix.update, matrix.name, top_k)
+            result[i] = _whole_spectrum(file, matrix.update, matrix.name, top_k, device)
         else:
             result[i] = Spectrum(_kronecker_sigma(file, matrix.update, matrix.name))
     for block in factor_blocks(sums):
@@ -83,8 +86,8 @@ def _kronecker_sigma(file: TensorFile, update: Kronecker, name: str) -> Array:
     return sigma
 
 
-def _whole_spectrum(file: TensorFile, update: Whole, name: str, top_k: int | None) -> Spectrum:
-    found = matrix_spectrum(whole_matrix(file, update, name), top_k)
+def _whole_spectrum(file: TensorFile, update: Whole, name: str, top_k: int | None, device: str = CPU) -> Spectrum:
+    found = matrix_spectrum(whole_matrix(file, update, name), top_k, device)
     if not np.isfinite(found.sigma).all():
         raise not_finite(file, update, name)
     return found
