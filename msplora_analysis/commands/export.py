@@ -1,38 +1,55 @@
-"""``msplora-analyze export``: an adapter as a plain PEFT LoRA adapter, without loss."""
+"""``msplora-analyze export``: an adapter as a plain LoRA for PEFT or another reader, without loss."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import typer
+
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.options import Options
 
+_READERS = "peft|kohya|diffusers|mlx|gguf"
+
 
 @command(
-    "Write MSPLoRA, AdaLoRA, VeRA, ... as a plain PEFT LoRA adapter, without loss.",
+    "Write an adapter for another program, without loss: PEFT, kohya, diffusers, MLX, llama.cpp.",
     examples=(
         "msplora-analyze export runs/msplora/checkpoint-270 --out plain",
-        "msplora-analyze export hf://owner/vera --out plain",
+        "msplora-analyze export runs/llama --out for-llama.cpp --to gguf --base models/Llama-3.2-1B",
+        "msplora-analyze export style.safetensors --out for-peft --base models/stable-diffusion-v1-5",
     ),
 )
 def export(
     adapter: arguments.AdapterPath,
     out: arguments.NewAdapter,
+    to: Annotated[str, typer.Option(metavar=_READERS, help="Who is to read it.")] = "peft",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that the adapter is for, where names depend on it: its folder or a pipeline's, weights, "
+            "index or config.json; or a .txt with the name of a module a line.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str | None, arguments.factor_type("the file's where that is exact, else float32")] = None,
     overwrite: arguments.Overwrite = False,
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Write an adapter as a plain PEFT LoRA adapter that computes the same.
+    """Write an adapter as a plain LoRA that computes the same, as another program reads it.
 
-    The products of a module become one by concatenation: MSPLoRA's has rank r_g + r_m + r_l. What
-    is saved beside them (heads, biases) is copied. What no plain LoRA equals (DoRA, LoHa, LoKr, full
-    fine-tuning) is refused.
+    The products of a module become one by concatenation: MSPLoRA's has rank r_g + r_m + r_l. The scale is in
+    B. What is saved beside them (heads, biases) is copied for PEFT; others have no place for it: that is an
+    error, or with --ignore-unknown a warning. What no plain LoRA equals (DoRA, LoHa, LoKr, full fine-tuning) is
+    refused.
     """
     from msplora_analysis.write.concatenate import exported
+    from msplora_analysis.write.targets import find_target
 
-    table, source, chosen = exported(adapter, out, dtype, overwrite, Options(ignore_unknown, semantics.value))
+    table, source, chosen = exported(adapter, out, to, base, dtype, overwrite, Options(ignore_unknown, semantics.value))
     with terminal.closed_pipe_ignored():
         groups = [
             [module, str(len(rows)), terminal.span(rows["rank"]), f"{rows['parameters'].sum():,}"]
@@ -40,7 +57,6 @@ def export(
         ]
         with terminal.printed_whole() as console:
             console.print(terminal.plain_table(["module", "number", "rank", "parameters"], groups), end="\n\n")
-        print(
-            f"parameters: {source.parameters:,} in the file, {table['parameters'].sum():,} as a plain LoRA ({chosen})"
-        )
+        what = find_target(to).what
+        print(f"parameters: {source.parameters:,} in the file, {table['parameters'].sum():,} as {what} ({chosen})")
         terminal.print_paths([out])

@@ -47,7 +47,7 @@ def read_contents(config: Config, file: TensorFile, options: Options) -> Content
     found = _without_base(known.read(config, file, options))
     if not found.matrices and not found.unknown:
         raise AnalysisError("no low-rank factors in the file; was the adapter saved before it was added?")
-    if (known.peft_types or known.lone) and (note := _trained_whole(config, file, found)):
+    if (known.peft_types or known.lone) and (note := trained_whole(config, file, found)):
         found = found._replace(notes=[*found.notes, note])
     if not known.reads_values:
         _last = key, found
@@ -63,7 +63,7 @@ def _without_base(found: Contents) -> Contents:
     return Contents(found.matrices, rest, [*found.notes, note])
 
 
-def _trained_whole(config: Config, file: TensorFile, found: Contents) -> str | None:
+def trained_whole(config: Config, file: TensorFile, found: Contents) -> str | None:
     """The note of tensors that were trained whole beside the factors: heads, embeddings, biases."""
     unknown = set(found.unknown)
     names = [name.removeprefix(PREFIX) for name in file.shapes if name not in unknown]

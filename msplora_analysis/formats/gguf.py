@@ -9,7 +9,7 @@ which changes no singular value.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
@@ -59,12 +59,19 @@ def _matrices(name: str, a: str, b: str, alpha: float, shapes: Shapes) -> Iterat
     yield layer_matrix(name, Sum((Product(inner, Factor((b,), rows, rank), alpha / rank if alpha else 1.0),)))
 
 
+def _why_no_lora(config: Config, shapes: Shapes, matrices: Sequence[Matrix]) -> str | None:
+    if fused := next((key for key, shape in shapes.items() if len(shape) != 2), None):
+        return f"tensor {fused}: experts are one tensor in llama.cpp, whose names in the model are not known"
+    return None
+
+
 FORMAT = Format(
     name="GGUF",
     read=read,
     lone=_has_factors,
     recognises=lambda config, file: "general.architecture" in file.metadata or _has_factors(file.shapes),
-    why_no_lora="its modules have llama.cpp's names, and PEFT needs those of transformers",
+    why_no_lora=_why_no_lora,
+    names_of_llama_cpp=True,
     reads_values=True,
     priority=1,
 )

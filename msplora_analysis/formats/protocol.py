@@ -28,6 +28,7 @@ class Format:
         config_files: Of a file of weights by its whole name, the files beside it that configure it in place of
             adapter_config.json: JSON, or YAML with settings a line each. The config is their contents by their names.
         tells: Whether the updates have what a tensor says that is none of their factors, such as an alpha.
+        names_of_llama_cpp: Whether modules have llama.cpp's names, which are not those of the model's own code.
         reads_values: Whether ``read`` also looks at values, so that no two files are known to have the same matrices.
         priority: Formats of a higher one are asked first.
     """
@@ -40,6 +41,7 @@ class Format:
     why_no_lora: str | Callable[[Config, Shapes, Sequence[Matrix]], str | None] | None = None
     config_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tells: Callable[[str], bool] = lambda name: False
+    names_of_llama_cpp: bool = False
     reads_values: bool = False
     priority: int = 0
 

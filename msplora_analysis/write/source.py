@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from msplora_analysis.compute.linalg.spectra import Array, load_factors, not_fin
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, StrPath, parse
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import find_format
+from msplora_analysis.formats import find_format, trained_whole
 from msplora_analysis.formats.helpers.parts import is_head, trained_in_full
 from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import Contents, Matrix, Shape, Shapes, Sum
+from msplora_analysis.formats.updates import Contents, Matrix, Shapes, Sum
 from msplora_analysis.options import Options
+from msplora_analysis.write.base_model import PIPELINE, BaseModel
+from msplora_analysis.write.names import Module, as_in_the_model
 
 # What adapter_config.json says of the model and of what is trained in full; the rest is about the method.
 _KEPT = (
@@ -36,26 +38,6 @@ _KEPT = (
     *("fan_in_fan_out", "trainable_token_indices", "layer_replication", "lora_dropout"),
 )
 _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT looks for a head of these in the file
-_PIPELINE = re.compile(r"(unet|transformer(_2)?|text_encoder(_[23])?|prior)\.")  # models, as diffusers names them
-
-
-@dataclass(frozen=True)
-class Module:
-    """A module of the base model and its update.
-
-    Attributes:
-        name: Dotted path in the base model.
-        matrix: Its row of the tables.
-        update: Its whole update.
-        inputs: The axes of A behind the first; more than one for a convolution.
-        is_embedding: Whether PEFT calls its factors those of an embedding.
-    """
-
-    name: str
-    matrix: Matrix
-    update: Sum
-    inputs: Shape
-    is_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,17 +85,25 @@ def find_adapter(path: StrPath) -> Adapter:
 
 
 @contextmanager
-def open_source(adapter: Adapter, options: Options) -> Iterator[Source]:
+def open_source(
+    adapter: Adapter, options: Options, base: BaseModel | None = None, *, pipeline: bool = False
+) -> Iterator[Source]:
     """An open adapter.
+
+    Args:
+        adapter: What discovery found.
+        options: How it is to be read.
+        base: The model that it is for, where the names of the modules are not in the file.
+        pipeline: Keep updates of several models, whose names stand before those of their modules.
 
     Raises:
         AnalysisError: It has no exact form as a plain LoRA; the message names the file.
     """
     with opened(adapter, options) as (file, contents):
         try:
-            source = _source(adapter, file, contents)
+            source = _source(adapter, file, contents, base, pipeline)
         except AnalysisError as error:
-            raise AnalysisError(f"{adapter.file}: {error}") from None
+            raise AnalysisError(f"{adapter.file}: {error}", *error.arguments) from None
         yield source
 
 
@@ -130,7 +120,7 @@ def factors(source: Source, module: Module) -> tuple[Array, Array]:
     b *= scaling[0]
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise not_finite(source.file, module.update, module.name)
-    return a[0], b[0]
+    return a[0], b[0] if module.rows is None else b[0][module.rows]
 
 
 def warn_of(source: Source) -> None:
@@ -139,14 +129,16 @@ def warn_of(source: Source) -> None:
         warnings.warn(f"{source.adapter.file}: {note}", stacklevel=4)
 
 
-def _source(adapter: Adapter, file: TensorFile, contents: Contents) -> Source:
+def _source(adapter: Adapter, file: TensorFile, contents: Contents, base: BaseModel | None, pipeline: bool) -> Source:
     config, known = adapter.config, find_format(adapter.config, file)
     matrices = _whole_updates(contents)
     if reason := known.not_as_lora(config, file.shapes, matrices):
         raise AnalysisError(reason)
     modules = [_module(matrix, file.shapes) for matrix in matrices]
-    notes = list(contents.notes)
-    if not config:
+    modules = list(as_in_the_model(modules, known, base))
+    copied_note = trained_whole(config, file, contents)  # they are left out of tables, and not here
+    notes = [note for note in contents.notes if note != copied_note]
+    if not config and not pipeline:
         modules = _of_one_model(modules, notes)
     factors = {tensor for matrix in contents.matrices for tensor in _tensors(matrix)}
     copied = _copied(file.shapes, config, known, factors.union(contents.unknown))
@@ -188,7 +180,7 @@ def _module(matrix: Matrix, shapes: Shapes) -> Module:
 
 def _of_one_model(modules: list[Module], notes: list[str]) -> list[Module]:
     """Names without that of the model, which diffusers puts before them; PEFT's adapters are of one model."""
-    matches = [_PIPELINE.match(module.name) for module in modules]
+    matches = [PIPELINE.match(module.name) for module in modules]
     models = sorted({match[1] if match else "" for match in matches})
     if models == [""]:
         return modules
@@ -198,7 +190,7 @@ def _of_one_model(modules: list[Module], notes: list[str]) -> list[Module]:
             "a PEFT adapter is of one: split the file first"
         )
     notes.append(f"the adapter is for the pipeline's {models[0]}; load it into that model")
-    return [Module(m.name.removeprefix(f"{models[0]}."), m.matrix, m.update, m.inputs, m.is_embedding) for m in modules]
+    return [replace(module, name=module.name.removeprefix(f"{models[0]}.")) for module in modules]
 
 
 def _stored_dtypes(path: Place) -> dict[str, str]:

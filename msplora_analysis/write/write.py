@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,8 +46,10 @@ class Pair(NamedTuple):
 
 
 @contextmanager
-def new_folder(out: StrPath, source: Place, overwrite: bool) -> Iterator[Path]:
+def new_folder(out: StrPath, source: Place, overwrite: bool, files: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write to, which takes the place of ``out`` at the end, or disappears with an exception.
+
+    ``files``: names by which an adapter in ``out`` is known, besides those of PEFT's.
 
     Raises:
         AnalysisError: ``out`` holds anything and must not be overwritten, holds more than an adapter, is the folder of
@@ -55,14 +57,14 @@ def new_folder(out: StrPath, source: Place, overwrite: bool) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     try:
-        _check_free(out, source, overwrite)
+        _check_free(out, source, overwrite, {CONFIG, WEIGHTS_NAME, TABLE_NAME, "README.md", *files})
         with replacing_folder(out) as beside:
             yield beside
     except OSError as error:
         raise AnalysisError(f"out={out}: cannot be written: {error.strerror or error}", "out") from None
 
 
-def _check_free(out: Path, source: Place, overwrite: bool) -> None:
+def _check_free(out: Path, source: Place, overwrite: bool, own: set[str]) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -73,7 +75,7 @@ def _check_free(out: Path, source: Place, overwrite: bool) -> None:
     if names and not overwrite:
         message = f"out={out}: the folder is not empty; give another, or overwrite=True to replace an adapter"
         raise AnalysisError(message, "out", "overwrite")
-    if others := sorted(names - {CONFIG, WEIGHTS_NAME, TABLE_NAME, "README.md"}):
+    if others := sorted(names - own):
         raise AnalysisError(f"out={out}: it holds {others[0]}, which is not of an adapter; give another path", "out")
 
 
@@ -100,6 +102,19 @@ def write_adapter(folder: Path, pairs: Sequence[Pair], dtype: str, source: Sourc
         source: What else is copied, and what the config says of the base model.
         table: What ranks.csv holds.
     """
+    write_peft(folder, pairs, dtype, source)
+    finish(folder, table)
+
+
+def finish(folder: Path, table: pd.DataFrame) -> None:
+    """Write ranks.csv, and let everybody read what may read it: safetensors makes files for their owner alone."""
+    write_table(table, folder / TABLE_NAME)
+    for path in folder.iterdir():
+        os.chmod(path, (folder / TABLE_NAME).stat().st_mode)
+
+
+def write_peft(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source) -> None:
+    """adapter_config.json and adapter_model.safetensors; see ``write_adapter``."""
     tensors: dict[str, Array] = {}
     kinds: dict[str, str] = {}
     for pair in pairs:
@@ -115,9 +130,6 @@ def write_adapter(folder: Path, pairs: Sequence[Pair], dtype: str, source: Sourc
         tensors[key], kinds[key] = source.file.read(tensor), source.stored.get(tensor, "")
     save_tensors(tensors, kinds, folder / WEIGHTS_NAME)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_table(table, folder / TABLE_NAME)
-    # safetensors makes files for their owner alone.
-    os.chmod(folder / WEIGHTS_NAME, (folder / CONFIG).stat().st_mode)
 
 
 def widest_dtype(source: Source) -> str:

@@ -30,6 +30,8 @@ time_in vector_in guidance_in txt_in img_in in_layer out_layer final_layer conte
 x_embedder t_embedder y_embedder time_text_embed timestep_embedder text_embedder guidance_embedder pos_embed
 text_projection token_embedding embed_tokens shared adaln_single emb
 """
+# Of these, blocks as the models' own code has them.
+_OWN_CODE = {"input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks", "joint_blocks"}
 _WORDS = frozenset(_VOCABULARY.split())
 _LONGEST = max(word.count("_") + 1 for word in _WORDS)
 
@@ -51,6 +53,16 @@ def dotted(name: str) -> str:
         known = size > 0
         words = words[max(size, 1) :]
     return ".".join([_MODELS.get(path[0], path[0]), *path[1:]])
+
+
+def is_known(name: str) -> bool:
+    """Whether all components of a flattened name's dotted path are module names of diffusers or transformers.
+
+    Not so with blocks of a model's own code, which diffusers has renamed.
+    """
+    path = dotted(name).split(".")
+    models = ("unet", "transformer", *_MODELS.values())
+    return path[0] in models and not _OWN_CODE.intersection(path) and all(map(_is_name, path))
 
 
 def _is_name(text: str) -> bool:

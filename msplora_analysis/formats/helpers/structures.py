@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.helpers.flattened import dotted
 from msplora_analysis.formats.helpers.parts import expect_shape, leading, make_product
 from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.formats.updates import Factor, Matrix, Product, Shapes, Sum, Whole
@@ -113,14 +112,10 @@ def expert_matrices(name: str, a: str, b: str, scaling: float, shapes: Shapes) -
 
 
 def not_plain_pairs(matrices: Iterable[Matrix]) -> str | None:
-    """Why not all updates are one pair of factors each, of a module whose name is known; None if they are."""
+    """Why not all updates are one pair of factors each; None if they are."""
     for matrix in matrices:
         if isinstance(matrix.update, Sum):
             (product,) = matrix.update.products
-            key = product.a.tensors[0]
-            first = key.partition(".")[0]
-            if dotted(first) != first:
-                return f"tensor {key}: the dots of the module's name are not in the file, and PEFT needs them"
             if product.a.make or product.b.make:
                 return f"{matrix.name}: its update is not one plain pair of factors; only such are written"
     return None

@@ -1,0 +1,59 @@
+"""MLX-LM: adapters.safetensors with ``lora_a`` (in, r) and ``lora_b`` (r, out), and adapter_config.json.
+
+Its ``load_adapters`` (mlx_lm/tuner/utils.py) makes LoRA layers of the modules in ``keys``, paths inside a block, in the
+last ``num_layers`` blocks, and leaves out, silently, tensors of any other module. A negative number means all blocks.
+``scale`` is the whole factor of B A, and one for all; ranks may differ.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.write.base_model import BaseModel
+from msplora_analysis.write.source import Source
+from msplora_analysis.write.targets.protocol import Target
+from msplora_analysis.write.write import DTYPES, Array, Pair, save_tensors
+from msplora_core.names import CONFIG
+
+_FILE = "adapters.safetensors"
+_BLOCK = re.compile(r"model\.layers\.[0-9]+\.(?P<key>.+)")  # as mlx-lm names them where transformers does, too
+
+
+def write(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, base: BaseModel | None) -> Iterator[str]:
+    tensors: dict[str, Array] = {}
+    keys = set()
+    for pair in pairs:
+        name = pair.module.name
+        if pair.module.is_embedding:
+            raise AnalysisError(
+                f"{name}: MLX-LM applies the update of an embedding to tied outputs too, and PEFT does not"
+            )
+        if pair.a.ndim != 2:
+            raise AnalysisError(f"{name}: it is a convolution, of which MLX-LM has no LoRA")
+        match = _BLOCK.fullmatch(name)
+        if not match and name != "lm_head":
+            raise AnalysisError(
+                f"{name}: MLX-LM has no module of this name; expected model.layers.<number>... or lm_head"
+            )
+        keys.add(match["key"] if match else name)
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = pair.a.T, pair.b.T
+    save_tensors(tensors, dict.fromkeys(tensors, DTYPES[dtype]), folder / _FILE)
+    rank = max(len(pair.a) for pair in pairs)
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
+    }
+    if model := source.config.get("base_model_name_or_path"):
+        config["model"] = model
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    yield from ()
+
+
+TARGET = Target(
+    what="an adapter of MLX-LM", files=(CONFIG, _FILE), write=write, dtypes=("bfloat16", "float16", "float32")
+)

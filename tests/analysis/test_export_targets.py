@@ -1,0 +1,260 @@
+"""Adapters as other programs read them: written, read back, and loaded by those programs where they install."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from test_export import adapted, error, loaded, save, updates
+
+import msplora_analysis as ma
+
+peft = pytest.importorskip("peft")
+
+torch.set_num_threads(1)
+
+HEADS, KEYS, WIDTH = 4, 2, 32  # of the tiny Llama
+
+
+def llama(tied=False):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEYS}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)).eval()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    return folder
+
+
+def mixed(**options):
+    """An adapter whose scale no single number says: rsLoRA, two ranks, two alphas."""
+    return peft.LoraConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 7,
+            "use_rslora": True,
+            "rank_pattern": {"k_proj": 2},
+            "alpha_pattern": {"o_proj": 3},
+            "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"],
+            **options,
+        }
+    )
+
+
+def export(adapter, out, to, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ma.export(adapter, out, to=to, **options)
+
+
+def sigma(path):
+    """Singular values of all modules, without their names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spectra = ma.load_spectra(path, cache=False)
+    return np.sort(spectra["sigma"].to_numpy())
+
+
+@pytest.mark.parametrize("to", ["mlx", "gguf"])
+def test_language_models(tmp_path, base, to):
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    model = adapted(llama(), mixed())
+    save(model, tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", to, base=base)
+    assert sigma(tmp_path / "b") == pytest.approx(sigma(tmp_path / "a"), rel=1e-6)
+
+    # Back again, tensor by tensor.
+    export(tmp_path / "b", tmp_path / "c", "peft", base=base)
+    export(tmp_path / "a", tmp_path / "d", "peft")
+    there, here = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "cd")
+    assert there.keys() == here.keys()
+    for name, values in here.items():
+        assert np.array_equal(there[name], values), name
+    found, expected = updates(loaded(llama(), tmp_path / "c")), updates(model)
+    for name, delta in expected.items():
+        assert found[name] == pytest.approx(delta, rel=1e-5, abs=1e-6)
+
+
+def test_gguf_as_its_own_package_reads_it(tmp_path, base):
+    gguf = pytest.importorskip("gguf")
+    model = adapted(llama(), mixed())
+    save(model, tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", "gguf", base=base)
+    reader = gguf.GGUFReader(tmp_path / "b" / "adapter.gguf")
+    about = {key: reader.fields[key].contents() for key in ("general.type", "general.architecture", "adapter.type")}
+    assert about == {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+    assert reader.fields["adapter.lora.alpha"].contents() == 0  # ranks differ: the scale is 1
+
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    delta = updates(model)
+    size = WIDTH // HEADS
+    for kind, name, heads in (("attn_q", "q_proj", HEADS), ("attn_k", "k_proj", KEYS)):
+        found = tensors[f"blk.1.{kind}.weight.lora_b"].astype(float) @ tensors[f"blk.1.{kind}.weight.lora_a"]
+        expected = delta[f"model.layers.1.self_attn.{name}"]
+        # llama.cpp rotates rows 2 i and 2 i + 1 of a head together, transformers i and i + size / 2.
+        for head in range(heads):
+            for i in range(size // 2):
+                for half in (0, 1):
+                    row, own = head * size + 2 * i + half, head * size + i + half * (size // 2)
+                    assert found[row] == pytest.approx(expected[own], rel=1e-5, abs=1e-6)
+    found = tensors["blk.0.ffn_down.weight.lora_b"].astype(float) @ tensors["blk.0.ffn_down.weight.lora_a"]
+    assert found == pytest.approx(delta["model.layers.0.mlp.down_proj"], rel=1e-5, abs=1e-6)
+
+
+def test_gguf_embeddings_and_one_rank(tmp_path, base):
+    gguf = pytest.importorskip("gguf")
+    save(adapted(llama(), peft.LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"])), tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", "gguf", base=base, dtype="float16")
+    reader = gguf.GGUFReader(tmp_path / "b" / "adapter.gguf")
+    shapes = {tensor.name: tensor.data.shape for tensor in reader.tensors}
+    assert shapes["token_embd.weight.lora_a"] == (40, 3)
+    assert shapes["token_embd.weight.lora_b"] == (WIDTH, 3)
+    assert shapes["output.weight.lora_a"] == (3, WIDTH)
+    assert reader.fields["adapter.lora.alpha"].contents() == 3
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F16"}
+    llama(tied=True).save_pretrained(tmp_path / "tied")
+    assert "one tensor" in error(ma.export, tmp_path / "a", tmp_path / "c", to="gguf", base=tmp_path / "tied")
+    assert "embed_tokens: MLX-LM applies" in error(ma.export, tmp_path / "a", tmp_path / "c", to="mlx")
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_a_reader_has_no_place_for(tmp_path):
+    save(adapted(llama(), mixed(bias="lora_only", modules_to_save=["lm_head"])), tmp_path / "a")
+    message = error(ma.export, tmp_path / "a", tmp_path / "b", to="mlx")
+    assert "lm_head.weight would be lost" in message
+    assert "ignore_unknown=True" in message
+    with pytest.warns(UserWarning, match=r"lm_head\.weight left out, which was trained"):
+        ma.export(tmp_path / "a", tmp_path / "b", to="mlx", ignore_unknown=True)
+    save(adapted(llama(), mixed()).double(), tmp_path / "wide")
+    with pytest.warns(UserWarning, match="rounded to float32"):
+        ma.export(tmp_path / "wide", tmp_path / "c", to="mlx")
+    assert "dtype=float64: an adapter of MLX-LM" in error(
+        ma.export, tmp_path / "wide", tmp_path / "d", to="mlx", dtype="float64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("to", "base", "message"),
+    [
+        ("onnx", None, "to=onnx: expected one of diffusers, gguf, kohya, mlx, peft"),
+        ("gguf", None, "give the folder of the model as base="),
+        ("gguf", {}, "without architectures in its config.json"),
+        ("gguf", {"architectures": ["BertModel"]}, "of the classes ['BertModel']"),
+        ("gguf", {"architectures": ["LlamaForCausalLM"]}, "num_hidden_layers of its config.json is None"),
+        ("kohya", None, "which model of a pipeline has the module model.layers.0.mlp.down_proj is not known"),
+        ("diffusers", None, "which model of a pipeline"),
+    ],
+)
+def test_refused(tmp_path, to, base, message):
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    save(adapted(llama(), mixed()), tmp_path / "a")
+    path = None
+    if base is not None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(base))
+    assert message in error(ma.export, tmp_path / "a", tmp_path / "b", to=to, base=path)
+    assert not (tmp_path / "b").exists()
+
+
+def test_mlx_folder(tmp_path):
+    save(adapted(llama(), mixed()), tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", "mlx")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    keys = ["mlp.down_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj"]
+    assert config == {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": keys},
+    }
+    tensors = load_file(tmp_path / "b" / "adapters.safetensors")
+    assert tensors["model.layers.0.self_attn.k_proj.lora_a"].shape == (WIDTH, 2)
+    assert tensors["model.layers.0.self_attn.k_proj.lora_b"].shape == (2, WIDTH // HEADS * KEYS)
+
+
+# Diffusion pipelines
+
+
+def unet():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(2)
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(**sizes, **blocks, cross_attention_dim=12, attention_head_dim=4).eval()
+
+
+def outputs(model):
+    generator = torch.Generator().manual_seed(3)
+    x, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 12, generator=generator)
+    with torch.no_grad():
+        return model(x, 3, text).sample.numpy()
+
+
+OF_UNET = {"target_modules": ["to_q", "to_k", "to_out.0", "proj_in", "conv1"], "rank_pattern": {"to_k": 2}}
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_diffusion(tmp_path, to):
+    """PEFT's adapter of a U-Net as diffusers itself loads it, and back as PEFT loads it."""
+    pytest.importorskip("diffusers")
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
+
+    base = unet()
+    base.save_pretrained(tmp_path / "base")
+    # Of kohya's files diffusers 0.42 takes the alpha of a module in an attention for that of all, where they differ.
+    ranks = OF_UNET if to == "diffusers" else OF_UNET | {"rank_pattern": {}}
+    model = adapted(base, mixed(alpha_pattern={"proj_in": 3}, **ranks))
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            values.mul_(0.1 if "lora_" in name else 1)  # so that rounding stays small, too
+    save(model, tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", to)
+    assert sigma(tmp_path / "b") == pytest.approx(sigma(tmp_path / "a"), rel=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state, alphas, metadata = Loader.lora_state_dict(
+            tmp_path / "b",
+            unet_config=base.config,
+            return_lora_metadata=True,
+            weight_name={"diffusers": "pytorch_lora_weights.safetensors", "kohya": "lora.safetensors"}[to],
+        )
+        other = unet()
+        Loader.load_lora_into_unet(state, network_alphas=alphas, unet=other, metadata=metadata)
+    expected = outputs(model.base_model.model)
+    assert np.abs(expected - outputs(base)).max() > 0.01
+    assert outputs(other) == pytest.approx(expected, abs=1e-5)
+
+    export(tmp_path / "b", tmp_path / "c", "peft", base=tmp_path / "base")
+    assert outputs(loaded(unet(), tmp_path / "c").base_model.model) == pytest.approx(expected, abs=1e-5)
+
+
+def test_underscores(tmp_path):
+    """kohya's names, by the names of the base, by known ones, and refused."""
+    pytest.importorskip("diffusers")
+    save(adapted(unet(), peft.LoraConfig(**OF_UNET)), tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", "kohya")
+    export(tmp_path / "b", tmp_path / "known", "peft")  # all its components are diffusers' own
+    names = sorted(ma.export(tmp_path / "a", tmp_path / "d")["name"])
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    export(tmp_path / "b", tmp_path / "listed", "peft", base=tmp_path / "names.txt")
+    for folder in ("known", "listed"):
+        assert json.loads((tmp_path / folder / "adapter_config.json").read_text())["target_modules"] == names
+    first = next(name for name in names if "attn1.to" in name)
+    (tmp_path / "names.txt").write_text("\n".join([*names, first.replace("attn1.to", "attn1_to")]))
+    message = error(ma.export, tmp_path / "b", tmp_path / "e", base=tmp_path / "names.txt")
+    assert f" is {first} or " in message
+    (tmp_path / "names.txt").write_text("\n".join(names[1:]))
+    assert "fits no module of base=" in error(ma.export, tmp_path / "b", tmp_path / "e", base=tmp_path / "names.txt")
