@@ -2,7 +2,7 @@
 
 Its ``load_adapters`` (mlx_lm/tuner/utils.py) makes LoRA layers of the modules in ``keys``, paths inside a block, in the
 last ``num_layers`` blocks, and leaves out, silently, tensors of any other module. A negative number means all blocks.
-``scale`` is the whole factor of B A, and one for all; ranks may differ.
+``scale`` is the whole factor of B A. It and the rank are one for all modules: lower ranks are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.write.base_model import BaseModel
@@ -26,6 +28,7 @@ _BLOCK = re.compile(r"model\.layers\.[0-9]+\.(?P<key>.+)")  # as mlx-lm names th
 def write(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, base: BaseModel | None) -> Iterator[str]:
     tensors: dict[str, Array] = {}
     keys = set()
+    rank = max(len(pair.a) for pair in pairs)
     for pair in pairs:
         name = pair.module.name
         if pair.module.is_embedding:
@@ -40,9 +43,10 @@ def write(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, base:
                 f"{name}: MLX-LM has no module of this name; expected model.layers.<number>... or lm_head"
             )
         keys.add(match["key"] if match else name)
-        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = pair.a.T, pair.b.T
+        fill = (0, rank - len(pair.a))
+        tensors[f"{name}.lora_a"] = np.pad(pair.a.T, ((0, 0), fill))
+        tensors[f"{name}.lora_b"] = np.pad(pair.b.T, (fill, (0, 0)))
     save_tensors(tensors, dict.fromkeys(tensors, DTYPES[dtype]), folder / _FILE)
-    rank = max(len(pair.a) for pair in pairs)
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,
@@ -51,7 +55,8 @@ def write(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, base:
     if model := source.config.get("base_model_name_or_path"):
         config["model"] = model
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    yield from ()
+    if any(len(pair.a) < rank for pair in pairs):
+        yield f"its ranks differ, and MLX-LM knows one: lower ones are filled up with zeros to {rank}"
 
 
 TARGET = Target(
