@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.adapters.moments import moments_file, open_moments
+from msplora_analysis.compute.linalg.core_space import core_space
 from msplora_analysis.compute.linalg.spectra import Array, adapter_spectra
 from msplora_analysis.compute.weighted import Weights, fitting
 from msplora_analysis.errors import AnalysisError
@@ -172,11 +173,8 @@ def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     Returns:
         (rank, cols) and (rows, rank).
     """
-    q_a, r_a = np.linalg.qr(a.T)
-    q_b, r_b = np.linalg.qr(b)
-    u, sigma, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    root = np.sqrt(sigma[:rank])
-    return root[:, None] * (vt[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
+    space = core_space([(a, b)])
+    return space.factors(space.cores[0], rank)
 
 
 def _lost(sigma: Array, k: int) -> float:
