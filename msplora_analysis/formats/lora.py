@@ -29,7 +29,7 @@ from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, P
 from msplora_analysis.options import Options
 
 # Factors of an embedding are parameters, all others are modules with a weight.
-_FACTOR = r"(?P<name>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.[^.]+)?(?(embedding)|\.weight)"
+FACTOR = r"(?P<name>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.[^.]+)?(?(embedding)|\.weight)"
 # Tensors that act in training only: the sampler of MonteCLoRA, the projection of VeLoRA.
 _TRAINING_ONLY = {
     "monteclora_config": r"(?P<name>.+)\.lora_monteclora_sampler\..+",
@@ -71,7 +71,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
             f"tensor {routed}: HydraLoRA mixes several factors B as the input says; there is no one update"
         )
     settings = _settings(config)
-    found, unknown = pair_factors(file.shapes, config, _FACTOR)
+    found, unknown = pair_factors(file.shapes, config, FACTOR)
     pairs = {name: pair for (name, _), pair in found.items()}
     magnitudes = magnitude_vectors(unknown)
     known = {key for name, key in magnitudes.items() if name in pairs}

@@ -1,0 +1,122 @@
+"""What a reader is, and a finding about what it will do with an adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from msplora_analysis.ask.readers.facts import LAYOUTS, Facts, Module
+
+WANTS_EXPORT = "after export"
+# What comes of an adapter, the worst first: another form, not loaded, something else computed, a part lost.
+EFFECTS = (WANTS_EXPORT, "refuses it", "wrong", "in part")
+
+
+class Fault(NamedTuple):
+    """Something that a reader does.
+
+    id: stable identifier. effect: one of EFFECTS, or "" for what to know. title: a few words. evidence: a sentence with
+    names and numbers. source: where it was looked up. remedy: a command or setting that mends it.
+    """
+
+    id: str
+    severity: str
+    effect: str
+    title: str
+    evidence: str
+    source: str
+    remedy: str
+
+
+class Finding(NamedTuple):
+    """A ``Fault``, and of which reader; "" for all."""
+
+    reader: str
+    id: str
+    severity: str
+    effect: str
+    title: str
+    evidence: str
+    source: str
+    remedy: str
+
+
+Rule = Callable[[Facts], Iterator[Fault]]
+MERGE = "merge it into the model with PEFT's merge_and_unload, and use that"
+
+
+def left_out(source: str, severity: str = "error") -> Rule:
+    """The rule of a reader that knows no tensors but factors, and passes over others."""
+
+    def rule(facts: Facts) -> Iterator[Fault]:
+        if found := [name for name in facts.rest if ".base_layer." not in name]:
+            yield Fault("rest", severity, "in part", "what is trained beside the factors", listed(found), source, MERGE)
+
+    return rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A program that reads adapters.
+
+    Attributes:
+        name: What ``--for`` calls it.
+        title: What it is called.
+        layouts: Keys of LAYOUTS that it reads.
+        to: The target of ``export`` that it reads best, with the options that it needs.
+        source: Where its scale was looked up.
+        scale: The factor of B A that it applies to a module; None: what was trained.
+        scale_severity: "warning" where versions may differ.
+        rules: What else it does.
+    """
+
+    name: str
+    title: str
+    layouts: tuple[str, ...]
+    to: str
+    source: str
+    scale: Callable[[Facts, Module], float] | None = None
+    scale_severity: str = "error"
+    rules: Sequence[Rule] = ()
+
+    def faults(self, facts: Facts) -> Iterator[Fault]:
+        """What it does with an adapter that deserves a word."""
+        remedy = f"msplora-analyze export {facts.place} --out DIR --to {self.to}"
+        if facts.layout not in self.layouts:
+            evidence = f"it is {LAYOUTS[facts.layout]}; {self.title} reads {_either(self.layouts)}"
+            yield Fault("layout", "error", WANTS_EXPORT, "another layout", evidence, self.source, remedy)
+            return
+        if facts.layout == "peft" and facts.method != "LORA" and self.name != "peft":
+            evidence = f"adapter_config.json: peft_type is {facts.method}"
+            yield Fault("method", "error", WANTS_EXPORT, "no plain LoRA", evidence, self.source, remedy)
+            return
+        if self.scale is not None:
+            yield from self._scales(facts, remedy)
+        for rule in self.rules:
+            yield from rule(facts)
+
+    def _scales(self, facts: Facts, remedy: str) -> Iterator[Fault]:
+        assert self.scale is not None
+        wrong = []
+        for module in facts.modules:
+            if module.scale is not None and not math.isclose(applied := self.scale(facts, module), module.scale):
+                wrong.append((module, applied))
+        if wrong:
+            module, applied = wrong[0]
+            ratio = applied / module.scale if module.scale else math.inf
+            evidence = (
+                f"{len(wrong)} of {len(facts.modules)} modules: {module.name} was trained with {module.scale:.4g} "
+                f"and gets {applied:.4g} ({ratio:.3g} x)"
+            )
+            yield Fault("scale", self.scale_severity, "wrong", "another scale", evidence, self.source, remedy)
+
+
+def _either(layouts: Sequence[str]) -> str:
+    return " or ".join(LAYOUTS[layout] for layout in layouts)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,172 @@
+"""What an adapter is, as far as its readers mind: layout, ranks, scales as trained, what stands beside the factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.opening import opened
+from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.opening import open_checkpoint
+from msplora_analysis.files.tensors import TensorFile
+from msplora_analysis.formats import find_format
+from msplora_analysis.formats.helpers.parts import pair_factors
+from msplora_analysis.formats.helpers.settings import by_pattern, needed_count, needed_number
+from msplora_analysis.formats.lora import FACTOR
+from msplora_analysis.formats.updates import Shape, Sum
+from msplora_analysis.options import Options
+
+LAYOUTS = {
+    "peft": "a folder of PEFT",
+    "diffusers": "a file of diffusers",
+    "kohya": "a file of kohya's scripts",
+    "mlx": "a folder of MLX-LM",
+    "gguf": "a GGUF file of llama.cpp",
+    "other": "of another program",
+}
+
+
+@dataclass(frozen=True)
+class Module:
+    """An adapted module.
+
+    Attributes:
+        name: As the tables have it.
+        a: The tensor of its A, or the first of several.
+        b: The tensor of its B.
+        rank: As saved.
+        declared: As adapter_config.json says; the saved one elsewhere.
+        scale: The factor of B A that it was trained with; None where its update is no plain B A.
+    """
+
+    name: str
+    a: str
+    b: str
+    rank: int
+    declared: int
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an adapter is.
+
+    Attributes:
+        place: Its folder or file, as commands take it.
+        layout: A key of LAYOUTS.
+        method: peft_type, or "LORA" of other layouts.
+        config: adapter_config.json; empty where there is none.
+        shapes: Of all tensors.
+        metadata: Of the file.
+        modules: What is adapted.
+        rest: Tensors that are no factors: heads, biases, magnitudes.
+        zero: Modules whose B is zero.
+        wide: Whether factors are float64.
+    """
+
+    place: str
+    layout: str
+    method: str
+    config: Mapping[str, Any]
+    shapes: Mapping[str, Shape]
+    metadata: Mapping[str, str]
+    modules: list[Module]
+    rest: list[str]
+    zero: list[str]
+    wide: bool
+
+    @property
+    def ranks(self) -> list[int]:
+        """All ranks, each once."""
+        return sorted({module.rank for module in self.modules})
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether a file without adapter_config.json says its alpha."""
+        return _METADATA in self.metadata or any(name.endswith(".alpha") for name in self.shapes)
+
+
+_METADATA = "lora_adapter_metadata"  # of diffusers
+
+
+def facts_of(adapter: Adapter, options: Options, place: str | None = None) -> Facts:
+    """The facts of an adapter; ``place``: what commands call it, its path where it is None.
+
+    Raises:
+        AnalysisError: it cannot be read; the message names the file.
+    """
+    method = str(adapter.config.get("peft_type") or "LORA")
+    if adapter.config.get("peft_type") == "LORA":
+        with open_checkpoint(adapter.file) as file:
+            try:
+                return _facts(adapter, place, file, "peft", method, _of_peft(adapter.config, file))
+            except AnalysisError as error:
+                raise AnalysisError(f"{adapter.file}: {error}") from None
+    with opened(adapter, options, base_notes=False) as (file, contents):
+        modules = []
+        for matrix in contents.matrices:
+            if isinstance(matrix.update, Sum):
+                product = matrix.update.products[0]
+                plain = len(matrix.update.products) == 1
+                a, b = product.a.tensors[0], product.b.tensors[0]
+                modules.append(
+                    Module(matrix.name, a, b, product.rank, product.rank, product.scaling if plain else None)
+                )
+        return _facts(adapter, place, file, _layout(adapter, file), method, modules)
+
+
+def _of_peft(config: Mapping[str, Any], file: TensorFile) -> list[Module]:
+    """The modules of PEFT's LoRA, whose declared ranks may be wrong: that is a finding, and no error."""
+    pairs, _ = pair_factors(file.shapes, config, FACTOR)
+    r, alpha, modules = needed_count(config, "r"), needed_number(config, "lora_alpha"), []
+    for (unit, _), (a, b) in pairs.items():
+        name = unit.replace(".base_layer.", ".")
+        declared = int(by_pattern(config, "rank_pattern", name, r))
+        scale = by_pattern(config, "alpha_pattern", name, alpha)
+        scale /= math.sqrt(declared) if config.get("use_rslora") else declared
+        rank = file.shapes[a][0] if file.shapes[a] else 0
+        modules.append(Module(name, a, b, rank, declared, scale))
+    return modules
+
+
+def _facts(
+    adapter: Adapter, place: str | None, file: TensorFile, layout: str, method: str, modules: list[Module]
+) -> Facts:
+    factors = {tensor for module in modules for tensor in (module.a, module.b)}
+    zero, wide = [], False
+    for module in modules:
+        values = file.read(module.b)
+        wide |= values.dtype.itemsize == 8
+        if not values.any():
+            zero.append(module.name)
+    return Facts(
+        place=place or str(adapter.file.parent if layout in ("peft", "mlx") else adapter.file),
+        layout=layout,
+        method=method,
+        config=adapter.config,
+        shapes=file.shapes,
+        metadata=file.metadata,
+        modules=modules,
+        rest=[name for name in file.shapes if name not in factors and not name.endswith((".alpha", ".scalar"))],
+        zero=zero,
+        wide=wide,
+    )
+
+
+def _layout(adapter: Adapter, file: TensorFile) -> str:
+    if adapter.config.get("peft_type"):
+        return "peft"
+    known = find_format(adapter.config, file).name
+    if known in ("MLX-LM", "GGUF"):
+        return {"MLX-LM": "mlx", "GGUF": "gguf"}[known]
+    if any(name.startswith(("lora_unet_", "lora_te", "lycoris_")) for name in file.shapes):
+        return "kohya"
+    return "diffusers" if "diffusers" in known else "other"
+
+
+def without(names: list[str], *parts: str) -> Iterator[str]:
+    """Names that have none of the parts in them."""
+    return (name for name in names if not any(part in name for part in parts))

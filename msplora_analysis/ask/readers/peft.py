@@ -1,0 +1,32 @@
+"""PEFT, which reads what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from msplora_analysis.ask.readers.base import Fault, Reader
+from msplora_analysis.ask.readers.facts import Facts
+
+
+def merging(facts: Facts) -> Iterator[Fault]:
+    if facts.config.get("use_rslora"):
+        yield Fault(
+            "merge",
+            "info",
+            "",
+            "rsLoRA and add_weighted_adapter",
+            f"merged with others, it is scaled by the square root of the new rank in versions before the fix (rank "
+            f"{max(facts.ranks, default=0)}: {max(facts.ranks, default=0) ** 0.5:.3g} x)",
+            "github.com/huggingface/peft/pull/3449",
+            f"before merging: msplora-analyze export {facts.place} --out DIR",
+        )
+
+
+READER = Reader(
+    name="peft",
+    title="PEFT",
+    layouts=("peft",),
+    to="peft",
+    source="PEFT 0.21, tuners/lora/layer.py",
+    rules=(merging,),
+)

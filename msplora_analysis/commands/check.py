@@ -1,0 +1,104 @@
+"""``msplora-analyze check``: what the programs that read adapters will do with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msplora_analysis.commands.shared import arguments, terminal
+from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.options import Options
+
+if TYPE_CHECKING:
+    from msplora_analysis.ask.readers.base import Finding
+
+_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+
+
+@command(
+    "Say what vLLM, llama.cpp, diffusers, ... will do with an adapter: scale, refusals, losses.",
+    examples=(
+        "msplora-analyze check runs/llama/checkpoint-500",
+        "msplora-analyze check adapter --for vllm && vllm serve ...",
+        "msplora-analyze check adapter --for llama.cpp --sarif check.sarif",
+    ),
+)
+def check(
+    adapter: arguments.AdapterPath,
+    reader: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="vllm|sglang|tgi|llama.cpp|mlx|diffusers|comfyui|peft",
+            help="One reader; its errors then end with status 1.  [default: all]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per finding.")] = False,
+    sarif: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the findings as SARIF 2.1.0 too.", show_default=False)
+    ] = None,
+    ignore_unknown: arguments.IgnoreUnknown = False,
+) -> None:
+    """Say what each program that reads adapters will do with this one: the scale that it applies, what it refuses,
+    what it leaves out; each with its evidence, where it was looked up, and the command that mends it.
+
+    The exit status is 1 if there is an error that holds for every reader, or for the one of --for.
+    """
+    from msplora_analysis.ask.readers import check as findings_of
+    from msplora_analysis.ask.readers import verdicts
+    from msplora_analysis.write.source import find_adapter
+
+    found_at = find_adapter(adapter)
+    found = findings_of(found_at, reader, Options(ignore_unknown), adapter)
+    if sarif is not None:
+        _write_sarif(sarif, found, str(found_at.file))
+    with terminal.closed_pipe_ignored():
+        if as_json:
+            shown = [one.name for one, _ in verdicts(found) if reader in (None, one.name)]
+            outcome = {one.name: verdict for one, verdict in verdicts(found) if one.name in shown}
+            about = {"adapter": str(found_at.file), "readers": outcome, "findings": [one._asdict() for one in found]}
+            print(json.dumps(about, indent=2, ensure_ascii=False))
+        else:
+            _print(found, reader)
+    if any(one.severity == "error" and one.reader in ("", reader) for one in found):
+        raise typer.Exit(1)
+
+
+def _write_sarif(path: Path, found: list[Finding], file: str) -> None:
+    from msplora_analysis.ask.readers.sarif import as_sarif
+    from msplora_core.atomic import replacing
+
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(as_sarif(found, file), indent=2) + "\n", encoding="utf-8")
+
+
+def _print(found: list[Finding], reader: str | None) -> None:
+    """What comes of it with each reader, then the findings, the worst first."""
+    from rich.markup import escape
+
+    from msplora_analysis.ask.readers import readers, verdicts
+    from msplora_analysis.ask.readers.base import WANTS_EXPORT
+
+    rows = []
+    for one, verdict in verdicts(found):
+        if reader in (None, one.name):
+            mine = [finding.severity for finding in found if finding.reader in ("", one.name)]
+            outcome = f"{verdict} --to {one.to.split()[0]}" if verdict == WANTS_EXPORT else verdict
+            rows.append([one.title, outcome, str(mine.count("error")), str(mine.count("warning"))])
+    with terminal.printed_whole() as console:
+        console.print(terminal.plain_table(["reader", "outcome", "errors", "warnings"], rows), end="\n\n")
+        for finding in found:
+            if finding.effect == WANTS_EXPORT and reader is None:
+                continue  # the table says it, and nobody asked
+            colour = _COLOURS[finding.severity]
+            who = readers()[finding.reader].title if finding.reader else "every reader"
+            console.print(f"[bold {colour}]{finding.severity}[/] [bold]{escape(who)}[/]: {escape(finding.title)}")
+            for line in (escape(finding.evidence), f"[dim]source:[/] {escape(finding.source)}"):
+                console.print(f"  {line}", soft_wrap=True)
+            console.print(f"  [dim]try:[/] {escape(finding.remedy)}\n", soft_wrap=True)  # a command is copied whole
+        if not found:
+            console.print("No findings.")

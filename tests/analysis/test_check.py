@@ -1,0 +1,310 @@
+"""What readers do with adapters: known threads as fixtures, scales against PEFT's own and by hand."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from adapters import lora_config, lora_tensors, write_adapter
+from safetensors.numpy import save_file
+
+from msplora_analysis import AnalysisError, cli
+from msplora_analysis.adapters.discovery import discover
+from msplora_analysis.ask.readers import check, readers, verdicts
+from msplora_analysis.options import Options
+
+NAMES = [f"layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "k_proj")]
+
+
+def ranked(ranks, **options):
+    """Factors of these ranks, by module."""
+    tensors = {}
+    for name, rank in ranks.items():
+        tensors |= lora_tensors(name, rank=rank, **options)
+    return tensors
+
+
+def found(path, reader=None):
+    (adapter,) = discover(path)
+    return check(adapter, reader, Options())
+
+
+def by_id(path, reader):
+    return {finding.id: finding for finding in found(path, reader)}
+
+
+def outcome(path):
+    return {reader.name: verdict for reader, verdict in verdicts(found(path))}
+
+
+def peft(tmp_path, ranks=None, **config):
+    tensors = ranked(ranks or dict.fromkeys(NAMES, 4))
+    return write_adapter(tmp_path / "a", tensors, lora_config(r=4, lora_alpha=8) | config)
+
+
+def test_a_plain_adapter(tmp_path):
+    path = peft(tmp_path)
+    assert outcome(path) == {
+        "peft": "reads it",
+        "vllm": "reads it",
+        "sglang": "reads it",
+        "tgi": "reads it",
+        "llama.cpp": "reads it",
+        "mlx": "after export",
+        "diffusers": "after export",
+        "comfyui": "after export",
+    }
+    assert found(path, "vllm") == []
+    (layout,) = found(path, "mlx")
+    assert layout.evidence == "it is a folder of PEFT; MLX-LM reads a folder of MLX-LM"
+    assert layout.remedy == f"msplora-analyze export {path} --out DIR --to mlx"
+
+
+def test_rslora(tmp_path):
+    """vllm#6909, TensorRT-LLM#1669, exllamav2#619, peft#3449: alpha / sqrt(r) = 4 is taken for alpha / r = 2."""
+    path = peft(tmp_path, use_rslora=True)
+    assert "scale" not in by_id(path, "vllm")
+    for reader in ("sglang", "llama.cpp"):
+        scale = by_id(path, reader)["scale"]
+        assert scale.evidence == "4 of 4 modules: layers.0.k_proj was trained with 4 and gets 2 (0.5 x)"
+    general = by_id(path, "vllm")["rslora"]
+    assert (general.reader, general.severity) == ("", "info")
+    for thread in ("vllm-project/vllm/pull/6909", "TensorRT-LLM/pull/1669", "exllamav2/pull/619"):
+        assert thread in general.source
+    merge = by_id(path, "peft")["merge"]
+    assert merge.source == "github.com/huggingface/peft/pull/3449"
+    assert "2 x" in merge.evidence
+
+
+def test_patterns(tmp_path):
+    """Readers with one alpha and one rank for all: trained with 8 / 2 = 4 and 3 / 4."""
+    ranks = {name: 2 if "k_proj" in name else 4 for name in NAMES}
+    path = peft(tmp_path, ranks, rank_pattern={"k_proj": 2}, alpha_pattern={"1.q_proj": 3})
+    for reader in ("vllm", "tgi", "sglang"):
+        assert by_id(path, reader)["scale"].evidence.startswith(
+            "3 of 4 modules: layers.0.k_proj was trained with 4 and gets 2"
+        )
+    # llama.cpp divides by each module's own rank: only alpha_pattern is lost.
+    assert (
+        "1 of 4 modules: layers.1.q_proj was trained with 0.75 and gets 2" in by_id(path, "llama.cpp")["scale"].evidence
+    )
+    assert "ranks" not in by_id(path, "tgi")
+    assert found(path, "peft") == []
+
+
+def test_scales_are_those_of_peft(tmp_path):
+    lora = pytest.importorskip("peft")
+    from test_export import Blocks, adapted, save
+
+    from msplora_analysis.ask.readers.facts import facts_of
+
+    model = adapted(
+        Blocks(),
+        lora.LoraConfig(
+            r=4,
+            use_rslora=True,
+            rank_pattern={"1.query": 2},
+            alpha_pattern={"value": 5},
+            target_modules=["query", "value"],
+        ),
+    )
+    save(model, tmp_path / "a")
+    (adapter,) = discover(tmp_path / "a")
+    named = dict(model.base_model.model.named_modules())
+    modules = facts_of(adapter, Options()).modules
+    assert len(modules) == 4
+    for module in modules:
+        assert module.scale == pytest.approx(named[module.name].scaling["default"])
+        assert module.rank == named[module.name].r["default"]
+
+
+def test_declared_and_saved_ranks(tmp_path):
+    """Soup#803: a trainer that loses rank_pattern, and a configuration that has it."""
+    path = peft(tmp_path, rank_pattern={"q_proj": 2})
+    rank = by_id(path, "peft")["rank"]
+    assert rank.evidence == "2 of 4 modules: layers.0.q_proj is declared 2, and its lora_A has 4"
+    assert "Soup/issues/803" in rank.source
+    assert set(outcome(path).values()) == {"refuses it", "after export"}
+
+
+def test_mixed_ranks_without_alpha(tmp_path):
+    """diffusers#14409: ranks 64 and 16, the lower first, and no alpha: 0.25 x."""
+    tensors = ranked({"transformer.a.proj": 4, "transformer.b.proj": 16}, rows=24, cols=24)
+    tensors = {name.removeprefix("base_model.model."): values for name, values in tensors.items()}
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    scale = by_id(tmp_path, "diffusers")["scale"]
+    assert "with 4, transformer.b.proj of rank 16 gets 0.25 x" in scale.evidence
+    assert scale.source == "github.com/huggingface/diffusers/pull/14409"
+    assert "scale" not in by_id(tmp_path, "comfyui")  # it takes 1 for each
+    assert by_id(tmp_path, "comfyui")["alpha"].evidence == "its scale is taken as 1"
+
+
+def kohya(path, alphas):
+    tensors = {}
+    for name, (rank, alpha) in alphas.items():
+        key = f"lora_unet_{name}"
+        tensors[f"{key}.lora_down.weight"] = np.ones((rank, 8), np.float32)
+        tensors[f"{key}.lora_up.weight"] = np.ones((8, rank), np.float32)
+        tensors[f"{key}.alpha"] = np.array(alpha, np.float32)
+    save_file(tensors, path)
+    return path
+
+
+def test_kohya_alphas(tmp_path):
+    names = ("down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", "down_blocks_1_attentions_0_proj_in")
+    same = kohya(tmp_path / "same.safetensors", dict.fromkeys(names, (4, 2.0)))
+    assert {outcome(same)[reader] for reader in ("diffusers", "comfyui")} == {"reads it"}
+    mixed = kohya(tmp_path / "mixed.safetensors", {names[0]: (4, 2.0), names[1]: (8, 8.0)})
+    assert "alphas 2, 8; 1 modules such as unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q" in (
+        by_id(mixed, "diffusers")["scale"].evidence
+    )
+    assert "scale" not in by_id(mixed, "comfyui")
+
+
+def test_metadata_that_comfyui_does_not_read(tmp_path):
+    tensors = {f"unet.{name.removeprefix('base_model.model.')}": v for name, v in ranked({"x.to_q": 4}).items()}
+    about = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", about)
+    assert "was trained with 2 and gets 1 (0.5 x)" in by_id(tmp_path, "comfyui")["scale"].evidence
+    assert found(tmp_path, "diffusers") == []
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "refusing", "what"),
+    [
+        ({"use_dora": True}, "layers.0.q_proj.lora_magnitude_vector", {"vllm": "dora", "sglang": "dora"}, "use_dora"),
+        (
+            {"modules_to_save": ["score"]},
+            "score.weight",
+            {"vllm": "whole", "llama.cpp": "keys", "tgi": "rest"},
+            "score",
+        ),
+        (
+            {"bias": "lora_only"},
+            "layers.0.q_proj.bias",
+            {"vllm": "bias", "llama.cpp": "keys", "sglang": "rest"},
+            "bias",
+        ),
+    ],
+)
+def test_what_is_beside_the_factors(tmp_path, config, extra, refusing, what):
+    tensors = ranked(dict.fromkeys(NAMES, 4)) | {f"base_model.model.{extra}": np.ones(8, np.float32)}
+    path = write_adapter(tmp_path / "a", tensors, lora_config(r=4, lora_alpha=8) | config)
+    for reader, name in refusing.items():
+        fault = by_id(path, reader)[name]
+        assert fault.severity == "error"
+        assert what in fault.evidence
+    assert found(path, "peft") == []
+
+
+def test_ranks_of_vllm(tmp_path):
+    path = write_adapter(
+        tmp_path / "a", ranked({"layers.0.q_proj": 24}, rows=600, cols=600), lora_config(r=24, lora_alpha=24)
+    )
+    assert by_id(path, "vllm")["rank"].remedy == "vllm serve ... --max-lora-rank 32"
+    path = write_adapter(
+        tmp_path / "b", ranked({"layers.0.q_proj": 520}, rows=600, cols=600), lora_config(r=520, lora_alpha=9)
+    )
+    assert by_id(path, "vllm")["rank"].remedy == f"msplora-analyze compress {path} --out DIR --rank 512"
+
+
+def test_layers_of_tgi(tmp_path):
+    ranks = {"layers.0.q_proj": 4, "layers.1.q_proj": 2, "layers.1.v_proj": 4}
+    path = peft(tmp_path, ranks, rank_pattern={"1.q_proj": 2})
+    faults = by_id(path, "tgi")
+    assert faults["ranks"].evidence == "q_proj: ranks [2, 4]"
+    assert faults["layers"].evidence.startswith("v_proj: in 1 of 2+ layers")
+
+
+def test_nothing_learned(tmp_path):
+    tensors = {name: values * ("lora_A" in name) for name, values in ranked(dict.fromkeys(NAMES, 4)).items()}
+    path = write_adapter(tmp_path / "a", tensors, lora_config(r=4, lora_alpha=8))
+    assert by_id(path, "peft")["zero"].severity == "error"
+    tensors |= ranked({NAMES[0]: 4})
+    path = write_adapter(tmp_path / "b", tensors, lora_config(r=4, lora_alpha=8))
+    some = by_id(path, "peft")["zero"]
+    assert some.severity == "warning"
+    assert "3 of 4 modules" in some.evidence
+
+
+def test_start_that_is_not_zero(tmp_path):
+    path = peft(tmp_path, init_lora_weights="pissa_niter_16")
+    start = by_id(path, "vllm")["start"]
+    assert (start.reader, start.severity) == ("", "error")
+    assert "path_initial_model_for_weight_conversion" in start.remedy
+
+
+def test_mlx(tmp_path):
+    config = {"lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
+    tensors = {
+        "model.layers.0.q_proj.lora_a": np.ones((8, 2), "f4"),
+        "model.layers.0.q_proj.lora_b": np.ones((2, 8), "f4"),
+    }
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file(tensors, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert by_id(folder, "mlx")["rank"].evidence == "model.layers.0.q_proj has rank 2, lora_parameters says 4"
+
+
+# The command
+
+
+def run(capsys, monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["msplora-analyze", "check", *map(str, args)])
+    monkeypatch.setattr("warnings.showwarning", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code or 0, *capsys.readouterr()
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    path = peft(tmp_path, modules_to_save=["score"])
+    status, out, err = run(capsys, monkeypatch, path)
+    assert (status, err) == (0, "")  # no reader was named
+    assert ["vLLM", "refuses", "it", "1", "0"] in [line.split() for line in out.splitlines()]
+    assert "error vLLM: modules trained whole" in out
+    assert run(capsys, monkeypatch, path, "--for", "peft")[0] == 0
+    assert run(capsys, monkeypatch, path, "--for", "vllm")[0] == 1
+
+    status, out, err = run(capsys, monkeypatch, path, "--for", "vllm", "--json", "--sarif", tmp_path / "x.sarif")
+    found = json.loads(out)
+    assert (status, found["readers"]) == (1, {"vllm": "refuses it"})
+    assert [finding["id"] for finding in found["findings"]] == ["whole"]
+    status, out, err = run(capsys, monkeypatch, path, "--for", "word")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: --for word: expected one of comfyui, diffusers, llama.cpp, mlx")
+    assert run(capsys, monkeypatch, tmp_path / "nothing")[0] == 1
+
+
+def test_sarif(tmp_path, capsys, monkeypatch):
+    """The fields that SARIF 2.1.0 requires, § 3.13 to 3.49 of the OASIS standard."""
+    path = peft(tmp_path, use_rslora=True, use_dora=True)
+    run(capsys, monkeypatch, path, "--sarif", tmp_path / "x.sarif")
+    log = json.loads((tmp_path / "x.sarif").read_text())
+    assert log["version"] == "2.1.0"
+    (one,) = log["runs"]
+    rules = [rule["id"] for rule in one["tool"]["driver"]["rules"]]
+    assert one["tool"]["driver"]["name"]
+    assert len(rules) == len(set(rules))
+    assert {"any/rslora", "llama.cpp/scale", "vllm/dora"} <= set(rules)
+    for result in one["results"]:
+        assert result["ruleId"] in rules
+        assert result["level"] in ("error", "warning", "note")
+        assert result["message"]["text"]
+        assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"].endswith(
+            "adapter_model.safetensors"
+        )
+
+
+def test_every_reader_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "readers.md").read_text(encoding="utf-8")
+    for reader in readers().values():
+        assert f"| {reader.title} |" in text
+
+
+def test_unreadable(tmp_path):
+    path = write_adapter(tmp_path / "a", ranked({"x": 4}), lora_config(lora_alpha="eight"))
+    with pytest.raises(AnalysisError, match="lora_alpha must be a number"):
+        found(path)
