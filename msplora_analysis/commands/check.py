@@ -22,7 +22,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
     "Say what vLLM, llama.cpp, diffusers, ... will do with an adapter: scale, refusals, losses.",
     examples=(
         "msplora-analyze check runs/llama/checkpoint-500",
-        "msplora-analyze check adapter --for vllm && vllm serve ...",
+        "msplora-analyze check adapter --for vllm",
         "msplora-analyze check adapter --for llama.cpp --sarif check.sarif",
     ),
 )
