@@ -66,10 +66,6 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     for key, reason in _REFUSED.items():
         if config.get(key):
             raise AnalysisError(f"adapter_config.json: {key}: {reason}")
-    if routed := next((key for key in file.shapes if re.search(r"\.lora_(B[0-9]+|route)\b", key)), None):
-        raise AnalysisError(
-            f"tensor {routed}: HydraLoRA mixes several factors B as the input says; there is no one update"
-        )
     settings = _settings(config)
     found, unknown = pair_factors(file.shapes, config, FACTOR)
     pairs = {name: pair for (name, _), pair in found.items()}

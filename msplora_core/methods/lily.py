@@ -17,7 +17,6 @@ class Lily(RankedMethod):
 
     name = "lily"
     rank_factor = 4
-    spectra = None
     peft_config = "peft:LilyConfig"
 
     def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:

@@ -251,12 +251,6 @@ def test_embeddings_bundled_with_a_lora(tmp_path):
     assert_read(tmp_path, {"unet.mid_block.attentions.0.proj_in": 3 * b @ a}, notes=1)
 
 
-@pytest.mark.parametrize("key", ["lora_B0.weight", "lora_route.weight"])
-def test_hydra_lora_has_no_one_update(tmp_path, key):
-    tensors = lora_tensors("layer.0.q") | {f"base_model.model.layer.0.q.{key}": np.ones((2, 2))}
-    assert "HydraLoRA" in error(write_adapter(tmp_path / "a", tensors))
-
-
 def test_what_stands_between_the_factors_is_not_to_be_ignored(tmp_path):
     tensors = lora_tensors("layer.0.q") | {"base_model.model.layer.0.q.gate": np.ones(2)}
     message = error(write_adapter(tmp_path / "a", tensors))

@@ -38,7 +38,6 @@ from .conftest import make_bert
 WORDS = ["the", "a", "cat", "dog", "sees", "chases", "him", "her", "big", "small", "not"]
 STEPS = 6  # an epoch of the toy task has 3
 WITHOUT_SPECTRA = {
-    "lily": "a router mixes its shared factors",
     "bitfit": "it learns biases",
     "adapterdrop": "its adapters are small networks",
 }
@@ -287,12 +286,18 @@ def compare_with_model(spectra: pd.DataFrame, model: Any, base: dict[str, torch.
     for layer in range(3):
         name = f"bert.encoder.layer.{layer}.attention.self.query"
         scale = "total" if method == "msplora" else "layer"
-        rows = spectra[(spectra["name"] == name) & (spectra["scale"] == scale)]
+        if method == "lily":  # its router mixes the updates of its experts
+            parts = [f"{name}.{expert}" for expert in range(3)]
+            assert set(parts) <= set(spectra["name"])
+        rows = spectra[(spectra["name"] == (parts[0] if method == "lily" else name)) & (spectra["scale"] == scale)]
         module = model.get_submodule(name if method == "fft" else f"base_model.model.{name}")
         if method == "fft":
             update = module.weight - base[f"{name}.weight"]
         elif method == "pissa":
             update = module.get_base_layer().weight + module.get_delta_weight("default") - base[f"{name}.weight"]
+        elif method == "lily":
+            a, b = module.lily_A["default"].weight, module.lily_B["default"].weight
+            update = module.scaling["default"] * b[: len(a)].T @ a
         else:
             update = module.get_delta_weight("default")
         expected = torch.linalg.svdvals(update.detach().double())[: len(rows)]

@@ -29,7 +29,6 @@ REASONS = {
     "HIRA": "its update is the elementwise product of the base weight and B A; it needs the base model",
     "HRA": _ORTHOGONAL,
     "IA3": "it scales activations by vectors; the update is the base weight with scaled rows or columns",
-    "LILY": "a router mixes its shared factors as the input says; there is no one update",
     "LN_TUNING": "it trains the layer norms, and changes no weight matrix",
     "MISS": "its update repeats one small block over the weight, as often as the base model's sizes say",
     "MULTITASK_PROMPT_TUNING": _PROMPT,

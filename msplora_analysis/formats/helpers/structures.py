@@ -148,6 +148,11 @@ def rows_of(tensor: NDArray[Any], start: int, count: int) -> Array:
     return tensor[start : start + count].astype(np.float64)
 
 
+def rows_transposed(tensor: NDArray[Any], start: int, count: int) -> Array:
+    """``count`` rows of a matrix (n, m) as (m, count), in float64."""
+    return rows_of(tensor, start, count).T
+
+
 def expert(tensor: NDArray[Any], index: int) -> Array:
     """The matrix of one expert of (experts, n, m), in float64."""
     return tensor[index].astype(np.float64)
