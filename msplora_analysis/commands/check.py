@@ -49,9 +49,11 @@ def check(
     The exit status is 1 if there is an error that holds for every reader, or for the one of --for.
     """
     from msplora_analysis.ask.readers import check as findings_of
-    from msplora_analysis.ask.readers import verdicts
+    from msplora_analysis.ask.readers import readers, verdicts
     from msplora_analysis.write.source import find_adapter
 
+    if reader not in (None, *readers()):
+        raise typer.BadParameter(f"{reader!r} is not one of {', '.join(readers())}.", param_hint="--for")
     found_at = find_adapter(adapter)
     found = findings_of(found_at, reader, Options(ignore_unknown), adapter)
     if sarif is not None:

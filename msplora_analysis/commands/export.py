@@ -47,8 +47,10 @@ def export(
     refused.
     """
     from msplora_analysis.write.concatenate import exported
-    from msplora_analysis.write.targets import find_target
+    from msplora_analysis.write.targets import find_target, targets
 
+    if to not in targets():
+        raise typer.BadParameter(f"{to!r} is not one of {', '.join(targets())}.", param_hint="--to")
     table, source, chosen = exported(adapter, out, to, base, dtype, overwrite, Options(ignore_unknown, semantics.value))
     with terminal.closed_pipe_ignored():
         groups = [

@@ -8,6 +8,7 @@ which changes no singular value.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 
@@ -35,7 +36,13 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         raise AnalysisError(f"general.type is {kind!r}: it is no adapter; expected a file of convert_lora_to_gguf.py")
     if (kind := file.metadata.get("adapter.type")) not in (None, "lora"):
         raise AnalysisError(f"adapter.type is {kind!r}: it has no low-rank factors; expected 'lora'")
-    alpha = float(file.metadata.get("adapter.lora.alpha", 0))
+    text = file.metadata.get("adapter.lora.alpha", "0")
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise AnalysisError(f"adapter.lora.alpha is {text!r}; expected a number: convert the adapter again")
     pairs, unknown = pair_factors(file.shapes, config, _FACTOR)
     matrices = [matrix for (name, _), (a, b) in pairs.items() for matrix in _matrices(name, a, b, alpha, file.shapes)]
     notes = []

@@ -92,9 +92,15 @@ def placed(names: Iterable[str], base: BaseModel | None) -> dict[str, str]:
     return {name: f"{part}.{name}" for name in names}
 
 
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config.json names, of transformers or diffusers."""
+    named = config.get("architectures")
+    return [str(one) for one in (config.get("_class_name"), *(named if isinstance(named, list) else ())) if one]
+
+
 def _part(config: Mapping[str, Any]) -> str:
-    kinds = [config.get("_class_name"), *(config.get("architectures") or ())]
-    return next((part for kind in kinds for cls, part in _CLASSES.items() if re.fullmatch(cls, str(kind))), "")
+    kinds = classes_of(config)
+    return next((part for kind in kinds for cls, part in _CLASSES.items() if re.fullmatch(cls, kind)), "")
 
 
 def _names(place: Place) -> frozenset[str]:

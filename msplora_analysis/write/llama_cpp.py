@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.write.base_model import BaseModel
+from msplora_analysis.write.base_model import BaseModel, classes_of
 
 # Of transformers' classes, the name of llama.cpp's architecture; those of _PERMUTED have other rows.
 _ARCHITECTURES = {
@@ -67,7 +67,9 @@ class LlamaCpp:
         if base is None:
             raise AnalysisError("llama.cpp has names of its own: give the folder of the model as base=", "base")
         config: Mapping[str, Any] = base.config
-        classes = list((config.get("text_config") or {}).get("architectures") or config.get("architectures") or ())
+        inner = config.get("text_config")
+        text: Mapping[str, Any] = inner if isinstance(inner, dict) else {}
+        classes = classes_of(text) or classes_of(config)
         found = next((_ARCHITECTURES[one] for one in classes if one in _ARCHITECTURES), None)
         if found is None:
             what = f"of the classes {classes}" if classes else "without architectures in its config.json"
@@ -76,7 +78,7 @@ class LlamaCpp:
                 "base",
             )
         self.architecture, self._base = found, base
-        self._config = {**config, **(config.get("text_config") or {})}
+        self._config = {**config, **text}
         layers = self._count("num_hidden_layers", "n_layer")
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == found)
         self._map = gguf.get_tensor_name_map(arch, layers)

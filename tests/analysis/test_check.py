@@ -273,8 +273,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert (status, found["readers"]) == (1, {"vllm": "refuses it"})
     assert [finding["id"] for finding in found["findings"]] == ["whole"]
     status, out, err = run(capsys, monkeypatch, path, "--for", "word")
-    assert (status, out) == (1, "")
-    assert err.startswith("error: --for word: expected one of comfyui, diffusers, llama.cpp, mlx")
+    assert (status, out) == (2, "")
+    assert "'word' is not one of comfyui, diffusers, llama.cpp, mlx" in " ".join(err.split())
     assert run(capsys, monkeypatch, tmp_path / "nothing")[0] == 1
 
 
@@ -304,7 +304,32 @@ def test_every_reader_is_documented():
         assert f"| {reader.title} |" in text
 
 
-def test_unreadable(tmp_path):
-    path = write_adapter(tmp_path / "a", ranked({"x": 4}), lora_config(lora_alpha="eight"))
-    with pytest.raises(AnalysisError, match="lora_alpha must be a number"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": "eight"}, "lora_alpha must be a number"),
+        ({"r": 0}, "r must be a positive whole number"),
+        ({"rank_pattern": {"x": 0}}, "rank_pattern of x must be a positive whole number, got 0"),
+    ],
+)
+def test_unreadable(tmp_path, config, message):
+    path = write_adapter(tmp_path / "a", ranked({"x": 4}), lora_config(**config))
+    with pytest.raises(AnalysisError, match=message):
         found(path)
+
+
+def test_keys_that_nothing_explains(tmp_path):
+    tensors = ranked({"x": 4}) | {"base_model.model.x.gate": np.ones(3, np.float32)}
+    path = write_adapter(tmp_path / "a", tensors, lora_config(r=4))
+    assert by_id(path, "peft")["keys"].evidence == "base_model.model.x.gate"
+
+
+def test_experts(tmp_path):
+    """PEFT puts the factors of all experts into one tensor: no rank that was not declared."""
+    path = write_adapter(
+        tmp_path / "a",
+        ranked({"mlp.experts": 16}, rows=20, cols=20),
+        lora_config(r=4, target_parameters=["mlp.experts.up"], use_rslora=True),
+    )
+    assert "rank" not in by_id(path, "peft")
+    assert by_id(path, "vllm")["experts"].source == "github.com/vllm-project/vllm/issues/55545"

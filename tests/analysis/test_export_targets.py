@@ -1,12 +1,13 @@
 """Adapters as other programs read them: written, read back, and loaded by those programs where they install."""
 
 import json
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_export import adapted, error, loaded, save, updates
 
 import msplora_analysis as ma
@@ -264,3 +265,36 @@ def test_underscores(tmp_path):
     assert f" is {first} or " in message
     (tmp_path / "names.txt").write_text("\n".join(names[1:]))
     assert "fits no module of base=" in error(ma.export, tmp_path / "b", tmp_path / "e", base=tmp_path / "names.txt")
+
+
+def test_models_of_a_pipeline(tmp_path):
+    """U-Net and both text encoders of one file, there and back; PEFT's folder is of one."""
+    rng = np.random.default_rng(0)
+    names = ["unet.mid_block.attentions.0.proj_in"]
+    names += [f"text_encoder{n}.text_model.encoder.layers.3.self_attn.q_proj" for n in ("", "_2")]
+    tensors = {
+        f"{name}.lora_{f}.weight": rng.normal(size=size) for name in names for f, size in (("A", (2, 6)), ("B", (5, 2)))
+    }
+    (tmp_path / "a").mkdir()
+    save_file({name: values.astype("f4") for name, values in tensors.items()}, tmp_path / "a" / "some.safetensors")
+    export(tmp_path / "a", tmp_path / "b", "kohya")
+    keys = {key.partition(".")[0] for key in load_file(tmp_path / "b" / "lora.safetensors")}
+    assert keys == {
+        "lora_unet_mid_block_attentions_0_proj_in",
+        "lora_te1_text_model_encoder_layers_3_self_attn_q_proj",
+        "lora_te2_text_model_encoder_layers_3_self_attn_q_proj",
+    }
+    export(tmp_path / "b", tmp_path / "c", "diffusers")
+    back = load_file(tmp_path / "c" / "pytorch_lora_weights.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, values in tensors.items():
+        assert np.array_equal(back[name], values.astype("f4"))
+    assert "several models" in error(ma.export, tmp_path / "b", tmp_path / "d")
+
+
+def test_gguf_is_optional(tmp_path, monkeypatch):
+    save(adapted(llama(), mixed()), tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "config.json").write_text("{}")
+    message = error(ma.export, tmp_path / "a", tmp_path / "b", to="gguf", base=tmp_path / "config.json")
+    assert message.endswith("pip install 'msplora[gguf]'")

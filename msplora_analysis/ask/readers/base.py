@@ -83,7 +83,8 @@ class Reader:
 
     def faults(self, facts: Facts) -> Iterator[Fault]:
         """What it does with an adapter that deserves a word."""
-        remedy = f"msplora-analyze export {facts.place} --out DIR --to {self.to}"
+        base = " --base MODEL" if facts.layout in ("gguf", "kohya") and "--base" not in self.to else ""  # for names
+        remedy = f"msplora-analyze export {facts.place} --out DIR --to {self.to}{base}"
         if facts.layout not in self.layouts:
             evidence = f"it is {LAYOUTS[facts.layout]}; {self.title} reads {_either(self.layouts)}"
             yield Fault("layout", "error", WANTS_EXPORT, "another layout", evidence, self.source, remedy)

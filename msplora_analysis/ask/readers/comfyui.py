@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, left_out, listed
@@ -11,8 +12,8 @@ _CODE = "ComfyUI, comfy/weight_adapter/lora.py, calculate_weight"
 
 
 def scale(facts: Facts, module: Module) -> float:
-    has_alpha = any(name.endswith(".alpha") and module.a.startswith(name[: -len("alpha")]) for name in facts.shapes)
-    return module.scale if has_alpha and module.scale is not None else 1.0
+    own = re.split(r"[._]lora[._]|\.hada_|\.lokr_", module.a)[0]
+    return module.scale if f"{own}.alpha" in facts.shapes and module.scale is not None else 1.0
 
 
 def magnitudes(facts: Facts) -> Iterator[Fault]:

@@ -14,8 +14,8 @@ from msplora_analysis.files.opening import open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import find_format
 from msplora_analysis.formats.helpers.parts import pair_factors
-from msplora_analysis.formats.helpers.settings import by_pattern, needed_count, needed_number
-from msplora_analysis.formats.lora import FACTOR
+from msplora_analysis.formats.helpers.settings import by_pattern, count, needed_count, needed_number
+from msplora_analysis.formats.lora import FACTOR, magnitude_vectors
 from msplora_analysis.formats.updates import Shape, Sum
 from msplora_analysis.options import Options
 
@@ -63,6 +63,7 @@ class Facts:
         metadata: Of the file.
         modules: What is adapted.
         rest: Tensors that are no factors: heads, biases, magnitudes.
+        unknown: Those of them that the configuration does not explain.
         zero: Modules whose B is zero.
         wide: Whether factors are float64.
     """
@@ -75,6 +76,7 @@ class Facts:
     metadata: Mapping[str, str]
     modules: list[Module]
     rest: list[str]
+    unknown: list[str]
     zero: list[str]
     wide: bool
 
@@ -102,7 +104,8 @@ def facts_of(adapter: Adapter, options: Options, place: str | None = None) -> Fa
     if adapter.config.get("peft_type") == "LORA":
         with open_checkpoint(adapter.file) as file:
             try:
-                return _facts(adapter, place, file, "peft", method, _of_peft(adapter.config, file))
+                modules, unknown = _of_peft(adapter.config, file)
+                return _facts(adapter, place, file, "peft", method, modules, unknown)
             except AnalysisError as error:
                 raise AnalysisError(f"{adapter.file}: {error}") from None
     with opened(adapter, options, base_notes=False) as (file, contents):
@@ -115,25 +118,36 @@ def facts_of(adapter: Adapter, options: Options, place: str | None = None) -> Fa
                 modules.append(
                     Module(matrix.name, a, b, product.rank, product.rank, product.scaling if plain else None)
                 )
-        return _facts(adapter, place, file, _layout(adapter, file), method, modules)
+        return _facts(adapter, place, file, _layout(adapter, file), method, modules, contents.unknown)
 
 
-def _of_peft(config: Mapping[str, Any], file: TensorFile) -> list[Module]:
-    """The modules of PEFT's LoRA, whose declared ranks may be wrong: that is a finding, and no error."""
-    pairs, _ = pair_factors(file.shapes, config, FACTOR)
+def _of_peft(config: Mapping[str, Any], file: TensorFile) -> tuple[list[Module], list[str]]:
+    """The modules of PEFT's LoRA, whose declared ranks may be wrong: that is a finding, and no error; and the rest."""
+    pairs, unknown = pair_factors(file.shapes, config, FACTOR)
+    magnitudes = set(magnitude_vectors(unknown).values()) if config.get("use_dora") else set()
     r, alpha, modules = needed_count(config, "r"), needed_number(config, "lora_alpha"), []
     for (unit, _), (a, b) in pairs.items():
         name = unit.replace(".base_layer.", ".")
-        declared = int(by_pattern(config, "rank_pattern", name, r))
+        declared = count(by_pattern(config, "rank_pattern", name, r), f"rank_pattern of {name}")
         scale = by_pattern(config, "alpha_pattern", name, alpha)
         scale /= math.sqrt(declared) if config.get("use_rslora") else declared
-        rank = file.shapes[a][0] if file.shapes[a] else 0
+        if len(file.shapes[a]) < 2 or 0 in file.shapes[a]:
+            raise AnalysisError(f"tensor {a} has shape {list(file.shapes[a])}; expected a matrix that is not empty")
+        rank = file.shapes[a][0]
+        if config.get("target_parameters") and rank % declared == 0:
+            rank = declared  # the factors of all experts, one after another
         modules.append(Module(name, a, b, rank, declared, scale))
-    return modules
+    return modules, [name for name in unknown if name not in magnitudes]
 
 
 def _facts(
-    adapter: Adapter, place: str | None, file: TensorFile, layout: str, method: str, modules: list[Module]
+    adapter: Adapter,
+    place: str | None,
+    file: TensorFile,
+    layout: str,
+    method: str,
+    modules: list[Module],
+    unknown: list[str],
 ) -> Facts:
     factors = {tensor for module in modules for tensor in (module.a, module.b)}
     zero, wide = [], False
@@ -151,6 +165,7 @@ def _facts(
         metadata=file.metadata,
         modules=modules,
         rest=[name for name in file.shapes if name not in factors and not name.endswith((".alpha", ".scalar"))],
+        unknown=unknown,
         zero=zero,
         wide=wide,
     )

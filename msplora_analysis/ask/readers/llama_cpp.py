@@ -11,9 +11,8 @@ _CONVERTER = "llama.cpp, convert_lora_to_gguf.py"
 
 
 def scale(facts: Facts, module: Module) -> float:
-    if facts.layout == "gguf":
-        alpha = float(facts.metadata.get("adapter.lora.alpha", 0))
-        return alpha / module.rank if alpha else 1.0
+    if facts.layout == "gguf" and module.scale is not None:
+        return module.scale
     return float(facts.config["lora_alpha"] / module.rank)
 
 

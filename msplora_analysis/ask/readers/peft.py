@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import Fault, Reader
+from msplora_analysis.ask.readers.base import Fault, Reader, listed
 from msplora_analysis.ask.readers.facts import Facts
 
 
@@ -22,11 +22,24 @@ def merging(facts: Facts) -> Iterator[Fault]:
         )
 
 
+def unknown(facts: Facts) -> Iterator[Fault]:
+    if facts.unknown:
+        yield Fault(
+            "keys",
+            "warning",
+            "in part",
+            "tensors that the configuration does not explain",
+            listed(facts.unknown),
+            "PEFT 0.21, utils/save_and_load.py, set_peft_model_state_dict: unexpected keys raise nothing",
+            "use the adapter_config.json that was saved with these weights",
+        )
+
+
 READER = Reader(
     name="peft",
     title="PEFT",
     layouts=("peft",),
     to="peft",
     source="PEFT 0.21, tuners/lora/layer.py",
-    rules=(merging,),
+    rules=(merging, unknown),
 )

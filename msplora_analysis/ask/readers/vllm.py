@@ -57,7 +57,7 @@ def ranks(facts: Facts) -> Iterator[Fault]:
 
 
 def experts(facts: Facts) -> Iterator[Fault]:
-    named = [module.name for module in facts.modules if ".experts." in module.name]
+    named = [module.name for module in facts.modules if "experts" in module.name.split(".")]
     if facts.config.get("use_rslora") and named:
         yield Fault(
             "experts",
