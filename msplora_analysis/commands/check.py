@@ -14,6 +14,7 @@ from msplora_analysis.options import Options
 
 if TYPE_CHECKING:
     from msplora_analysis.ask.readers.base import Finding
+    from msplora_analysis.files.addresses import Place
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
@@ -50,14 +51,17 @@ def check(
     """
     from msplora_analysis.ask.readers import check as findings_of
     from msplora_analysis.ask.readers import readers, verdicts
+    from msplora_analysis.ask.readers.base import WANTS_EXPORT
     from msplora_analysis.write.source import find_adapter
 
     if reader not in (None, *readers()):
         raise typer.BadParameter(f"{reader!r} is not one of {', '.join(readers())}.", param_hint="--for")
     found_at = find_adapter(adapter)
     found = findings_of(found_at, reader, Options(ignore_unknown), adapter)
+    # That another reader wants another form is no fault of the adapter where nobody asked.
+    faults = [one for one in found if reader is not None or one.effect != WANTS_EXPORT]
     if sarif is not None:
-        _write_sarif(sarif, found, str(found_at.file))
+        _write_sarif(sarif, faults, found_at.file)
     with terminal.closed_pipe_ignored():
         if as_json:
             shown = [one.name for one, _ in verdicts(found) if reader in (None, one.name)]
@@ -65,21 +69,24 @@ def check(
             about = {"adapter": str(found_at.file), "readers": outcome, "findings": [one._asdict() for one in found]}
             print(json.dumps(about, indent=2, ensure_ascii=False))
         else:
-            _print(found, reader)
+            _print(found, faults, reader)
     if any(one.severity == "error" and one.reader in ("", reader) for one in found):
         raise typer.Exit(1)
 
 
-def _write_sarif(path: Path, found: list[Finding], file: str) -> None:
+def _write_sarif(path: Path, faults: list[Finding], file: Place) -> None:
     from msplora_analysis.ask.readers.sarif import as_sarif
     from msplora_core.atomic import replacing
 
+    uri = str(file)
+    if isinstance(file, Path):  # code hosts find files by their place in the repository
+        uri = file.relative_to(Path.cwd()).as_posix() if file.is_relative_to(Path.cwd()) else file.as_uri()
     with replacing(path) as beside:
-        beside.write_text(json.dumps(as_sarif(found, file), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(as_sarif(faults, uri), indent=2) + "\n", encoding="utf-8")
 
 
-def _print(found: list[Finding], reader: str | None) -> None:
-    """What comes of it with each reader, then the findings, the worst first."""
+def _print(found: list[Finding], faults: list[Finding], reader: str | None) -> None:
+    """What comes of it with each reader, then the faults, the worst first."""
     from rich.markup import escape
 
     from msplora_analysis.ask.readers import readers, verdicts
@@ -93,14 +100,12 @@ def _print(found: list[Finding], reader: str | None) -> None:
             rows.append([one.title, outcome, str(mine.count("error")), str(mine.count("warning"))])
     with terminal.printed_whole() as console:
         console.print(terminal.plain_table(["reader", "outcome", "errors", "warnings"], rows), end="\n\n")
-        for finding in found:
-            if finding.effect == WANTS_EXPORT and reader is None:
-                continue  # the table says it, and nobody asked
+        for finding in faults:
             colour = _COLOURS[finding.severity]
             who = readers()[finding.reader].title if finding.reader else "every reader"
             console.print(f"[bold {colour}]{finding.severity}[/] [bold]{escape(who)}[/]: {escape(finding.title)}")
             for line in (escape(finding.evidence), f"[dim]source:[/] {escape(finding.source)}"):
                 console.print(f"  {line}", soft_wrap=True)
             console.print(f"  [dim]try:[/] {escape(finding.remedy)}\n", soft_wrap=True)  # a command is copied whole
-        if not found:
+        if not faults:
             console.print("No findings.")
