@@ -31,6 +31,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.live.callback import SpectraCallback as SpectraCallback
     from msplora_analysis.show.figures import draw_figures as draw_figures
     from msplora_analysis.show.figures import write_figures as write_figures
+    from msplora_analysis.show.figures.layers_share import plot_layers_share as plot_layers_share
     from msplora_analysis.show.figures.metric_against_rank import plot_metric_against_rank as plot_metric_against_rank
     from msplora_analysis.show.figures.predicted_against_measured import (
         plot_predicted_against_measured as plot_predicted_against_measured,
@@ -47,6 +48,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.tables.pairs import load_scale_pairs as load_scale_pairs
     from msplora_analysis.write.concatenate import export as export
     from msplora_analysis.write.extract import extract as extract
+    from msplora_analysis.write.share import share as share
     from msplora_analysis.write.truncate import compress as compress
 
 _MODULES = {
@@ -66,11 +68,13 @@ _MODULES = {
     "load_scale_pairs": "tables.pairs",
     "load_spectra": "tables.load",
     "load_tables": "tables.load",
+    "plot_layers_share": "show.figures.layers_share",
     "plot_metric_against_rank": "show.figures.metric_against_rank",
     "plot_predicted_against_measured": "show.figures.predicted_against_measured",
     "plot_what_carries": "show.figures.what_carries",
     "read_spectra": "tables.files",
     "report": "show.report",
+    "share": "write.share",
     "write_figures": "show.figures",
 }
 

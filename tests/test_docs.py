@@ -24,6 +24,7 @@ from msplora_analysis.ask.results import summary
 from msplora_analysis.compute.measures import registry
 from msplora_analysis.tables import columns as spectra_columns
 from msplora_analysis.tables import pairs as load
+from msplora_analysis.write import share
 from msplora_core.measure.ablation import ablate
 
 from .core.test_ablation import adapted, batches_of
@@ -222,6 +223,10 @@ def test_ranks_of_extract_are_documented(tmp_path: Path) -> None:
     assert documented("ranks.csv of extract") == types(written)
 
 
+def test_sharing_is_documented() -> None:
+    assert documented("sharing") == {**share.COLUMNS, **share.TASK_COLUMNS}
+
+
 def test_numbers_of_figures_are_documented(redundancy: Any, ablation: pd.DataFrame) -> None:
     from msplora_analysis.show.figures import _plots
 
@@ -238,7 +243,7 @@ def test_numbers_of_figures_are_documented(redundancy: Any, ablation: pd.DataFra
         )
         seen.add(files)
         assert set(re.findall(r"`(\w+)`", rows[files])) == {*plot.numbers.columns} - common, plot.stem
-    assert {files for files in rows if "comparison" not in files} == seen
+    assert {files for files in rows if not re.search("comparison|layers_share", files)} == seen
 
 
 # What the pages say of the code

@@ -56,6 +56,7 @@ ASSUMED: dict[str, dict[str, str]] = {
     "export.md": ADAPTERS,
     "figures.md": BOTH,
     "redundancy.md": RUNS,
+    "share.md": ADAPTERS,
 }
 SLOW = ("instruction_tuning.md", "reproduce.md")  # pages that train several times
 

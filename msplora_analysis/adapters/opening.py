@@ -10,9 +10,9 @@ from msplora_analysis.adapters.discovery import Adapter, read_config
 from msplora_analysis.adapters.magnitude import magnitude_note
 from msplora_analysis.errors import AnalysisError, ChangedError
 from msplora_analysis.files.addresses import parse
-from msplora_analysis.files.opening import AdapterWithBase, PairedFile, open_checkpoint
+from msplora_analysis.files.opening import PairedFile, open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import looks_like_adapter, read_contents, takes_base
+from msplora_analysis.formats import looks_like_adapter, read_contents
 from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.formats.updates import Contents
 from msplora_analysis.options import Options
@@ -31,7 +31,7 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
         AnalysisError: the content is not understood; the message names the file.
         ChangedError: at the end, if what was read is not of one moment.
     """
-    with open_adapter(adapter, options) as file:
+    with _open(adapter, options) as file:
         try:
             contents = read_contents(adapter.config, file, options)
             notes = [*contents.notes, *(_base_notes(adapter, file, options) if base_notes else ())]
@@ -70,14 +70,12 @@ def _of_adapted(contents: Contents) -> list[str]:
     ]
 
 
-def open_adapter(adapter: Adapter, options: Options) -> TensorFile:
-    """The file of an adapter; that of a whole model, and of an update of the base's weights, together with the base."""
+def _open(adapter: Adapter, options: Options) -> TensorFile:
+    """The file of an adapter; that of a whole model together with its base."""
     file = open_checkpoint(adapter.file)
-    if options.base is None:
+    if options.base is None or adapter.config or looks_like_adapter(file.shapes):
         return file
-    if not adapter.config and not looks_like_adapter(file.shapes):
-        return PairedFile(file, parse(options.base))
-    return AdapterWithBase(file, parse(options.base)) if takes_base(adapter.config, file) else file
+    return PairedFile(file, parse(options.base))
 
 
 def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[str]:

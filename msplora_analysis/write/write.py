@@ -140,7 +140,7 @@ def widest_dtype(source: Source) -> str:
     return next(name for name, kind in reversed(DTYPES.items()) if kind in kinds)
 
 
-def rounded(values: NDArray[np.float64], dtype: str) -> Array:
+def rounded(values: NDArray[np.floating[Any]], dtype: str) -> Array:
     """``values`` at the precision of ``dtype``; bfloat16 in float32, as numpy has no such type.
 
     Raises:
