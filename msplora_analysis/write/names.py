@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.formats.helpers.flattened import dotted, is_known
+from msplora_analysis.formats.helpers.flattened import dotted, is_known, is_own_code
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Matrix, Shape, Sum
 from msplora_analysis.write.base_model import PIPELINE, BaseModel
@@ -48,8 +48,10 @@ class Module:
     rows: NDArray[np.intp] | None = None
 
 
-def as_in_the_model(modules: Sequence[Module], known: Format, base: BaseModel | None) -> Iterator[Module]:
-    """Modules by their path in the model.
+def as_in_the_model(
+    modules: Sequence[Module], known: Format, base: BaseModel | None, notes: list[str]
+) -> Iterator[Module]:
+    """Modules by their path in the model; ``notes`` gets a word where it was taken from known names.
 
     Raises:
         AnalysisError: the file does not tell it, and the base is not there or does not either.
@@ -61,19 +63,25 @@ def as_in_the_model(modules: Sequence[Module], known: Format, base: BaseModel | 
     for part, names in (base.names if base else {}).items():
         for name in names:
             flat.setdefault(name.replace(".", "_"), []).append((part, name))
+    guessed = False
     for module in modules:
         key = module.update.products[0].a.tensors[0]
         first = key.partition(".")[0]
         if dotted(first) == first:
             yield module
         else:
+            guessed |= not flat
             yield replace(module, name=_unflattened(first, key, module.name, flat))
+    if guessed:
+        notes.append(
+            "underscores of its module names were read as dots where diffusers has such names; give the model as the base to check them"
+        )
 
 
 def _unflattened(first: str, key: str, guess: str, flat: dict[str, list[tuple[str, str]]]) -> str:
     if not flat:
-        if is_known(first):
-            return guess
+        if is_known(first):  # a U-Net has no such blocks: it is a transformer's
+            return re.sub(r"^unet\.(?=(single_)?transformer_blocks\.)", "transformer.", guess)
         raise AnalysisError(
             f"tensor {key}: the dots of the module's name are not in the file; give the model, or a list of the names "
             "of its modules, as base=",
@@ -85,7 +93,12 @@ def _unflattened(first: str, key: str, guess: str, flat: dict[str, list[tuple[st
     found = [(part, name) for part, name in flat.get(path, ()) if parts is None or part in parts]
     if len(found) != 1:
         what = f"is {' or '.join(sorted(name for _, name in found))}" if found else "fits no module"
-        raise AnalysisError(f"tensor {key} {what} of base=; a module of the model is expected", "base")
+        hint = ""
+        if is_own_code(first):
+            hint = (
+                "; it has a name of the model's own code, which diffusers translates where it loads such a file itself"
+            )
+        raise AnalysisError(f"tensor {key} {what} of base=; expected is exactly one{hint}", "base")
     ((part, name),) = found
     guessed = PIPELINE.match(guess)
     part = part or (guessed[1] if guessed else "")

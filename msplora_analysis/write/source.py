@@ -135,9 +135,9 @@ def _source(adapter: Adapter, file: TensorFile, contents: Contents, base: BaseMo
     if reason := known.not_as_lora(config, file.shapes, matrices):
         raise AnalysisError(reason)
     modules = [_module(matrix, file.shapes) for matrix in matrices]
-    modules = list(as_in_the_model(modules, known, base))
     copied_note = trained_whole(config, file, contents)  # they are left out of tables, and not here
     notes = [note for note in contents.notes if note != copied_note]
+    modules = list(as_in_the_model(modules, known, base, notes))
     if not config and not pipeline:
         modules = _of_one_model(modules, notes)
     factors = {tensor for matrix in contents.matrices for tensor in _tensors(matrix)}

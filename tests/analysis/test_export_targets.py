@@ -253,7 +253,8 @@ def test_underscores(tmp_path):
     pytest.importorskip("diffusers")
     save(adapted(unet(), peft.LoraConfig(**OF_UNET)), tmp_path / "a")
     export(tmp_path / "a", tmp_path / "b", "kohya")
-    export(tmp_path / "b", tmp_path / "known", "peft")  # all its components are diffusers' own
+    with pytest.warns(UserWarning, match="underscores of its module names were read as dots"):
+        ma.export(tmp_path / "b", tmp_path / "known")  # all its components are diffusers' own
     names = sorted(ma.export(tmp_path / "a", tmp_path / "d")["name"])
     (tmp_path / "names.txt").write_text("\n".join(names))
     export(tmp_path / "b", tmp_path / "listed", "peft", base=tmp_path / "names.txt")
@@ -298,3 +299,50 @@ def test_gguf_is_optional(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     message = error(ma.export, tmp_path / "a", tmp_path / "b", to="gguf", base=tmp_path / "config.json")
     assert message.endswith("pip install 'msplora[gguf]'")
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("lora_unet_transformer_blocks_3_attn_to_q", "transformer.transformer_blocks.3.attn.to_q"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"),
+        ("lora_unet_input_blocks_4_1_proj_in", None),
+        ("lora_unet_strange_thing", None),
+    ],
+)
+def test_known_names(tmp_path, key, module):
+    tensors = {f"{key}.lora_down.weight": np.ones((2, 6), "f4"), f"{key}.lora_up.weight": np.ones((5, 2), "f4")}
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "some.safetensors")
+    if module:
+        export(tmp_path / "a", tmp_path / "b", "diffusers")
+        found = load_file(tmp_path / "b" / "pytorch_lora_weights.safetensors")
+        assert sorted(found) == [f"{module}.lora_{factor}.weight" for factor in "AB"]
+        return
+    assert "the dots of the module's name are not in the file" in error(ma.export, tmp_path / "a", tmp_path / "b")
+    (tmp_path / "names.txt").write_text("down_blocks.0.proj_in")
+    message = error(ma.export, tmp_path / "a", tmp_path / "b", base=tmp_path / "names.txt")
+    assert ("own code" in message) == ("input_blocks" in key)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"to_k": 2}])
+def test_check_says_what_diffusers_does(tmp_path, ranks):
+    """Whether ``check`` has a word on kohya's alphas is whether diffusers gives its modules another scale than 1."""
+    diffusers = pytest.importorskip("diffusers")
+    if not diffusers.__version__.startswith("0.42."):
+        pytest.skip("what is said was measured with 0.42")
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
+
+    from msplora_analysis.adapters.discovery import discover
+    from msplora_analysis.ask.readers import check
+    from msplora_analysis.options import Options
+
+    save(adapted(unet(), peft.LoraConfig(**OF_UNET | {"r": 4, "rank_pattern": ranks})), tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", "kohya")
+    (adapter,) = discover(tmp_path / "b")
+    said = "scale" in {fault.id for fault in check(adapter, "diffusers", Options())}
+    state, alphas = Loader.lora_state_dict(tmp_path / "b", unet_config=unet().config, weight_name="lora.safetensors")
+    model = unet()
+    Loader.load_lora_into_unet(state, network_alphas=alphas, unet=model)
+    scales = [module.scaling["default_0"] for module in model.modules() if hasattr(module, "get_delta_weight")]
+    assert said == any(scale != 1 for scale in scales) == bool(ranks)

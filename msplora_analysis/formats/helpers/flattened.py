@@ -62,7 +62,12 @@ def is_known(name: str) -> bool:
     """
     path = dotted(name).split(".")
     models = ("unet", "transformer", *_MODELS.values())
-    return path[0] in models and not _OWN_CODE.intersection(path) and all(map(_is_name, path))
+    return path[0] in models and not is_own_code(name) and all(map(_is_name, path))
+
+
+def is_own_code(name: str) -> bool:
+    """Whether a flattened name has blocks as the model's own code calls them."""
+    return not _OWN_CODE.isdisjoint(dotted(name).split("."))
 
 
 def _is_name(text: str) -> bool:
