@@ -74,7 +74,9 @@ def as_in_the_model(
             yield replace(module, name=_unflattened(first, key, module.name, flat))
     if guessed:
         notes.append(
-            "underscores of its module names were read as dots where diffusers has such names; give the model as the base to check them"
+            notes.append(
+                "underscores of its module names were read as dots where diffusers has such names; a base would tell"
+            )
         )
 
 
