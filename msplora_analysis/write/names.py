@@ -74,9 +74,7 @@ def as_in_the_model(
             yield replace(module, name=_unflattened(first, key, module.name, flat))
     if guessed:
         notes.append(
-            notes.append(
-                "underscores of its module names were read as dots where diffusers has such names; a base would tell"
-            )
+            "underscores of its module names were read as dots where diffusers has such names; with a base it is sure"
         )
 
 
