@@ -22,9 +22,12 @@ from msplora_analysis.adapters.layouts import (
     WEIGHTS_SUFFIXES,
     Saved,
     adapters_in,
+    config_of,
+    config_of_verl,
     dangling,
     describe,
     missing_config,
+    without_copies,
 )
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import (
@@ -39,6 +42,7 @@ from msplora_analysis.files.addresses import (
     walk,
 )
 from msplora_analysis.files.opening import FULL_NAMES
+from msplora_analysis.files.several import METADATA
 from msplora_analysis.files.yaml import read_lines
 from msplora_analysis.formats import config_files
 from msplora_core.names import CONFIG
@@ -105,7 +109,7 @@ def discover(
                     files += adapters_in(folder, full=full)
         else:
             raise _no_such(root, full)
-        for file in files:
+        for file in without_copies(files):
             # Copies of one adapter in another layout have a name of the same list.
             name = PEFT_NAMES[0] if file.name in PEFT_NAMES else file.name
             key = identity(file.parent), name
@@ -154,7 +158,8 @@ def as_paths(source: Any) -> list[StrPath]:
 
 def _is_weights(place: Place, full: bool) -> bool:
     """Whether ``place`` is a file of weights. Raises AnalysisError if its configuration is missing."""
-    if not (place.suffix in WEIGHTS_SUFFIXES or (full and place.name in FULL_NAMES)) or not place.is_file():
+    named = place.suffix in WEIGHTS_SUFFIXES or place.name == METADATA or (full and place.name in FULL_NAMES)
+    if not named or not place.is_file():
         return False
     if not full and place.name in NEED_CONFIG and not (place.parent / CONFIG).is_file():
         raise missing_config(place)
@@ -192,9 +197,10 @@ def _seen(root: Place) -> str:
 
 def read_config(file: Place) -> dict[str, Any]:
     """The adapter_config.json beside a file of weights, else what its format has in its place; empty without any."""
-    path = file.parent / CONFIG
-    if path.is_file():
+    if path := config_of(file):
         return read_json(path, {"peft_type?": str})
+    if config := config_of_verl(file):
+        return config
     beside = [file.parent / name for name in config_files(file.name)]
     return {
         place.name: read_json(place) if place.suffix == ".json" else read_lines(place)

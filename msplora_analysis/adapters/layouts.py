@@ -5,11 +5,16 @@ Known are PEFT with Trainer (and what builds on it: TRL, LLaMA-Factory, axolotl,
 diffusers scripts (``checkpoint-<step>/pytorch_lora_weights.safetensors``); kohya's sd-scripts and
 LyCORIS (``<name>-<epoch>.safetensors``, ``<name>-step<step>.safetensors``, ``<name>.safetensors``); MLX-LM
 (``<step>_adapters.safetensors``). Any other file of tensors is taken whose tensors' names are an adapter's.
+
+Whole checkpoints of a model with PEFT's adapters in it are taken where there is no file of the adapter alone: Trainer's
+``model.safetensors``, Lightning's ``epoch=1-step=8.ckpt``, DeepSpeed's ``global_step2/mp_rank_00_model_states.pt``,
+PyTorch's distributed ones (``.metadata`` and ``__0_0.distcp``), and verl's ``model_world_size_2_rank_0.pt``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,8 @@ import numpy as np
 
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_json
-from msplora_analysis.files.opening import FULL_NAMES, open_tensors
+from msplora_analysis.files.opening import FULL_NAMES, open_checkpoint, open_tensors
+from msplora_analysis.files.several import METADATA
 from msplora_analysis.formats import looks_like_adapter
 from msplora_core.moments import MOMENTS
 from msplora_core.names import CONFIG, STATE, WEIGHTS
@@ -33,14 +39,21 @@ _OTHERS = ("adapters.safetensors", "pytorch_adapter.bin", "adapter.safetensors",
 # Without the configuration the scale of these is unknown; torchtune's .pt has none for some models.
 NEED_CONFIG = PEFT_NAMES[:2]
 
+# Of DeepSpeed; the first of verl's processes stands for all, ``.metadata`` for the parts of a distributed checkpoint.
+_STATES = re.compile(r"(?:zero_pp_rank_0+_)?mp_rank_0+_model_states\.pt")
+_RANK_0 = re.compile(r"model_world_size_[0-9]{1,5}_rank_0\.pt")
+_VERL = "lora_train_meta.json"
+_FSDP = "pytorch_model_fsdp.bin"
+_LIGHTNING = re.compile(r"(?:(.+)[-_])?epoch=([0-9]{1,18})-step=([0-9]{1,18})(?:-v[0-9]+)?")
+_INSIDE = ("pytorch_model", "pytorch_model_fsdp_0", "lora_adapter")  # folders of a checkpoint: no runs of their own
 _CHECKPOINT = re.compile(r"(checkpoint|ckpt|global_step|step|iteration|iter|epoch)[-_]?([0-9]{1,18})")
 _NUMBERED = re.compile(r"adapter_([0-9]{1,18})\.pt")
 _KOHYA = re.compile(r"(.+)-(?:step([0-9]{8})|([0-9]{6}))")
 _MLX = re.compile(r"([0-9]{1,18})_adapters")
 # Never adapters: not looked into.
 _OTHER = re.compile(
-    r"model(-[0-9]+-of-[0-9]+)?\.safetensors|(diffusion_)?pytorch_model\b.*|optimizer.*|scheduler.*|scaler.*|rng_state.*"
-    r"|training_args.*|recipe_state.*|\..*"
+    r"model(-[0-9]+-of-[0-9]+)?\.safetensors|(diffusion_)?pytorch_model(_fsdp)?\b.*|optim.*|scheduler.*|scaler.*"
+    r"|rng_state.*|training_args.*|recipe_state.*|(bf16_|fp16_)?(zero_pp|mp)_rank_.*|(model|extra_state)_world_size_.*|\..*"
 )
 _PROMISING = re.compile("adapter|lora", re.IGNORECASE)
 _FEW = 4  # names that a message shows
@@ -84,11 +97,81 @@ def adapters_in(folder: Folder, *, full: bool = False) -> list[Place]:
     for name in sorted(files.difference(PEFT_NAMES, DIFFUSERS_NAMES, numbered, [MOMENTS]), key=natural_key):
         if name.endswith(WEIGHTS_SUFFIXES) and not _OTHER.fullmatch(name) and _looks_like_adapter(place / name):
             found.append(name)
-    if CONFIG in files and not found:
+    if not found:
+        found = _whole(folder)
+    if CONFIG in files and not found and not _whole_inside(folder):
         raise _no_weights(folder)
     if full and not found:
         found = [name for name in FULL_NAMES if name in files][:1]
     return [place / name for name in found]
+
+
+def is_whole(file: Place) -> bool:
+    """Whether a file, by its name, is of a whole checkpoint, which may stand beside a file of its adapter alone."""
+    names = (*FULL_NAMES, METADATA, _FSDP)
+    return file.name in names or any(kind.fullmatch(file.name) for kind in (_STATES, _RANK_0))
+
+
+def without_copies(files: Iterable[Place]) -> list[Place]:
+    """The files but those of whole checkpoints whose adapter stands in a file of its own: beside, or around theirs."""
+    files = list(files)
+    alone = {str(file.parent) for file in files if not is_whole(file)}
+    return [
+        file
+        for file in files
+        if not is_whole(file)
+        or alone.isdisjoint((str(file.parent), str(file.parent.parent), str(file.parent / "lora_adapter")))
+    ]
+
+
+def check_states(file: Place) -> None:
+    """Raise AnalysisError if DeepSpeed has spread a model over several files, of which this is one."""
+    if not _STATES.fullmatch(file.name):
+        return
+    if file.name.startswith("zero"):
+        raise AnalysisError(
+            f"{file}: ZeRO 3 leaves each process a part of every tensor; run zero_to_fp32.py, which DeepSpeed wrote "
+            "beside the folder, and give what it writes"
+        )
+    other = re.sub("rank_(0*)0_model", r"rank_\g<1>1_model", file.name)
+    if (file.parent / other).is_file():
+        raise AnalysisError(
+            f"{file}: {other} beside it has other parts of the tensors; gather them into one file first"
+        )
+
+
+def _whole(folder: Folder) -> list[str]:
+    """The whole checkpoint in a folder, if an adapter's tensors are in it."""
+    for name in sorted(folder.files, key=natural_key):
+        if is_whole(folder.place / name):
+            try:
+                with open_checkpoint(folder.place / name) as tensors:
+                    if any(".lora_" in key for key in tensors.shapes) and looks_like_adapter(tensors.shapes):
+                        return [name]
+            except AnalysisError:
+                if CONFIG in folder.files or _VERL in folder.files or name == METADATA:
+                    raise
+    return []
+
+
+def _whole_inside(folder: Folder) -> bool:
+    """Whether a folder of a checkpoint holds the weights, as DeepSpeed and accelerate have it."""
+    return any(_checkpoint(folder.place / name) or name in _INSIDE for name in folder.folders)
+
+
+def config_of(file: Place) -> Place | None:
+    """The configuration of a file of weights: beside it; of a whole checkpoint also in the folder around."""
+    folders = (file.parent, file.parent.parent) if is_whole(file) else (file.parent,)
+    return next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
+
+
+def config_of_verl(file: Place) -> dict[str, Any]:
+    """What verl leaves in place of adapter_config.json: ``r`` and ``lora_alpha``; empty without it."""
+    place = file.parent / _VERL
+    if not _RANK_0.fullmatch(file.name) or not place.is_file():
+        return {}
+    about = read_json(place)
+    return {"peft_type": "LORA"} | {key: about[key] for key in ("r", "lora_alpha") if key in about}
 
 
 def missing_config(file: Place) -> AnalysisError:
@@ -135,14 +218,20 @@ def describe(file: Place) -> Saved:
     """Run, step and epoch of a file, from the names of its folders, trainer_state.json, and its own name."""
     folder = checkpoint = file.parent
     run, match = parts(folder), None
-    # The checkpoint is the file's folder, or the one above it: PEFT saves an adapter that is not
-    # called "default" in a folder of its own.
-    for checkpoint in (folder, folder.parent):
-        if match := _checkpoint(checkpoint):
-            run = (*parts(checkpoint.parent), *parts(folder)[len(parts(checkpoint)) :])
-            break
-    step = int(match[2]) if match and match[1] != "epoch" else None
-    epoch: int | float | None = int(match[2]) if match and match[1] == "epoch" else None
+    step: int | None = None
+    epoch: int | float | None = None
+    # The checkpoint is the file's folder, or the one above it: PEFT saves an adapter that is not called "default" in a
+    # folder of its own. DeepSpeed has a global_step<n> in a checkpoint-<n>.
+    for place in (folder, folder.parent):
+        if found := _checkpoint(place):
+            checkpoint, match = place, found
+            inner = parts(folder)[len(parts(place)) :]
+            own_runs = [] if _checkpoint(folder) else [name for name in inner if name not in _INSIDE]
+            run = (*parts(place.parent), *own_runs)
+            if found[1] == "epoch":
+                epoch = int(found[2])
+            elif step is None:
+                step = int(found[2])
     name_step, name_epoch, own = _from_name(file)
     step = name_step if step is None else step
     epoch = name_epoch if epoch is None else epoch
@@ -161,10 +250,12 @@ def describe(file: Place) -> Saved:
 
 def _from_name(file: Place) -> tuple[int | None, int | None, str | None]:
     """Step and epoch that a file's own name tells, and the name of its run where several may share the folder."""
-    if file.name in (*PEFT_NAMES, *DIFFUSERS_NAMES, *FULL_NAMES, *_OTHERS):
+    if file.name in (*PEFT_NAMES, *DIFFUSERS_NAMES, *_OTHERS) or is_whole(file):
         return None, None, None
     if match := _NUMBERED.fullmatch(file.name):
         return None, int(match[1]), None
+    if match := _LIGHTNING.fullmatch(file.stem):
+        return int(match[3]), int(match[2]), match[1]
     if match := _MLX.fullmatch(file.stem):
         return int(match[1]), None, None
     if match := _KOHYA.fullmatch(file.stem):

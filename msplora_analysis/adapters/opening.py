@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from msplora_analysis.adapters.discovery import Adapter, read_config
+from msplora_analysis.adapters.layouts import check_states
 from msplora_analysis.adapters.magnitude import magnitude_note
 from msplora_analysis.errors import AnalysisError, ChangedError
 from msplora_analysis.files.addresses import parse
-from msplora_analysis.files.opening import PairedFile, open_checkpoint
+from msplora_analysis.files.opening import PairedFile, RenamedFile, open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import looks_like_adapter, read_contents
-from msplora_analysis.formats.names import PREFIX
+from msplora_analysis.formats.names import PREFIX, without_wrappers
 from msplora_analysis.formats.updates import Contents
 from msplora_analysis.options import Options
 
@@ -72,7 +73,11 @@ def _of_adapted(contents: Contents) -> list[str]:
 
 def _open(adapter: Adapter, options: Options) -> TensorFile:
     """The file of an adapter; that of a whole model together with its base."""
+    check_states(adapter.file)
     file = open_checkpoint(adapter.file)
+    names = without_wrappers(file.shapes)
+    if any(name != own for name, own in names.items()):
+        file = RenamedFile(file, names)
     if options.base is None or adapter.config or looks_like_adapter(file.shapes):
         return file
     return PairedFile(file, parse(options.base))

@@ -24,7 +24,7 @@ import numpy as np
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.moments import moments_file
 from msplora_analysis.compute.results import Row, Spectra
-from msplora_analysis.files.opening import INDEX_SUFFIX
+from msplora_analysis.files.opening import is_of_several
 from msplora_analysis.files.tensors import State, state_of
 from msplora_analysis.options import Options
 from msplora_core.version import __version__
@@ -157,7 +157,7 @@ def _files(adapter: Adapter, options: Options) -> Iterator[Path]:
         if place is not None:
             path = Path(place)  # an address is no file: looking at it fails, and there is no identity
             yield path
-            if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
+            if path.is_dir() or is_of_several(path):
                 folder = path if path.is_dir() else path.parent
                 yield from sorted(file for file in folder.iterdir() if file.is_file())
 

@@ -6,12 +6,14 @@ is a JSON object whose ``weight_map`` says which shard, a file beside it, holds 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary, read_json
 from msplora_analysis.files.gguf import GgufFile
 from msplora_analysis.files.safetensors import SafetensorsFile
+from msplora_analysis.files.several import METADATA, RANKS, DistributedFile, RankedFile
 from msplora_analysis.files.tensors import FloatArray, TensorFile, check_unchanged, state_of
 from msplora_analysis.files.torch_file import TorchFile
 
@@ -23,17 +25,30 @@ BASE = "base:"  # tensors of the base are named with it
 
 
 def open_tensors(path: Place) -> TensorFile:
-    """Open a file of tensors by its suffix.
+    """Open a file of tensors by its suffix; with it those that hold further parts of the same tensors.
 
     Raises:
         AnalysisError: It is no such file; the message says what it is instead, where its first bytes tell.
     """
+    if path.name == METADATA:
+        return DistributedFile(path)
     try:
-        return {".safetensors": SafetensorsFile, ".gguf": GgufFile}.get(path.suffix, TorchFile)(path)
+        if RANKS.fullmatch(path.name):
+            return RankedFile(path)
+        file = {".safetensors": SafetensorsFile, ".gguf": GgufFile}.get(path.suffix, TorchFile)(path)
     except AnalysisError:
         if other := _what_it_is(path):
             raise AnalysisError(f"{path}: {other}") from None
         raise
+    if isinstance(file, TorchFile) and (
+        cut := next((name for name, part in file.parts.items() if part.axis is not None), None)
+    ):
+        file.__exit__()
+        raise AnalysisError(
+            f"{path}: tensor {cut} is cut among several processes, and this file has one part; give the folder with "
+            "the files of all, under the names that they were saved with"
+        )
+    return file
 
 
 def _what_it_is(path: Place) -> str | None:
@@ -47,6 +62,11 @@ def _what_it_is(path: Place) -> str | None:
     if path.suffix == ".safetensors" and begin.startswith((b"PK\3\4", b"\x80\x02")):
         return "it was saved by torch.save, not as safetensors; rename it to end in .bin"
     return None
+
+
+def is_of_several(path: Place) -> bool:
+    """Whether the file of this name is read together with others of its folder."""
+    return path.name == METADATA or path.name.endswith(INDEX_SUFFIX) or RANKS.fullmatch(path.name) is not None
 
 
 def open_checkpoint(path: Place) -> TensorFile:
@@ -102,6 +122,32 @@ class ShardedFile(TensorFile):
             check_unchanged({path: state for path, state in self.states.items() if path in self._opened.states})
             self.states |= self._opened.states
         return self._opened
+
+
+class RenamedFile(TensorFile):
+    """A file whose tensors have other names here.
+
+    Args:
+        file: The open file; it is closed with this one.
+        names: The name in the file of each tensor, by its name here.
+    """
+
+    def __init__(self, file: TensorFile, names: dict[str, str]) -> None:
+        self._file, self._names = file, names
+        self.path, self.metadata, self.states = file.path, file.metadata, file.states
+        self.shapes = {name: file.shapes[own] for name, own in names.items()}
+
+    def __exit__(self, *_: object) -> None:
+        self._file.__exit__()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self._file.prefetch(self._names[name] for name in names)
+
+    def read(self, name: str) -> FloatArray:
+        return self._file.read(self._names[name])
+
+    def read_part(self, name: str, begin: int, end: int) -> FloatArray:
+        return self._file.read_part(self._names[name], begin, end)
 
 
 class PairedFile(TensorFile):

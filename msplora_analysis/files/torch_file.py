@@ -35,7 +35,8 @@ _MOST_LISTED = 8 * 2**20  # bytes of the list of a zip archive's entries
 _MOST_SHARED = 256  # how often the bytes of a file may be read for different tensors: tied weights of every layer
 _ZIP = b"PK\3\4"
 _MAGIC = 0x1950A86A20F9469CFC6C
-_NESTED = ("state_dict", "model_state_dict", "model", "module", "adapter", "lora")
+NESTED = ("state_dict", "model_state_dict", "model", "module", "adapter", "lora")
+"""What a dictionary of more than tensors calls that of the tensors."""
 
 
 class _Place(NamedTuple):
@@ -49,13 +50,22 @@ class TorchFile(TensorFile):
     """A ``.bin`` or ``.pt`` file: a dictionary of tensors, or one of a few names in a dictionary of more.
 
     A tensor is read when it is asked for, so memory stays flat.
+
+    Args:
+        path: The file.
+        part: Where in the file to read, from which byte and how many: what was saved there may be one tensor, then
+            of the name "". None: all of it.
+
+    Attributes:
+        parts: The tensors that are cut among several files, of which this is one: ``shapes`` has what is here.
     """
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Place, part: tuple[int, int] | None = None) -> None:
         self.path, self.metadata = path, {}
-        self._file = _Bounded(open_binary(path))
+        raw = open_binary(path)
+        self._file = _Bounded(Window(raw, *part) if part else raw)
         try:
-            self.states = {path: state_of(self._file.fileno())} if isinstance(path, Path) else {}
+            self.states = {path: state_of(raw.fileno())} if isinstance(path, Path) else {}
             self._size = self._file.seek(0, io.SEEK_END)
             self._file.seek(0)
             zipped = self._file.read(len(_ZIP)) == _ZIP
@@ -73,6 +83,7 @@ class TorchFile(TensorFile):
             self._file.close()
             raise
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.parts = {name: tensor.part for name, tensor in self._tensors.items() if tensor.part}
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -108,9 +119,11 @@ class TorchFile(TensorFile):
 
     def _named(self, loaded: Any) -> dict[str, Stored]:
         """The dictionary of tensors that the file is, or that it holds under a name that is usual."""
+        if type(loaded) is Stored and isinstance(self._file.raw, Window):
+            return {"": loaded}
         if not isinstance(loaded, dict):
             raise AnalysisError(f"{self.path}: expected a dictionary of named tensors, got {kind_of(loaded)}")
-        inner = [loaded[name] for name in _NESTED if type(loaded.get(name)) is dict and loaded[name]]
+        inner = [loaded[name] for name in NESTED if type(loaded.get(name)) is dict and loaded[name]]
         for tensors in (loaded, *inner):
             if all(type(name) is str and type(tensor) is Stored for name, tensor in tensors.items()):
                 return tensors
@@ -145,6 +158,36 @@ class TorchFile(TensorFile):
 
     def _error(self, what: str) -> AnalysisError:
         return AnalysisError(f"{self.path}: not a file of PyTorch's tensors: {what}; save or copy it again")
+
+
+class Window(io.RawIOBase):
+    """A part of a file, as a file of its own."""
+
+    def __init__(self, file: io.RawIOBase, begin: int, size: int) -> None:
+        self._file, self._begin, self._size, self._at = file, begin, size, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, target: Any, /) -> int:
+        self._file.seek(self._begin + self._at)
+        count = self._file.readinto(memoryview(target)[: max(self._size - self._at, 0)]) or 0
+        self._at += count
+        return count
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _Bounded(io.BufferedReader):

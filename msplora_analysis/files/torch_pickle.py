@@ -41,16 +41,36 @@ _OTHER_TENSORS = {
 }
 _REBUILD = {f"torch._utils.{name}" for name in (*_STRIDED, *_WRAPPED, *_OTHER_TENSORS, "_rebuild_sparse_tensor")}
 _INERT = {  # values that no tensor is made of
-    "torch.Size", "torch.device", "torch.per_tensor_affine", "torch.per_tensor_symmetric", "torch.per_channel_affine",
+    "torch.device", "torch.per_tensor_affine", "torch.per_tensor_symmetric", "torch.per_channel_affine",
     "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams", "collections.Counter", "_codecs.encode",
     "builtins.set", "builtins.complex",
 }  # fmt: skip
-_KNOWN = {*_KINDS, *_REBUILD, *_INERT, "collections.OrderedDict", "torch.serialization._get_layout"}
+_DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict")
+_KNOWN = {*_KINDS, *_REBUILD, *_INERT, *_DICTIONARIES, "torch.serialization._get_layout", "torch.Size"}
 _KNOWN |= {"torch._tensor._rebuild_from_type_v2", "torch.Tensor", "torch.nn.parameter.Parameter"}
+# What describes tensors in several files, and is kept by its fields; _SHARDED: how one tensor is cut.
+_SHARDED = "torch.distributed.tensor._dtensor_spec."
+_OF_FILES = "torch.distributed.checkpoint."
+_RECORDS = {
+    *(f"{_SHARDED}{name}" for name in ("DTensorSpec", "TensorMeta")),
+    *(f"torch.distributed.tensor.placement_types.{name}" for name in ("Shard", "Replicate")),
+    f"{_OF_FILES}filesystem._StorageInfo",
+}
+_RECORDS |= {
+    f"{_OF_FILES}metadata.{name}"
+    for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata")
+}
+# What trainers put beside tensors, such as their settings: nothing of it is made, whatever it is.
+_BESIDE = (
+    *("argparse.", "datetime.", "numpy.", "omegaconf.", "pathlib.", "typing.", "types.SimpleNamespace"),
+    *("torch.distributed.", "torch.optim.", "torch.torch_version.", "accelerate.", "deepspeed.", "lightning."),
+    *("lightning_fabric.", "megatron.", "pytorch_lightning.", "transformers."),
+)
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
+_VALUES |= {"SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"}  # of later protocols
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -68,6 +88,21 @@ class Inert(NamedTuple):
     """A value that no tensor is made of, by the name of its type."""
 
     type: str
+
+
+class Record(NamedTuple):
+    """An object that is known by its fields, which stand in ``fields`` or, in order, in ``args``."""
+
+    type: str
+    args: tuple[Any, ...]
+    fields: dict[str, Any]
+
+
+class Part(NamedTuple):
+    """That a tensor is a part of a larger one of this ``shape``, cut along ``axis``; None: a copy of it."""
+
+    shape: Shape
+    axis: int | None
 
 
 class Storage(NamedTuple):
@@ -93,6 +128,7 @@ class Stored(NamedTuple):
     offset: int = 0
     strides: tuple[int, ...] = ()
     negated: bool = False
+    part: Part | None = None
 
     @property
     def values(self) -> int:
@@ -173,18 +209,24 @@ def _run(stream: IO[bytes], storages: dict[str, Storage]) -> Any:
         elif name in ("SETITEM", "SETITEMS"):
             items = since_mark() if name == "SETITEMS" else [stack.pop() for _ in range(2)][::-1]
             _set(stack[-1], items)
-        elif name in ("APPEND", "APPENDS"):
-            items = since_mark() if name == "APPENDS" else [stack.pop()]
-            if type(stack[-1]) is not list:
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = [stack.pop()] if name == "APPEND" else since_mark()
+            if type(stack[-1]) is list:
+                stack[-1].extend(items)
+            elif type(stack[-1]) is not Inert:
                 raise RefusedError("it appends to what is no list")
-            stack[-1].extend(items)
-        elif name == "BUILD":  # the _metadata of a state dict, say, of which nothing is needed
-            state, built = stack.pop(), stack[-1]
-            if type(state) is not dict or type(built) is not dict:
-                raise RefusedError("it sets attributes of what has none")
+        elif name == "BUILD":
+            _built(stack.pop(), stack[-1])
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [_global(" ".join(map(_text, _last(stack, 2))))]
+        elif name == "NEWOBJ":
+            function, args = _last(stack, 2)
+            stack[-2:] = [_called(function, args)]
         elif name == "STOP":
             return stack.pop()
-        elif name != "PROTO":
+        elif name not in ("PROTO", "FRAME"):
             raise RefusedError(f"its pickle has the operation {name}, which torch.save does not write")
     raise RefusedError("it is cut off")
 
@@ -195,19 +237,55 @@ def _last(stack: list[Any], count: int) -> list[Any]:
     return stack[-count:]
 
 
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise RefusedError("it asks for what has no name")
+    return value
+
+
+def _built(state: Any, target: Any) -> None:
+    """Give an object its fields. Of most, such as the _metadata of a state dict, nothing is needed."""
+    if type(target) is Record:
+        target.fields.update(_fields(state))
+    elif type(target) is not Inert and not (type(target) is type(state) is dict):
+        raise RefusedError("it sets attributes of what has none")
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    """The fields that a state gives: a dictionary, or a pair of those with and without slots."""
+    parts = state if type(state) is tuple else (state,)
+    if len(parts) > 2 or not all(type(part) is dict or part is None for part in parts):
+        raise RefusedError("it sets attributes of what has none")
+    return {key: value for part in parts if part for key, value in part.items()}
+
+
 def _set(target: Any, items: list[Any]) -> None:
+    if type(target) is Inert:
+        return
     if type(target) is not dict or len(items) % 2:
         raise RefusedError("it sets items of what is no dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
+        if type(key) is Record:
+            target[_place_of(key)] = value
+            continue
         # Texts and small numbers are hashed in bounded time; a tuple of tuples, or numbers made to collide, are not.
         if not (type(key) is str or (type(key) in (int, bool) and abs(key) < 2**31) or key is None):
             raise RefusedError(f"a dictionary has a key of type {kind_of(key)}")
         target[key] = value
 
 
+def _place_of(index: Record) -> tuple[str, Shape]:
+    """The name of a tensor in several files, and where a part of it begins: hashed in bounded time."""
+    name, offset = index.fields.get("fqn"), index.fields.get("offset")
+    offset = () if offset is None else offset
+    if type(name) is not str or type(offset) is not tuple or len(offset) > MOST_AXES or not are_counts(*offset):
+        raise RefusedError("the place of a tensor is malformed")
+    return name, offset
+
+
 def _global(argument: str) -> Global:
     name = argument.replace(" ", ".").replace("__builtin__.", "builtins.")
-    if name not in _KNOWN:
+    if name not in _KNOWN and name not in _RECORDS and not name.startswith(_BESIDE):
         raise RefusedError(f"it asks for {name}, which is no part of a dictionary of tensors")
     return Global(name)
 
@@ -221,7 +299,7 @@ def _storage(persistent: Any) -> Storage:
     begin: Any = 0
     if more and more[0] is not None:
         _, begin, count = more[0] if type(more[0]) is tuple and len(more[0]) == 3 else (None, None, None)
-    if kind is None or type(key) is not str or not _are_counts(begin, count):
+    if kind is None or type(key) is not str or not are_counts(begin, count):
         raise RefusedError("a storage is malformed")
     return Storage(key, kind, begin * _SIZES[kind], count * _SIZES[kind])
 
@@ -235,8 +313,18 @@ def _called(function: Any, args: Any) -> Any:
     if name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes, of which nothing is needed
         if len(args) != 4 or type(args[0]) is not Global or args[0].name not in _REBUILD:
             raise RefusedError("a tensor of a class of its own is malformed")
-        function, _, args, _ = args
-        return _called(function, args)
+        function, _, args, state = args
+        return _part(state) or _called(function, args)
+    if name in _RECORDS:
+        return Record(name.rpartition(".")[2], args, {})
+    if name.startswith(_BESIDE):
+        return Inert(short)
+    if name == "torch.Size":
+        if len(args) != 1 or type(args[0]) not in (tuple, list) or not are_counts(*args[0]):
+            raise RefusedError("a shape is malformed")
+        return tuple(args[0])
+    if name == "collections.defaultdict":
+        return {}
     if name == "collections.OrderedDict":
         made: dict[str, Any] = {}
         pairs = args[0] if args else []
@@ -262,6 +350,28 @@ def _called(function: Any, args: Any) -> Any:
     return _strided(short, args)
 
 
+def _part(state: Any) -> Stored | None:
+    """Of a tensor that is cut among processes (DTensor), the part that this file has; None of any other."""
+    fields = {} if state is None else _fields(state)
+    if type(fields.get("_spec")) is not Record:
+        return None
+    local, spec = fields.get("_local_tensor"), fields["_spec"].fields
+    about, places = spec.get("tensor_meta"), spec.get("placements")
+    if type(local) is not Stored or type(about) is not Record or not about.args or type(places) is not tuple:
+        raise RefusedError("a tensor that is cut among processes is malformed")
+    shape = about.args[0]
+    if type(shape) is not tuple or len(shape) != len(local.shape) or not are_counts(*shape):
+        raise RefusedError("a tensor that is cut among processes has a malformed shape")
+    axes = [place.fields.get("dim") for place in places if type(place) is Record and place.type == "Shard"]
+    if (
+        len(axes) > 1
+        or any(type(place) is not Record for place in places)
+        or not all(type(axis) is int and 0 <= axis < len(shape) for axis in axes)
+    ):
+        return Stored("cut among processes in more than one way")
+    return local._replace(part=Part(shape, axes[0] if axes else None))
+
+
 def _strided(function: str, args: tuple[Any, ...]) -> Stored:
     """``(storage, offset, shape, strides, ...)``, behind them a type with v3, and whether its values are negated."""
     if len(args) < 4 or type(args[0]) is not Storage or not all(type(axes) is tuple for axes in args[2:4]):
@@ -272,7 +382,7 @@ def _strided(function: str, args: tuple[Any, ...]) -> Stored:
         if len(args) < 7 or type(args[6]) is not Global or args[6].name not in _KINDS:
             raise RefusedError("a tensor is of no known type")
         kind = _KINDS[args[6].name]
-    if len(shape) != len(strides) or len(shape) > MOST_AXES or not _are_counts(offset, *shape, *strides):
+    if len(shape) != len(strides) or len(shape) > MOST_AXES or not are_counts(offset, *shape, *strides):
         raise RefusedError("a tensor has a malformed shape")
     flags = args[7 if function == "_rebuild_tensor_v3" else 6 :]
     about = flags[0] if flags and type(flags[0]) is dict and function != "_rebuild_qtensor" else {}
@@ -281,7 +391,7 @@ def _strided(function: str, args: tuple[Any, ...]) -> Stored:
     return Stored(kind, shape, storage, offset, strides, about.get("neg") is True)
 
 
-def _are_counts(*values: Any) -> bool:
+def are_counts(*values: Any) -> bool:
     return all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 

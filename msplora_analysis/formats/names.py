@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 PREFIX = "base_model.model."
+
+
+# What trainers wrap modules in: FSDP, activation checkpointing, torch.compile.
+_WRAPPERS = re.compile(r"(?m)(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def without_wrappers(names: Collection[str]) -> dict[str, str]:
+    """The names of a whole checkpoint's tensors, by those that the adapter itself has.
+
+    A model inside another, as that of a LightningModule, has a path before PEFT's own; it goes where all of PEFT's
+    tensors have the same.
+    """
+    text = "\n".join(names)
+    if f".{PREFIX}" not in text and not _WRAPPERS.search(text):
+        return {name: name for name in names}
+    bare = {_WRAPPERS.sub("", name): name for name in names}
+    before = {name[: name.index(PREFIX)] for name in bare if PREFIX in name}
+    (first, *more) = before or {""}
+    if more or (first and not first.endswith(".")):
+        first = ""
+    renamed = {name.removeprefix(first): own for name, own in bare.items()}
+    return renamed if len(renamed) == len(names) else {name: name for name in names}
 
 
 def module_of(name: str) -> str:
