@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.full import align
+from msplora_analysis.formats.helpers.base import align
 from msplora_analysis.formats.lora import magnitude_vectors
 
 

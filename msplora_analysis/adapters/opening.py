@@ -11,9 +11,9 @@ from msplora_analysis.adapters.layouts import check_states
 from msplora_analysis.adapters.magnitude import magnitude_note
 from msplora_analysis.errors import AnalysisError, ChangedError
 from msplora_analysis.files.addresses import parse
-from msplora_analysis.files.opening import PairedFile, RenamedFile, open_checkpoint
+from msplora_analysis.files.opening import AdapterWithBase, PairedFile, RenamedFile, open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import looks_like_adapter, read_contents
+from msplora_analysis.formats import looks_like_adapter, read_contents, takes_base
 from msplora_analysis.formats.names import PREFIX, without_wrappers
 from msplora_analysis.formats.updates import Contents
 from msplora_analysis.options import Options
@@ -32,7 +32,7 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
         AnalysisError: the content is not understood; the message names the file.
         ChangedError: at the end, if what was read is not of one moment.
     """
-    with _open(adapter, options) as file:
+    with open_adapter(adapter, options) as file:
         try:
             contents = read_contents(adapter.config, file, options)
             notes = [*contents.notes, *(_base_notes(adapter, file, options) if base_notes else ())]
@@ -71,16 +71,23 @@ def _of_adapted(contents: Contents) -> list[str]:
     ]
 
 
-def _open(adapter: Adapter, options: Options) -> TensorFile:
-    """The file of an adapter; that of a whole model together with its base."""
+def open_adapter(adapter: Adapter, options: Options) -> TensorFile:
+    """The file of an adapter; that of a whole model, and of an update of the base's weights, together with the base."""
+    file = _own_file(adapter)
+    if options.base is None:
+        return file
+    if takes_base(adapter.config, file):
+        return AdapterWithBase(file, parse(options.base))
+    if not adapter.config and not looks_like_adapter(file.shapes):
+        return PairedFile(file, parse(options.base))
+    return file
+
+
+def _own_file(adapter: Adapter) -> TensorFile:
     check_states(adapter.file)
     file = open_checkpoint(adapter.file)
     names = without_wrappers(file.shapes)
-    if any(name != own for name, own in names.items()):
-        file = RenamedFile(file, names)
-    if options.base is None or adapter.config or looks_like_adapter(file.shapes):
-        return file
-    return PairedFile(file, parse(options.base))
+    return RenamedFile(file, names) if any(name != own for name, own in names.items()) else file
 
 
 def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[str]:

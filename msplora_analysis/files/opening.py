@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary, read_json
 from msplora_analysis.files.gguf import GgufFile
@@ -109,6 +112,9 @@ class ShardedFile(TensorFile):
     def read(self, name: str) -> FloatArray:
         return self._open(self._shards[name]).read(name)
 
+    def read_indices(self, name: str) -> NDArray[np.int64]:
+        return self._open(self._shards[name]).read_indices(name)
+
     def read_part(self, name: str, begin: int, end: int) -> FloatArray:
         return self._open(self._shards[name]).read_part(name, begin, end)
 
@@ -177,8 +183,23 @@ class PairedFile(TensorFile):
     def read(self, name: str) -> FloatArray:
         return self._of(name).read(name.removeprefix(BASE))
 
+    def read_indices(self, name: str) -> NDArray[np.int64]:
+        return self._of(name).read_indices(name.removeprefix(BASE))
+
     def read_part(self, name: str, begin: int, end: int) -> FloatArray:
         return self._of(name).read_part(name.removeprefix(BASE), begin, end)
 
     def _of(self, name: str) -> TensorFile:
         return self._base if name.startswith(BASE) else self._tuned
+
+
+class AdapterWithBase(PairedFile):
+    """An adapter, and the model it was trained from: ``shapes`` are of the adapter alone, ``base`` of the model."""
+
+    def __init__(self, adapter: TensorFile, base: Place) -> None:
+        super().__init__(adapter, base)
+        self.base = {name: shape for name, shape in self.shapes.items() if name.startswith(BASE)}
+        self.shapes = adapter.shapes
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self._tuned.prefetch(name for name in names if not name.startswith(BASE))

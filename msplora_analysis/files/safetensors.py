@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
@@ -101,6 +102,16 @@ class SafetensorsFile(TensorFile):
         self._read_into(raw.data, self._data + entry.begin + begin)
         values = raw.view(_READABLE[entry.dtype])
         return widened(values, entry.dtype) if entry.dtype in NARROW else values
+
+    def read_indices(self, name: str) -> NDArray[np.int64]:
+        entry = self._entries[name]
+        if entry.dtype not in _READABLE_ALONE:
+            raise AnalysisError(
+                f"{self.path}: tensor {name} is of type {entry.dtype}; expected one of {', '.join(_READABLE_ALONE)}"
+            )
+        raw = np.empty(entry.end - entry.begin, dtype=np.uint8)
+        self._read_into(raw.data, self._data + entry.begin)
+        return raw.view(_READABLE_ALONE[entry.dtype]).astype(np.int64).reshape(entry.shape)
 
     def read(self, name: str) -> FloatArray:
         entry = self._entries[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +29,21 @@ class TensorFile:
 
     Attributes:
         states: Every local file that was opened for it, as it was then.
+        base: Tensors of the model before training, where it is open beside them; ``read`` knows them by these names.
     """
 
     path: Place
     shapes: dict[str, Shape]
     metadata: dict[str, str]
     states: dict[Path, State]
+    base: Mapping[str, Shape] | None = None
 
     def read(self, name: str) -> FloatArray:
         """One tensor, not to be changed: float16/32/64 (bfloat16, float8 as float32), or int32/64 of one element."""
+        raise NotImplementedError
+
+    def read_indices(self, name: str) -> NDArray[np.int64]:
+        """A tensor of whole numbers, which say where values stand."""
         raise NotImplementedError
 
     def read_part(self, name: str, begin: int, end: int) -> FloatArray:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, open_binary
@@ -89,15 +91,20 @@ class TorchFile(TensorFile):
         self._file.close()
 
     def read(self, name: str) -> FloatArray:
+        alone = _READABLE_ALONE if self._tensors[name].values == 1 else {}
+        return self._read(name, _READABLE, alone)
+
+    def read_indices(self, name: str) -> NDArray[np.int64]:
+        return self._read(name, _READABLE_ALONE, {}).astype(np.int64)
+
+    def _read(self, name: str, readable: Mapping[str, str], also: Mapping[str, str]) -> NDArray[Any]:
         tensor = self._tensors[name]
-        kind = _READABLE.get(tensor.kind)
-        if kind is None and tensor.values == 1:
-            kind = _READABLE_ALONE.get(tensor.kind)
+        kind = readable.get(tensor.kind) or also.get(tensor.kind)
         if tensor.storage is None:
             raise AnalysisError(f"{self.path}: tensor {name} is {tensor.kind}; expected a dense tensor")
         if kind is None:
             raise AnalysisError(
-                f"{self.path}: tensor {name} is of type {tensor.kind}; expected one of {', '.join(_READABLE)}"
+                f"{self.path}: tensor {name} is of type {tensor.kind}; expected one of {', '.join(readable)}"
             )
         begin = self._places[tensor.storage.key].begin + tensor.storage.begin + tensor.offset * tensor.item
         raw = np.empty(tensor.span * tensor.item, np.uint8)
@@ -106,7 +113,7 @@ class TorchFile(TensorFile):
         if tensor.kind in NARROW:
             values = widened(values, tensor.kind)
         strides = [stride * values.itemsize for stride in tensor.strides]
-        array: FloatArray = np.lib.stride_tricks.as_strided(values, tensor.shape, strides)
+        array: NDArray[Any] = np.lib.stride_tricks.as_strided(values, tensor.shape, strides)
         return -array if tensor.negated else array
 
     def _read_into(self, target: memoryview, offset: int) -> None:

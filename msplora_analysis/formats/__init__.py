@@ -111,6 +111,12 @@ def is_built_in(config: Config, file: TensorFile) -> bool:
     return find_format(config, file) in built_in()
 
 
+def takes_base(config: Config, file: TensorFile) -> bool:
+    """Whether an adapter is read together with the model before training."""
+    known = next((known for known in _all() if known.matches(config, file)), None)
+    return known is not None and known.takes_base(config)
+
+
 def looks_like_adapter(names: Collection[str]) -> bool:
     """Whether tensors of these names are an adapter that needs no adapter_config.json."""
     return any(known.lone(names) for known in _all() if known.lone)

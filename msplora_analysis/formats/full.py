@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Collection
 from functools import partial
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import BASE
 from msplora_analysis.files.tensors import FloatArray, TensorFile
+from msplora_analysis.formats.helpers.base import align
 from msplora_analysis.formats.helpers.parts import layer_matrix, trained_in_full
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Shape, Whole, contents
@@ -80,42 +79,6 @@ def is_table(name: str) -> bool:
 def _is_head(name: str) -> bool:
     """Whether a weight is an output of its task's own, so that the base's may be of another task."""
     return trained_in_full(name, {}) and not _RESIZED.fullmatch(name.removesuffix(".weight"))
-
-
-def align(tuned: Collection[str], base: Collection[str]) -> dict[str, str]:
-    """The base's name of each tensor that it has: the same, or without or with one prefix that all share.
-
-    A model with a head calls its body "bert." or "model."; the body alone has no such prefix.
-
-    Raises:
-        AnalysisError: No prefix, or more than one, makes the most names agree.
-    """
-    votes: Counter[tuple[str, str]] = Counter()  # (prefix of the checkpoint, prefix of the base)
-    for name in tuned:
-        votes.update((prefix, "") for prefix in _prefixes(name) if name.removeprefix(prefix) in base)
-    for name in base:
-        votes.update(("", prefix) for prefix in _prefixes(name) if prefix and name.removeprefix(prefix) in tuned)
-    if not votes:
-        raise AnalysisError(
-            f"no weight of the checkpoint ({min(tuned, default='it has none')}) is in the base "
-            f"({min(base, default='it has none')}); is it another model?"
-        )
-    most = max(votes.values())
-    best = sorted(prefixes for prefixes, count in votes.items() if count == most)
-    if len(best) > 1 and ("", "") not in best:
-        prefixes = " or ".join(ours or theirs for ours, theirs in best)
-        raise AnalysisError(f"the checkpoint's names fit the base's by more than one prefix: {prefixes}")
-    ours, theirs = ("", "") if ("", "") in best else best[0]
-    return {
-        name: theirs + name.removeprefix(ours)
-        for name in tuned
-        if name.startswith(ours) and theirs + name.removeprefix(ours) in base
-    }
-
-
-def _prefixes(name: str) -> list[str]:
-    """Every path that leads to a tensor: "", "bert.", "bert.encoder.", ..."""
-    return ["", *(name[: match.end()] for match in re.finditer(r"\.", name))]
 
 
 def _resized(name: str, shape: Shape, base: Shape) -> str:

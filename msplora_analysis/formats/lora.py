@@ -20,13 +20,27 @@ from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
+from msplora_analysis.formats.helpers.base import base_factor, needed_base
 from msplora_analysis.formats.helpers.parts import dora_note, layer_matrix, make_product, pair_factors
 from msplora_analysis.formats.helpers.settings import by_pattern, check_rank, count, needed_count, needed_number, table
-from msplora_analysis.formats.helpers.structures import block_diagonal, rows_scaled
+from msplora_analysis.formats.helpers.structures import block_diagonal, joined, rows_scaled
 from msplora_analysis.formats.names import PREFIX, module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shape, Shapes, Sum, contents
+from msplora_analysis.formats.updates import (
+    Config,
+    Contents,
+    Factor,
+    Matrix,
+    Product,
+    Shape,
+    Shapes,
+    Sum,
+    Whole,
+    contents,
+)
 from msplora_analysis.options import Options
+
+Floats = NDArray[np.float64]
 
 # Factors of an embedding are parameters, all others are modules with a weight.
 FACTOR = r"(?P<name>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.[^.]+)?(?(embedding)|\.weight)"
@@ -49,6 +63,10 @@ _NOTES = {
     "values were set to zero before training",
     "alora_invocation_tokens": "activated LoRA (arXiv 2504.12397): the update acts only from the invocation tokens on",
 }
+_TRUE_CHANGE = (
+    "DoRA (arXiv 2402.09353): with the base, the spectra are of the whole change of a weight, "
+    "m (W + scaling * B A) / |W + scaling * B A| - W with the norms of rows"
+)
 # What no plain LoRA can do.
 _NOT_PLAIN = {
     "use_dora": "DoRA rescales the whole weight after adding B A, which no plain LoRA can do; PEFT loads it as it is",
@@ -79,12 +97,20 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         diagonals = {name: key for key in unknown if (name := _module(_DIAGONAL, key)) in pairs}
         known |= set(diagonals.values())
 
+    bases: dict[str, str] = {}
+    if file.base is not None and config.get("use_dora"):
+        bases = needed_base(file, [name for name in magnitudes if name in pairs], "DoRA")
+
     matrices: list[Matrix] = []
     for name, (a, b) in pairs.items():
         if config.get("kasa_config") and name not in diagonals:
             raise AnalysisError(f"tensor {a} has no lora_diag of KaSA beside it; save the adapter again")
-        matrices += _matrices(name, a, b, diagonals.get(name), settings, file.shapes)
-    notes = list(_notes(config, any(key in known for key in magnitudes.values())))
+        found_here = _matrices(name, a, b, diagonals.get(name), settings, file.shapes)
+        if base := bases.get(name):
+            turned = bool(config.get("fan_in_fan_out")) or "lora_embedding_" in a
+            found_here = (_true_change(one, file, base, magnitudes[name], turned) for one in found_here)
+        matrices += found_here
+    notes = list(_notes(config, any(key in known for key in magnitudes.values()), bool(bases)))
     if nested := next((unit for unit in pairs if unit.endswith(".base_layer")), None):
         notes.append(
             f"several parameters of {_bare(nested)} are adapted, and PEFT does not save which is which: "
@@ -145,10 +171,10 @@ def _settings(config: Config) -> _Settings:
     )
 
 
-def _notes(config: Config, has_magnitudes: bool) -> Iterator[str]:
+def _notes(config: Config, has_magnitudes: bool, has_base: bool) -> Iterator[str]:
     for key, note in _NOTES.items():
         if config.get(key) or (key == "use_dora" and has_magnitudes):
-            yield note
+            yield _TRUE_CHANGE if key == "use_dora" and has_base else note
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_SPLIT_OFF):
         quantised = init.lower() == "loftq"
@@ -187,6 +213,29 @@ def _matrices(unit: str, a: str, b: str, diagonal: str | None, settings: _Settin
             b=replace(one.b, make=partial(_part, index=cols)),
         )
         yield Matrix("layer", stack_and_layer(unit)[1], module_of(name), f"{name}.{expert}", Sum((product,)))
+
+
+def _true_change(matrix: Matrix, file: TensorFile, base: str, magnitude: str, turned: bool) -> Matrix:
+    """The change of the base's weight by DoRA, in place of its low-rank part."""
+    assert isinstance(matrix.update, Sum)
+    (product,) = matrix.update.products
+    rows, cols = product.rows, product.cols
+    if math.prod(file.shapes[magnitude]) != rows:
+        raise AnalysisError(f"tensor {magnitude} has shape {list(file.shapes[magnitude])}; expected {rows} magnitudes")
+    weight = base_factor(file, base, rows, cols, transposed=turned)
+    factors = (product.a, product.b, weight, Factor((magnitude,), rows, 1))
+    return replace(matrix, update=Whole(joined(factors, rows, cols, partial(_rescaled, scaling=product.scaling))))
+
+
+def _rescaled(a: Floats, b: Floats, weight: Floats, magnitude: Floats, scaling: float) -> Floats:
+    """m V / |V| - W for V = W + scaling * B A: PEFT's merged weight less the base's. A row of zeros stays."""
+    changed: Floats = b @ a
+    changed *= scaling
+    changed += weight
+    norms = np.linalg.norm(changed, axis=1, keepdims=True)
+    changed *= magnitude / np.where(norms > 0, norms, 1)
+    changed -= weight
+    return changed
 
 
 def _part(values: NDArray[Any], index: Any) -> NDArray[np.float64]:
@@ -273,4 +322,10 @@ def _why_no_lora(config: Config, shapes: Shapes, matrices: Iterable[Matrix]) -> 
     return None
 
 
-FORMAT = Format(name="LoRA", read=read, peft_types=("LORA",), why_no_lora=_why_no_lora)
+FORMAT = Format(
+    name="LoRA",
+    read=read,
+    peft_types=("LORA",),
+    why_no_lora=_why_no_lora,
+    takes_base=lambda config: bool(config.get("use_dora")),
+)

@@ -29,6 +29,7 @@ class Format:
             adapter_config.json: JSON, or YAML with settings a line each. The config is their contents by their names.
         tells: Whether the updates have what a tensor says that is none of their factors, such as an alpha.
         names_of_llama_cpp: Whether modules have llama.cpp's names, which are not those of the model's own code.
+        takes_base: Whether an adapter of a config is read with the model before training, where one is given.
         reads_values: Whether ``read`` also looks at values, so that no two files are known to have the same matrices.
         priority: Formats of a higher one are asked first.
     """
@@ -42,6 +43,7 @@ class Format:
     config_files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tells: Callable[[str], bool] = lambda name: False
     names_of_llama_cpp: bool = False
+    takes_base: Callable[[Config], bool] = lambda config: False
     reads_values: bool = False
     priority: int = 0
 

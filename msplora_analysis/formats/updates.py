@@ -30,12 +30,14 @@ class Factor:
         cols: Product of the others.
         make: A function of these tensors, each an array of its own shape and type, that gives a new float64 array.
             None: the factor is the one tensor, its further axes flattened.
+        indices: Names of tensors of whole numbers; ``make`` takes them after the others.
     """
 
     tensors: tuple[str, ...]
     rows: int
     cols: int
     make: Callable[..., NDArray[np.float64]] | None = None
+    indices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.opening import open_adapter
 from msplora_analysis.compute.linalg.spectra import value
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.opening import open_checkpoint, open_tensors
+from msplora_analysis.files.opening import open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import read_contents
-from msplora_analysis.formats.full import align
+from msplora_analysis.formats.helpers.base import align
 from msplora_analysis.formats.updates import Kronecker, Matrix, Sum, Update
 from msplora_analysis.options import Options, Progress
 from msplora_analysis.tables.columns import KEYS
@@ -46,10 +48,11 @@ def measure(
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         weights = stack.enter_context(open_checkpoint(base))
-        opened = [stack.enter_context(open_tensors(adapter.file)) for adapter in adapters]
+        options = replace(options or Options(), base=str(base))
+        opened = [stack.enter_context(open_adapter(adapter, options)) for adapter in adapters]
         updates: dict[str, list[tuple[int, Matrix]]] = {}
         for index, (adapter, file) in enumerate(zip(adapters, opened, strict=True)):
-            for matrix in _whole_updates(adapter, file, options or Options()):
+            for matrix in _whole_updates(adapter, file, options):
                 updates.setdefault(matrix.name, []).append((index, matrix))
         names = align([f"{name}.weight" for name in updates], list(weights.shapes))
         missing = [name for name in updates if f"{name}.weight" not in names]

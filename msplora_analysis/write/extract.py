@@ -29,7 +29,8 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath, natural_key, parse, read_json
 from msplora_analysis.files.opening import BASE
 from msplora_analysis.files.tensors import FloatArray, TensorFile
-from msplora_analysis.formats.full import align, is_table
+from msplora_analysis.formats.full import is_table
+from msplora_analysis.formats.helpers.base import align
 from msplora_analysis.formats.helpers.parts import is_head, trained_in_full
 from msplora_analysis.formats.names import PREFIX, module_of, stack_and_layer
 from msplora_analysis.formats.updates import Contents, Factor, Matrix, Whole

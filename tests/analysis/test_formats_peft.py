@@ -675,7 +675,23 @@ def test_adapter_names_and_values_that_are_not_finite(tmp_path, kind, shapes):
 
 # All methods
 
-READ = {"LORA", "ADALORA", "VERA", "PVERA", "VBLORA", "DELORA", "GRALORA", "LOHA", "LOKR", "LILY", "MSPLORA"}
+READ = {
+    "LORA",
+    "ADALORA",
+    "VERA",
+    "PVERA",
+    "VBLORA",
+    "DELORA",
+    "GRALORA",
+    "LOHA",
+    "LOKR",
+    "LILY",
+    "MSPLORA",
+    "MISS",
+    "C3A",
+    "HIRA",
+    "IA3",
+}
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in peft.PeftType])

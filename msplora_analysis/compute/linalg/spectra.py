@@ -287,7 +287,8 @@ def value(file: TensorFile, factor: Factor) -> FloatArray:
     """The matrix that a factor stands for."""
     if factor.make is None:
         return file.read(factor.tensors[0]).reshape(factor.rows, factor.cols)
-    return factor.make(*(file.read(name) for name in factor.tensors))
+    read = (file.read(name) for name in factor.tensors)
+    return factor.make(*read, *(file.read_indices(name) for name in factor.indices))
 
 
 def whole_matrix(file: TensorFile, update: Whole, name: str) -> NDArray[np.float64]:

@@ -81,10 +81,10 @@ def hadamard(left: Product, right: Product, scaling: float) -> Sum | Whole:
         )
     scaling *= left.scaling * right.scaling
     if left.rank * right.rank < min(left.rows, left.cols):
-        a = _joined((left.a, right.a), left.rank * right.rank, left.cols, _row_products)
-        b = _joined((left.b, right.b), left.rows, left.rank * right.rank, _column_products)
+        a = joined((left.a, right.a), left.rank * right.rank, left.cols, _row_products)
+        b = joined((left.b, right.b), left.rows, left.rank * right.rank, _column_products)
         return Sum((Product(a, b, scaling),))
-    return Whole(_joined((left.a, left.b, right.a, right.b), left.rows, left.cols, _hadamard), scaling)
+    return Whole(joined((left.a, left.b, right.a, right.b), left.rows, left.cols, _hadamard), scaling)
 
 
 def rows_scaled(values: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float64]:
@@ -121,7 +121,7 @@ def not_plain_pairs(matrices: Iterable[Matrix]) -> str | None:
     return None
 
 
-def _joined(factors: tuple[Factor, ...], rows: int, cols: int, combine: Callable[..., Array]) -> Factor:
+def joined(factors: tuple[Factor, ...], rows: int, cols: int, combine: Callable[..., Array]) -> Factor:
     """The matrix that ``combine`` makes of the matrices of ``factors``."""
 
     def make(*tensors: NDArray[Any]) -> Array:
