@@ -90,6 +90,12 @@ def _own_file(adapter: Adapter) -> TensorFile:
     return RenamedFile(file, names) if any(name != own for name, own in names.items()) else file
 
 
+def reads_base(adapter: Adapter) -> bool:
+    """Whether an adapter's update needs the model before training."""
+    with _own_file(adapter) as file:
+        return takes_base(adapter.config, file)
+
+
 def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[str]:
     """What only the base can tell of an adapter: how far DoRA moved the magnitudes."""
     if options.base is None or not adapter.config.get("use_dora"):

@@ -152,6 +152,9 @@ class RenamedFile(TensorFile):
     def read(self, name: str) -> FloatArray:
         return self._file.read(self._names[name])
 
+    def read_indices(self, name: str) -> NDArray[np.int64]:
+        return self._file.read_indices(self._names[name])
+
     def read_part(self, name: str, begin: int, end: int) -> FloatArray:
         return self._file.read_part(self._names[name], begin, end)
 

@@ -21,7 +21,7 @@ from msplora_analysis.files.tensors import FloatArray, TensorFile
 from msplora_analysis.formats.helpers.base import align
 from msplora_analysis.formats.helpers.parts import layer_matrix, trained_in_full
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Shape, Whole, contents
+from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Shape, Shapes, Whole, contents
 from msplora_analysis.options import Options
 
 # Tables of words (and outputs over them) grow at their end when tokens are added.
@@ -36,12 +36,14 @@ def _recognises(config: Config, file: TensorFile) -> bool:
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per weight that is in both files, all of scale "layer"."""
-    tuned = {name: shape for name, shape in file.shapes.items() if not name.startswith(BASE) and _weight(name, shape)}
-    base = {
-        name.removeprefix(BASE): shape
-        for name, shape in file.shapes.items()
-        if name.startswith(BASE) and _weight(name.removeprefix(BASE), shape)
-    }
+    tuned = {name: shape for name, shape in file.shapes.items() if not name.startswith(BASE)}
+    base = {name.removeprefix(BASE): shape for name, shape in file.shapes.items() if name.startswith(BASE)}
+    return differences(tuned, base)
+
+
+def differences(checkpoint: Shapes, model: Shapes) -> Contents:
+    """One matrix per weight that is in a checkpoint and in the model before training, by their shapes."""
+    tuned, base = ({name: shape for name, shape in one.items() if _weight(name, shape)} for one in (checkpoint, model))
     of_base = align(tuned, base)
     matrices: list[Matrix] = []
     unknown: list[str] = []

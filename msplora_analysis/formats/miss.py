@@ -46,14 +46,14 @@ def _repeated(block: str, base: str, file: TensorFile) -> Update:
             "repeated; is it another model?",
             "base",
         )
-    inputs = Factor((), rank, cols, partial(_identities, rank=rank, cols=cols))
+    inputs = Factor((block,), rank, cols, partial(_identities, cols=cols))
     outputs = Factor((block,), rows, rank, partial(_over_outputs, times=rows // width))
     return Sum((Product(inputs, outputs, 1.0),))
 
 
-def _identities(rank: int, cols: int) -> NDArray[np.float64]:
-    """(rank, cols): identities side by side."""
-    return np.tile(np.eye(rank), -(-cols // rank))[:, :cols]
+def _identities(block: NDArray[Any], cols: int) -> NDArray[np.float64]:
+    """(rank, cols): identities side by side, of the rank of a block (rank, ...)."""
+    return np.tile(np.eye(len(block)), -(-cols // len(block)))[:, :cols]
 
 
 def _over_outputs(block: NDArray[Any], times: int) -> NDArray[np.float64]:

@@ -7,8 +7,10 @@ arXiv 2503.21838, eq. 6). Shared factors are repeated in every module.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from msplora_analysis.adapters.opening import reads_base
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.formats.names import module_of, stack_and_layer
@@ -77,6 +79,8 @@ def exported(
     if dtype is not None and dtype not in target.dtypes:
         raise AnalysisError(f"dtype={dtype}: {target.what} has one of {', '.join(target.dtypes)}", "dtype")
     found, model = find_adapter(adapter), None if base is None else read_base(base)
+    if base is not None and reads_base(found):
+        options = replace(options, base=base)
     files = {file for one in targets().values() for file in one.files}
     with (
         new_folder(out, found.file, overwrite, files) as folder,

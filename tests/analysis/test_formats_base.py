@@ -166,3 +166,148 @@ def test_updates_of_the_base_and_of_full_rank(tmp_path, config):
             ma.load_spectra(tmp_path / "adapter", cache=False)
     with pytest.raises(AnalysisError):
         ma.export(tmp_path / "adapter", tmp_path / "plain")
+
+
+# Weights that are products themselves
+
+
+def other(
+    folder: Path, tensors: dict[str, np.ndarray], name: str = "model.safetensors", config: dict | None = None
+) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in tensors.items()}, folder / name)
+    if config:
+        (folder / "splora_config.json").write_text(json.dumps(config))
+    return folder / name
+
+
+RNG = np.random.default_rng(0)
+ROWS, COLS, RANK = 14, 12, 3
+WEIGHT = RNG.standard_normal((ROWS, COLS)).astype(np.float32)
+NORM, HEAD = np.ones(COLS, np.float32), RNG.standard_normal((5, COLS)).astype(np.float32)
+BASE = {"model.l.0.q.weight": WEIGHT, "model.norm.weight": NORM, "lm.weight": HEAD}
+
+
+def values(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+# VITA-Group/WeLore, lib/LowRankLayer.py; guoyang9/PELA, DeiT/low_rank.py: the second layer of the first
+@pytest.mark.parametrize(("inner", "outer"), [("V", "U"), ("0", "1")])
+@pytest.mark.filterwarnings("ignore:.*only the largest")
+def test_factored_weights(tmp_path, inner, outer):
+    a, b = values(RANK, COLS), values(ROWS, RANK)
+    tensors = {f"model.l.0.q.{inner}.weight": a, f"model.l.0.q.{outer}.weight": b, "lm.weight": HEAD + 1}
+    weight = b.astype(float) @ a.astype(float)
+    path = other(tmp_path / "tuned", {**tensors, "model.norm.weight": NORM})
+    with pytest.warns(UserWarning, match="no update's") as said:
+        spectra = ma.load_spectra(path, cache=False)
+    assert "1 of the model's weights are no products" in str(said[1].message)
+    assert_promised(spectra["sigma"].to_numpy(), np.linalg.svd(weight, compute_uv=False)[:RANK])
+    other(tmp_path / "base", BASE)
+    changes = {"model.l.0.q": weight - WEIGHT, "lm": (HEAD + 1).astype(float) - HEAD}
+    assert_changes(path, tmp_path / "base", changes)
+    assert_changes(path.parent, tmp_path / "base", changes)
+    with pytest.raises(AnalysisError, match="weights themselves"):
+        ma.export(path, tmp_path / "plain")
+
+
+def test_two_layers_that_the_base_has_too_are_no_factors(tmp_path):
+    tensors = {"l.0.weight": values(RANK, COLS), "l.1.weight": values(ROWS, RANK)}
+    path, base = (
+        other(tmp_path / "a", tensors),
+        other(tmp_path / "b", {key: value + 1 for key, value in tensors.items()}),
+    )
+    changes = {key.removesuffix(".weight"): value - (value + 1).astype(float) for key, value in tensors.items()}
+    assert_changes(path, base, changes)
+
+
+# andyjm3/SLTrain, splora/splora_linear.py and its kernel: B A scaled, and values scattered into the flattened weight
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_low_rank_and_sparse_weights(tmp_path, suffix, trained):
+    a, b, added = values(RANK, COLS), values(ROWS, RANK), values(20)
+    places = np.sort(RNG.permutation(ROWS * COLS)[:20])
+    tensors = {"lora_A": a, "lora_B": b, "sparse_index": places, "sparse_value": added, "bias": values(ROWS)}
+    scale = 32 / RANK
+    if trained:
+        tensors["scaling"] = np.float32([0.7])
+        scale = np.tanh(np.float64(np.float32(0.7)))
+    tensors = {f"model.l.0.q.{key}": value for key, value in tensors.items()}
+    name = "model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin"
+    path = other(tmp_path / "tuned", tensors, name, {"r": RANK, "lora_alpha": 32})
+    if suffix == ".bin":
+        torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, path)
+    weight = torch.from_numpy(b).double() @ torch.from_numpy(a).double() * scale
+    weight.view(-1).scatter_add_(0, torch.from_numpy(places), torch.from_numpy(added).double())
+    with pytest.warns(UserWarning, match="no update's"):
+        spectra = ma.load_spectra(path, cache=False)
+    assert_promised(spectra["sigma"].to_numpy(), np.linalg.svd(weight.numpy(), compute_uv=False))
+    assert_changes(path, other(tmp_path / "base", BASE), {"model.l.0.q": weight.numpy() - WEIGHT})
+    if not trained:
+        (path.parent / "splora_config.json").unlink()
+        with pytest.raises(AnalysisError, match=r"put its splora_config\.json beside it"):
+            ma.load_spectra(path, cache=False)
+
+
+def test_places_outside_of_a_weight(tmp_path):
+    parts = {
+        "lora_A": values(RANK, COLS),
+        "lora_B": values(ROWS, RANK),
+        "sparse_value": values(2),
+        "scaling": values(1),
+    }
+    tensors = {f"q.{key}": value for key, value in parts.items()} | {"q.sparse_index": np.array([0, ROWS * COLS])}
+    path = other(tmp_path / "a", tensors)
+    with pytest.raises(AnalysisError, match=r"model.safetensors: tensor q.sparse_index names a place outside"):
+        ma.load_spectra(path, cache=False)
+    tensors["q.sparse_index"] = values(2)
+    with pytest.raises(AnalysisError, match=r"tensor q\.sparse_index is of type F32; expected one of I64, I32"):
+        ma.load_spectra(other(tmp_path / "b", tensors), cache=False)
+
+
+# SVFT: VijayLingam95/SVFT, svft/svft_layers.py, SVFTLayer.get_weights, with the sparse matrices written out
+
+
+def svft(n: int, count: int = 15) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    u, s, v = np.linalg.svd(WEIGHT.astype(float), full_matrices=False)
+    u, s, v = (np.float32(one) for one in (u[:, :n], s[:n], v[:n]))
+    row, col = RNG.integers(0, n, (2, count))  # the random pattern may name a place twice
+    layer = {"u": u, "v": v, "s_pre": s, "s": values(count), "s_row": row, "s_col": col, "gate": np.float32([0.4])}
+    layer |= {"s_pre_row": np.arange(n), "s_pre_col": np.arange(n)}
+    trained = torch.sparse_coo_tensor(np.stack([row, col]), layer["s"].astype(float), (n, n)).to_dense().numpy()
+    trained *= 1 / (1 + np.exp(-np.float64(np.float32(0.4))))
+    u, v = u.astype(float), v.astype(float)
+    after = ((np.diag(s.astype(float)) + trained) @ v).T @ u.T
+    tensors = {f"model.l.0.q.svft_layer.{key}": value for key, value in layer.items()}
+    return {**tensors, "lm.weight": HEAD}, u @ trained @ v, after.T
+
+
+@pytest.mark.parametrize("n", [min(ROWS, COLS), 5])
+@pytest.mark.filterwarnings("ignore")
+def test_svft(tmp_path, n):
+    tensors, update, after = svft(n)
+    path = other(tmp_path / "a", tensors)
+    spectra = ma.load_spectra(path, cache=False)
+    exact = np.linalg.svd(update, compute_uv=False)
+    assert_promised(spectra["sigma"].to_numpy(), exact[: len(spectra)])
+    assert_changes(path, other(tmp_path / "base", BASE), {"model.l.0.q": after - WEIGHT})
+
+
+@pytest.mark.parametrize("lost", ["u", "s_row", "gate"])
+def test_svft_whose_frozen_parts_are_not_saved(tmp_path, lost):
+    tensors, *_ = svft(5)
+    del tensors[f"model.l.0.q.svft_layer.{lost}"]
+    with pytest.raises(AnalysisError, match=f"has no {lost} beside it.*save the whole state_dict"):
+        ma.load_spectra(other(tmp_path / "a", tensors), cache=False)
+
+
+# Export with the base
+
+
+def test_miss_as_a_plain_lora(tmp_path):
+    adapter, base, changes = merged(tmp_path, peft.MissConfig(r=4, target_modules=["odd"]))
+    ma.export(adapter, tmp_path / "plain", base=base)
+    tensors = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.odd.lora_{factor}.weight"].double() for factor in "AB")
+    np.testing.assert_allclose((b @ a).numpy(), changes["odd"], atol=1e-6)
