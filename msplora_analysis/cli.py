@@ -72,6 +72,10 @@ def main() -> NoReturn:
         message = f"{error.filename or 'system'}: {error.strerror or error}"
     except (MemoryError, ImportError) as error:  # a library that finds no room for itself is not found
         message = f"there is not enough memory, or a package is broken ({error or type(error).__name__})"
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
+        message = "--device: the GPU has not enough memory; leave it out, for the CPU"
     print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,11 +73,16 @@ def extract(
         raise typer.BadParameter("give one of the two", param_hint="--rank, --energy")
     from msplora_analysis.compute.choose import Choice
     from msplora_analysis.write.extract import extracted
+    from msplora_analysis.write.work import beside
 
     names = [name for value in modules_to_save or [] for name in value.split(",") if name]
     options = Options(ignore_unknown, base=base)
-    with terminal.progress_bar("Extracting", "tensors") as progress:
-        done = extracted(model, out, Choice(energy, rank), names, dtype, device, overwrite, options, progress)
+    try:
+        with terminal.progress_bar("Extracting", "tensors") as progress:
+            done = extracted(model, out, Choice(energy, rank), names, dtype, device, overwrite, options, progress)
+    except KeyboardInterrupt:
+        print(f"interrupted: what is done is kept in {beside(out)}; the same command goes on there", file=sys.stderr)
+        raise SystemExit(130) from None
     with terminal.closed_pipe_ignored():
         _print(done)
         terminal.print_paths([out])

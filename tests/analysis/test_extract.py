@@ -225,16 +225,18 @@ def test_a_call_that_was_ended_goes_on(tmp_path, monkeypatch):
         return best(*args, **options)
 
     monkeypatch.setattr(extract, "best", ended)
-    with pytest.raises(KeyboardInterrupt):
-        ma.extract(model, tmp_path / "lora", base=base, rank=2)
+    command = ["extract", str(model), "--base", str(base), "--out", str(tmp_path / "lora"), "--rank", "2"]
+    result = CliRunner().invoke(cli.make_app(), command)
+    assert result.exit_code == 130
+    assert "lora.unfinished; the same command goes on" in result.stderr
     assert not (tmp_path / "lora").exists()
     assert len(list((tmp_path / "lora.unfinished").glob("*.safetensors"))) == 5
-    table = ma.extract(model, tmp_path / "lora", base=base, rank=2)
+    result = CliRunner().invoke(cli.make_app(), command)
+    assert "kept from an earlier call: 5 tensors" in result.output
     assert len(calls) == 6 + 14 - 5
     assert not (tmp_path / "lora.unfinished").exists()
     for name in ("adapter_model.safetensors", "adapter_config.json", "ranks.csv"):
         assert (tmp_path / "lora" / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
-    assert len(table)
 
     calls[:] = [1]
     with pytest.raises(KeyboardInterrupt):
