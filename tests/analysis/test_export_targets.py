@@ -188,6 +188,20 @@ def test_mlx_folder(tmp_path):
     assert tensors["model.layers.0.self_attn.k_proj.lora_b"].shape == (4, WIDTH // HEADS * KEYS)
 
 
+def test_mlx_lm_computes_the_same(tmp_path, base):
+    mlx = pytest.importorskip("mlx.core")
+    loading = pytest.importorskip("mlx_lm.utils")
+    from mlx_lm.tuner.utils import load_adapters
+
+    model = adapted(llama(), mixed(layers_to_transform=[0]))
+    save(model, tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", "mlx")
+    tokens = torch.tensor([[1, 5, 9, 2, 7]])
+    theirs = load_adapters(loading.load_model(base)[0], str(tmp_path / "b"))(mlx.array(tokens.numpy()))
+    with torch.no_grad():
+        assert np.array(theirs) == pytest.approx(model(tokens).logits.numpy(), abs=1e-4)
+
+
 # Diffusion pipelines
 
 
