@@ -150,7 +150,7 @@ def _source(adapter: Adapter, file: TensorFile, contents: Contents, base: BaseMo
             "set task_type to null in adapter_config.json to use the base model's own"
         )
     kept = {key: config[key] for key in _KEPT if config.get(key) is not None}
-    bias = config.get("bias") or "none"
+    bias = str(config.get("bias") or "none")
     kept["bias"] = "lora_only" if bias.endswith("_only") else bias
     parameters = sum(math.prod(file.shapes[tensor]) for tensor in factors)
     stored = _stored_dtypes(adapter.file)

@@ -310,6 +310,7 @@ def test_every_reader_is_documented():
     [
         ({"lora_alpha": "eight"}, "lora_alpha must be a number"),
         ({"r": 0}, "r must be a positive whole number"),
+        ({"modules_to_save": 3}, "modules_to_save must be a list of names, got 3"),
         ({"rank_pattern": {"x": 0}}, "rank_pattern of x must be a positive whole number, got 0"),
     ],
 )

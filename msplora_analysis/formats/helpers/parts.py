@@ -123,6 +123,8 @@ def trained_in_full(name: str, config: Config) -> bool:
     if any(component.startswith(("lora_", "msplora_")) for component in (*path, parameter)):
         return parameter == "bias" and bool(config.get("lora_bias"))
     to_save = config.get("modules_to_save") or ()
+    if not isinstance(to_save, (str, list, tuple)):
+        raise AnalysisError(f"adapter_config.json: modules_to_save must be a list of names, got {to_save!r}")
     # PEFT takes every module whose path ends in one of these names.
     if any(f"{module}." in name for module in ([to_save] if isinstance(to_save, str) else to_save)):
         return True
