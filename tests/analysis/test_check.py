@@ -315,7 +315,8 @@ def test_every_reader_is_documented():
     ],
 )
 def test_unreadable(tmp_path, config, message):
-    path = write_adapter(tmp_path / "a", ranked({"x": 4}), lora_config(**config))
+    tensors = ranked({"x": 4}) | {"base_model.model.score.weight": np.ones((2, 3), np.float32)}
+    path = write_adapter(tmp_path / "a", tensors, lora_config(**config))
     with pytest.raises(AnalysisError, match=message):
         found(path)
 
