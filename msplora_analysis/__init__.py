@@ -36,6 +36,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.show.figures.predicted_against_measured import (
         plot_predicted_against_measured as plot_predicted_against_measured,
     )
+    from msplora_analysis.show.figures.relations import plot_relations as plot_relations
     from msplora_analysis.show.figures.what_carries import plot_what_carries as plot_what_carries
     from msplora_analysis.show.report import report as report
     from msplora_analysis.tables.ablation import load_ablation as load_ablation
@@ -46,6 +47,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.tables.pairs import load_pairs as load_pairs
     from msplora_analysis.tables.pairs import load_redundancy as load_redundancy
     from msplora_analysis.tables.pairs import load_scale_pairs as load_scale_pairs
+    from msplora_analysis.tables.relations import relate as relate
     from msplora_analysis.write.concatenate import export as export
     from msplora_analysis.write.extract import extract as extract
     from msplora_analysis.write.share import share as share
@@ -71,8 +73,10 @@ _MODULES = {
     "plot_layers_share": "show.figures.layers_share",
     "plot_metric_against_rank": "show.figures.metric_against_rank",
     "plot_predicted_against_measured": "show.figures.predicted_against_measured",
+    "plot_relations": "show.figures.relations",
     "plot_what_carries": "show.figures.what_carries",
     "read_spectra": "tables.files",
+    "relate": "tables.relations",
     "report": "show.report",
     "share": "write.share",
     "write_figures": "show.figures",

@@ -2,6 +2,6 @@
 
 # The order of the help. A command that is not named here comes after these.
 ORDER = (
-    "advise", "spectra", "figures", "redundancy", "compare", "diagnose", "report", "results", "export", "check",
-    "compress", "extract", "share", "watch",
+    "advise", "spectra", "figures", "redundancy", "relate", "compare", "diagnose", "report", "results", "export",
+    "check", "compress", "extract", "share", "watch",
 )  # fmt: skip

@@ -82,6 +82,20 @@ def ablation_of(layers, *, modules=("query", "value"), stack="roberta.encoder.la
     return pd.DataFrame(about | {"metric_name": "matthews_correlation"}).join(table)
 
 
+def relations_of(layers, adapters=8):
+    """Like `relate` of adapters of two tasks; of two adapters where there are many layers."""
+    rng = np.random.default_rng(layers)
+    names = [f"runs/task-{i % 2}/seed-{i // 2}" for i in range(adapters if layers < 32 else 2)]
+    rows = []
+    for i, j in combinations(range(len(names)), 2):
+        for name in (*(f"model.layers.{k}.self_attn.{m}" for k in range(layers) for m in ("q_proj", "v_proj")), ""):
+            cosine = 0.25 * ((j - i) % 2 == 0) + rng.normal(scale=0.03)
+            overlap_in, overlap_out = 0.02 + 0.1 * rng.random(2)
+            rows.append((names[i], names[j], name.rpartition(".")[2] or "all", name, cosine, overlap_in, overlap_out))
+    table = pd.DataFrame(rows, columns=["a", "b", "module", "name", "cosine", "overlap_in", "overlap_out"])
+    return table.assign(expected_in=0.02, expected_out=0.02)
+
+
 @cache
 def tables(layers):
     """Spectra of LoRA and MSPLoRA, two seeds; those of a LoRA run of seven modules."""
@@ -108,6 +122,7 @@ KINDS = {
     ),
     "metric_against_rank": lambda layers: partial(figures.plot_metric_against_rank, ablation_of(layers)),
     "predicted_against_measured": lambda layers: partial(figures.plot_predicted_against_measured, ablation_of(layers)),
+    "relations": lambda layers: partial(figures.plot_relations, relations_of(layers)),
     "comparison": lambda layers: partial(figures.comparison_with_intervals, comparison_table()),
 }
 

@@ -42,6 +42,8 @@ CASES = [
     ("metric_against_rank", 12, "acl-column"),
     ("predicted_against_measured", 12, None),
     ("predicted_against_measured", 12, "neurips"),
+    ("relations", 12, None),
+    ("relations", 32, "acl-column"),
     ("comparison", 12, None),
     ("comparison", 12, "acl-column"),
 ]

@@ -9,7 +9,7 @@ Cholesky factor, Q comes from the Householder QR that ``spectra`` takes there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,11 +83,15 @@ def directions(
     matrices: Sequence[Matrix],
     top_k: int | None = None,
     task: Mapping[Matrix, core.Directions] | None = None,
+    *,
+    dtype: type[np.floating[Any]] = np.float32,
 ) -> Directions:
     """The singular directions of updates of one shape.
 
     top_k: how many of a whole matrix that is too large for all; of a product of factors they are always all. task: the
-    task directions of updates, in terms of their factors. Raises AnalysisError naming the tensor that holds NaN or Inf.
+    task directions of updates, in terms of their factors. dtype: of ``left`` and ``right``.
+
+    Raises AnalysisError naming the tensor that holds NaN or Inf.
     """
     rows, cols = matrices[0].update.rows, matrices[0].update.cols
     limits = [held(matrix, top_k) for matrix in matrices]
@@ -96,8 +100,8 @@ def directions(
         np.zeros((n, most)),
         np.array(limits),
         np.zeros(n, dtype=int),
-        np.zeros((n, most, rows), dtype=np.float32),
-        np.zeros((n, most, cols), dtype=np.float32),
+        np.zeros((n, most, rows), dtype),
+        np.zeros((n, most, cols), dtype),
         np.array([limit == matrix.update.rank for matrix, limit in zip(matrices, limits, strict=True)]),
         *((np.zeros((n, most, most)), np.zeros((n, most, most))) if task is not None else ()),
     )
