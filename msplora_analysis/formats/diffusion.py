@@ -101,6 +101,11 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
             unscaled.append(name)
         if "dora_scale" in extra or "lora_magnitude_vector" in extra:
             decomposed.append(name)
+        if _is_mora(parts, file):
+            raise AnalysisError(
+                f"tensors {parts['down']} and {parts['up']} are one square matrix, as MoRA's are: its update is no "
+                "product of them; analyse the model that it is merged into, with base="
+            )
         matrices.append(layer_matrix(name, _update(parts, file.shapes, scaling)))
     if unscaled and any(".base_layer." in key for key in file.shapes):
         raise AnalysisError(
@@ -173,6 +178,15 @@ def _update(parts: Parts, shapes: Shapes, scaling: float) -> Update:
     else:
         product = low_rank(down, up, shapes)
     return Sum((replace(product, scaling=scaling),))
+
+
+def _is_mora(parts: Parts, file: TensorFile) -> bool:
+    """Whether both factors are one square matrix, which MoRA uses between groups of inputs and outputs."""
+    if "down" not in parts or "up" not in parts:
+        return False
+    shape = file.shapes[parts["down"]]
+    square = len(shape) == 2 and shape[0] == shape[1] > 1 and shape == file.shapes[parts["up"]]
+    return square and np.array_equal(file.read(parts["down"]), file.read(parts["up"]))
 
 
 # Scaling

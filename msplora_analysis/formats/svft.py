@@ -68,7 +68,7 @@ def _update(parts: Parts, file: TensorFile, base: str | None) -> Whole:
     expect_shape(file.shapes, gate, 1)
     for place in (row, col):
         expect_shape(file.shapes, place, count)
-    tensors = (u, v, s, gate)
+    tensors: tuple[str, ...] = (u, v, s, gate)
     if base:
         base_factor(file, base, rows, cols)  # its shape
         tensors += (parts["s_pre"], base)

@@ -97,3 +97,13 @@ def test_tensors_that_were_trained_whole_are_noted_once(tmp_path):
     assert notes == [
         "4 tensors trained whole are left out: classifier.inner.extra_matrix, classifier.weight, pooler.weight, ..."
     ]
+
+
+# kongds/MoRA, peft-mora/src/peft/tuners/lora/layer.py: lora_B is lora_A, of (r', r')
+def test_mora_without_its_configuration(tmp_path):
+    square = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
+    names = [f"base_model.model.l.0.q.lora_{factor}.weight" for factor in "AB"]
+    assert "are one square matrix, as MoRA's are" in error(written(tmp_path, dict.fromkeys(names, square)))
+    path = written(tmp_path, dict(zip(names, (square, square + 1), strict=True)))
+    with open_tensors(path) as file:  # two matrices are a product, even if they are square
+        assert len(read_contents({}, file, Options()).matrices) == 1
