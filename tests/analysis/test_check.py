@@ -229,10 +229,31 @@ def test_nothing_learned(tmp_path):
 
 
 def test_start_that_is_not_zero(tmp_path):
-    path = peft(tmp_path, init_lora_weights="pissa_niter_16")
-    start = by_id(path, "vllm")["start"]
-    assert (start.reader, start.severity) == ("", "error")
-    assert "path_initial_model_for_weight_conversion" in start.remedy
+    path = peft(tmp_path, init_lora_weights="pissa")
+    for reader in ("vllm", "sglang", "tgi", "llama.cpp"):
+        start = by_id(path, reader)["start"]
+        assert start.severity == "error"
+        assert "path_initial_model_for_weight_conversion" in start.remedy
+    assert found(path, "peft") == []  # it splits the model again, to the same B A
+    assert by_id(peft(tmp_path, init_lora_weights="pissa_niter_4"), "peft")["start"].effect == "wrong"  # to another
+
+
+@pytest.mark.parametrize(("init", "same"), [("pissa", True), ("olora", True), ("pissa_niter_4", False)])
+def test_how_peft_splits_again(tmp_path, init, same):
+    lora = pytest.importorskip("peft")
+    import copy
+
+    import torch
+    from test_export import Blocks, save
+
+    torch.manual_seed(0)
+    base, x = Blocks(), torch.ones(1, 12)
+    config = lora.LoraConfig(r=2, lora_alpha=2, target_modules=["query", "value"], init_lora_weights=init)
+    model = lora.get_peft_model(copy.deepcopy(base), config)
+    save(model, tmp_path / "a")
+    torch.manual_seed(1)
+    again = lora.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a")
+    assert torch.allclose(model(x), again(x), atol=1e-5) == same
 
 
 def test_mlx(tmp_path):

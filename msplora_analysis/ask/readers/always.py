@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from msplora_analysis.ask.readers.base import Fault, listed
 from msplora_analysis.ask.readers.facts import Facts
 
-_SPLIT_OFF = ("pissa", "corda", "olora", "lora_ga", "loftq")
-
 
 def declared_ranks(facts: Facts) -> Iterator[Fault]:
     wrong = [module for module in facts.modules if module.rank != module.declared]
@@ -38,21 +36,6 @@ def no_update(facts: Facts) -> Iterator[Fault]:
             f"B is zero in {len(facts.zero)} of {len(facts.modules)} modules: {listed(facts.zero)}",
             "B starts at zero (Hu et al. 2021, arXiv 2106.09685): these were not trained, or were saved too early",
             "train again, and look whether these modules receive gradients",
-        )
-
-
-def start_not_zero(facts: Facts) -> Iterator[Fault]:
-    init = facts.config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_SPLIT_OFF):
-        yield Fault(
-            "start",
-            "error",
-            "wrong",
-            "B A is relative to a changed base model",
-            f"adapter_config.json: init_lora_weights is {init!r}: added to the model as it is published, the update is "
-            "wrong by the B A that training started from",
-            "PEFT, save_pretrained: path_initial_model_for_weight_conversion",
-            "load it in PEFT, and save it with path_initial_model_for_weight_conversion",
         )
 
 
@@ -97,4 +80,4 @@ def wide(facts: Facts) -> Iterator[Fault]:
         )
 
 
-RULES = (declared_ranks, no_update, start_not_zero, rslora, no_alpha, wide)
+RULES = (declared_ranks, no_update, rslora, no_alpha, wide)

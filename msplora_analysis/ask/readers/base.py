@@ -47,6 +47,20 @@ Rule = Callable[[Facts], Iterator[Fault]]
 MERGE = "merge it into the model with PEFT's merge_and_unload, and use that"
 
 
+UNSPLIT = "load it in PEFT as it was trained, and save it with path_initial_model_for_weight_conversion"
+
+
+def start(facts: Facts) -> Iterator[Fault]:
+    """The rule of all readers but PEFT, which splits the base model again."""
+    if facts.split_off:
+        evidence = (
+            f"adapter_config.json: init_lora_weights is {facts.split_off!r}: added to the model as it is published, "
+            "the update is wrong by the B A that training started from"
+        )
+        source = "PEFT, save_pretrained: path_initial_model_for_weight_conversion"
+        yield Fault("start", "error", "wrong", "B A is relative to a changed base model", evidence, source, UNSPLIT)
+
+
 def left_out(source: str, severity: str = "error") -> Rule:
     """The rule of a reader that knows no tensors but factors, and passes over others."""
 

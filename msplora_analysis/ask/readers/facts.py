@@ -81,6 +81,12 @@ class Facts:
     wide: bool
 
     @property
+    def split_off(self) -> str | None:
+        """Of an adapter that started from B A split off the base model, how: PiSSA and others."""
+        init = self.config.get("init_lora_weights")
+        return init.lower() if isinstance(init, str) and init.lower().startswith(_SPLIT_OFF) else None
+
+    @property
     def ranks(self) -> list[int]:
         """All ranks, each once."""
         return sorted({module.rank for module in self.modules})
@@ -91,6 +97,7 @@ class Facts:
         return _METADATA in self.metadata or any(name.endswith(".alpha") for name in self.shapes)
 
 
+_SPLIT_OFF = ("pissa", "corda", "olora", "lora_ga", "loftq")
 _METADATA = "lora_adapter_metadata"  # of diffusers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, listed
+from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, listed, start
 from msplora_analysis.ask.readers.facts import Facts, Module, without
 
 _CONVERTER = "llama.cpp, convert_lora_to_gguf.py"
@@ -36,5 +36,5 @@ READER = Reader(
     to="gguf --base MODEL",
     source=f"{_CONVERTER} writes lora_alpha alone; src/llama-adapter.h divides it by each module's own rank",
     scale=scale,
-    rules=(rest,),
+    rules=(start, rest),
 )

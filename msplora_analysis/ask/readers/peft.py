@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import Fault, Reader, listed
+from msplora_analysis.ask.readers.base import UNSPLIT, Fault, Reader, listed
 from msplora_analysis.ask.readers.facts import Facts
 
 
@@ -19,6 +19,20 @@ def merging(facts: Facts) -> Iterator[Fault]:
             f"{max(facts.ranks, default=0)}: {max(facts.ranks, default=0) ** 0.5:.3g} x)",
             "github.com/huggingface/peft/pull/3449",
             f"before merging: msplora-analyze export {facts.place} --out DIR",
+        )
+
+
+def start(facts: Facts) -> Iterator[Fault]:
+    """PiSSA's exact decomposition and OLoRA's are the same when they are made again; others need not be."""
+    if facts.split_off and facts.split_off not in ("pissa", "olora"):
+        yield Fault(
+            "start",
+            "warning",
+            "wrong",
+            "the base model is split again, and not as it was for training",
+            f"adapter_config.json: init_lora_weights is {facts.split_off!r}: it depends on chance, data or quantisation",
+            "PEFT 0.21.2, measured: outputs differ after loading with pissa_niter_4, not with pissa and olora",
+            UNSPLIT,
         )
 
 
@@ -41,5 +55,5 @@ READER = Reader(
     layouts=("peft",),
     to="peft",
     source="PEFT 0.21, tuners/lora/layer.py",
-    rules=(merging, unknown),
+    rules=(start, merging, unknown),
 )

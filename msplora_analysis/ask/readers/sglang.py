@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, left_out
+from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, left_out, start
 from msplora_analysis.ask.readers.facts import Facts, Module
 
 
@@ -33,5 +33,5 @@ READER = Reader(
     source="SGLang, python/sglang/srt/lora/lora.py: alpha / r; later versions may know more",
     scale=scale,
     scale_severity="warning",
-    rules=(dora, left_out("SGLang, python/sglang/srt/lora/lora_manager.py, load_lora")),
+    rules=(start, dora, left_out("SGLang, python/sglang/srt/lora/lora_manager.py, load_lora")),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, left_out, listed
+from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, left_out, listed, start
 from msplora_analysis.ask.readers.facts import Facts
 from msplora_analysis.ask.readers.vllm import scale
 from msplora_analysis.formats.names import module_of, stack_and_layer
@@ -50,5 +50,5 @@ READER = Reader(
     to="peft",
     source=f"{_CODE}, prepare_weights: r, lora_alpha and use_rslora alone",
     scale=scale,
-    rules=(layers, left_out(f"{_CODE}, map_weights_for_model: lora_A and lora_B alone")),
+    rules=(start, layers, left_out(f"{_CODE}, map_weights_for_model: lora_A and lora_B alone")),
 )

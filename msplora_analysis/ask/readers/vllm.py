@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, listed
+from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, listed, start
 from msplora_analysis.ask.readers.facts import Facts, Module, without
 
 _HELPER = "vLLM, vllm/lora/peft_helper.py"
@@ -77,5 +77,5 @@ READER = Reader(
     to="peft",
     source=f"{_HELPER}: r, lora_alpha and use_rslora alone; rsLoRA since github.com/vllm-project/vllm/pull/6909",
     scale=scale,
-    rules=(refused, ranks, experts),
+    rules=(start, refused, ranks, experts),
 )
