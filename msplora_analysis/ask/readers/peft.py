@@ -30,7 +30,7 @@ def start(facts: Facts) -> Iterator[Fault]:
             "warning",
             "wrong",
             "the base model is split again, and not as it was for training",
-            f"adapter_config.json: init_lora_weights is {facts.split_off!r}: it depends on chance, data or quantisation",
+            f"adapter_config.json: init_lora_weights is {facts.split_off!r}, of chance, data or quantisation",
             "PEFT 0.21.2, measured: outputs differ after loading with pissa_niter_4, not with pissa and olora",
             UNSPLIT,
         )
