@@ -96,13 +96,10 @@ def parse(content: bytes) -> Any:
         >>> parse(b'{"a": [1, 2.5]}')
         {'a': [1, 2.5]}
     """
-    brackets = _STRING.sub(b"", content).translate(None, _NO_BRACKETS)
-    for _ in range(MOST_DEPTH):  # each time the innermost go
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    if len(brackets) > MOST_DEPTH:
+    if content.count(b"[") + content.count(b"{") > MOST_DEPTH and _is_deep(content):
         raise RecordError(f"more than {MOST_DEPTH} levels of lists and objects")
     try:
-        value = json.loads(content.decode("utf-8-sig"), parse_int=_whole)
+        value = _DECODER.decode(content.decode("utf-8-sig"))
         if b"\\u" in content:  # the only way to a lone surrogate, which no file and no terminal takes
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -110,6 +107,14 @@ def parse(content: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         raise RecordError(f"not valid JSON: {error}") from None
     return value
+
+
+def _is_deep(content: bytes) -> bool:
+    """Whether there may be more levels than are parsed."""
+    brackets = _STRING.sub(b"", content).translate(None, _NO_BRACKETS)
+    for _ in range(MOST_DEPTH):  # each time the innermost go
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    return len(brackets) > MOST_DEPTH
 
 
 def read(path: Path, schema: Schema) -> Any:
@@ -186,11 +191,11 @@ def _check_object(value: dict[str, Any], schema: dict[Any, Schema], name: str) -
             for other, item in value.items():
                 check(item, inner, f"{name}.{other}".lstrip("."))
             continue
-        at = f"{name}.{key.rstrip('?')}".lstrip(".")
-        if key.rstrip("?") in value:
-            check(value[key.rstrip("?")], inner, at)
-        elif not key.endswith("?"):
-            raise RecordError(f"{at} is missing")
+        own = key.rstrip("?")
+        if own in value:
+            check(value[own], inner, f"{name}.{own}".lstrip("."))
+        elif own == key:
+            raise RecordError(f"{name}.{own}".lstrip(".") + " is missing")
 
 
 def _is(value: Any, kind: Schema) -> bool:
@@ -218,3 +223,6 @@ def _whole(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits, more than float64 has")
     return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole)  # made anew for every small file, it would take most of the time

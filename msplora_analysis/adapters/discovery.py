@@ -39,6 +39,7 @@ from msplora_analysis.files.addresses import (
     parse,
     parts,
     read_json,
+    same_folder,
     walk,
 )
 from msplora_analysis.files.opening import FULL_NAMES
@@ -112,13 +113,13 @@ def discover(
         for file in without_copies(files):
             # Copies of one adapter in another layout have a name of the same list.
             name = PEFT_NAMES[0] if file.name in PEFT_NAMES else file.name
-            key = identity(file.parent), name
+            key = same_folder(file.parent), name
             if key not in found:
                 with _left_out(failed):
                     found[key] = describe(file), root, read_config(file)
         if not files and len(failed or ()) == before:  # unless all of it was visited before
             top = identity(root).rstrip("/")
-            if not any(f"{folder}/".startswith(f"{top}/") for folder, _ in found):
+            if not any(f"{identity(item.file.parent)}/".startswith(f"{top}/") for item, *_ in found.values()):
                 raise AnalysisError(f"{path}: no {_expected(full)}{_seen(root)}")
 
     configs = [config for *_, config in found.values()]

@@ -14,7 +14,6 @@ PyTorch's distributed ones (``.metadata`` and ``__0_0.distcp``), and verl's ``mo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.files.addresses import Folder, Place, list_folder, natural_key, parts, read_json
+from msplora_analysis.files.addresses import Folder, Place, is_file, list_folder, natural_key, parts, read_json
 from msplora_analysis.files.opening import FULL_NAMES, open_checkpoint, open_tensors
 from msplora_analysis.files.several import METADATA
 from msplora_analysis.formats import looks_like_adapter
@@ -43,7 +42,9 @@ NEED_CONFIG = PEFT_NAMES[:2]
 _STATES = re.compile(r"(?:zero_pp_rank_0+_)?mp_rank_0+_model_states\.pt")
 _RANK_0 = re.compile(r"model_world_size_[0-9]{1,5}_rank_0\.pt")
 _VERL = "lora_train_meta.json"
-_FSDP = "pytorch_model_fsdp.bin"
+_WHOLE = re.compile(
+    "|".join((*map(re.escape, (*FULL_NAMES, METADATA, "pytorch_model_fsdp.bin")), _STATES.pattern, _RANK_0.pattern))
+)
 _LIGHTNING = re.compile(r"(?:(.+)[-_])?epoch=([0-9]{1,18})-step=([0-9]{1,18})(?:-v[0-9]+)?")
 _INSIDE = ("pytorch_model", "pytorch_model_fsdp_0", "lora_adapter")  # folders of a checkpoint: no runs of their own
 _CHECKPOINT = re.compile(r"(checkpoint|ckpt|global_step|step|iteration|iter|epoch)[-_]?([0-9]{1,18})")
@@ -108,13 +109,13 @@ def adapters_in(folder: Folder, *, full: bool = False) -> list[Place]:
 
 def is_whole(file: Place) -> bool:
     """Whether a file, by its name, is of a whole checkpoint, which may stand beside a file of its adapter alone."""
-    names = (*FULL_NAMES, METADATA, _FSDP)
-    return file.name in names or any(kind.fullmatch(file.name) for kind in (_STATES, _RANK_0))
+    return _WHOLE.fullmatch(file.name) is not None
 
 
-def without_copies(files: Iterable[Place]) -> list[Place]:
+def without_copies(files: list[Place]) -> list[Place]:
     """The files but those of whole checkpoints whose adapter stands in a file of its own: beside, or around theirs."""
-    files = list(files)
+    if not any(map(is_whole, files)):
+        return files
     alone = {str(file.parent) for file in files if not is_whole(file)}
     return [
         file
@@ -143,7 +144,7 @@ def check_states(file: Place) -> None:
 def _whole(folder: Folder) -> list[str]:
     """The whole checkpoint in a folder, if an adapter's tensors are in it."""
     for name in sorted(folder.files, key=natural_key):
-        if is_whole(folder.place / name):
+        if _WHOLE.fullmatch(name):
             try:
                 with open_checkpoint(folder.place / name) as tensors:
                     if any(".lora_" in key for key in tensors.shapes) and looks_like_adapter(tensors.shapes):
@@ -156,13 +157,16 @@ def _whole(folder: Folder) -> list[str]:
 
 def _whole_inside(folder: Folder) -> bool:
     """Whether a folder of a checkpoint holds the weights, as DeepSpeed and accelerate have it."""
-    return any(_checkpoint(folder.place / name) or name in _INSIDE for name in folder.folders)
+    return any(name in _INSIDE or _checkpoint(folder.place / name) for name in folder.folders)
 
 
 def config_of(file: Place) -> Place | None:
     """The configuration of a file of weights: beside it; of a whole checkpoint also in the folder around."""
-    folders = (file.parent, file.parent.parent) if is_whole(file) else (file.parent,)
-    return next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
+    beside = file.parent / CONFIG
+    if is_file(beside):
+        return beside
+    around = file.parent.parent / CONFIG
+    return around if is_whole(file) and is_file(around) else None
 
 
 def config_of_verl(file: Place) -> dict[str, Any]:
@@ -217,28 +221,32 @@ def _check_copies(first: Place, second: Place) -> None:
 def describe(file: Place) -> Saved:
     """Run, step and epoch of a file, from the names of its folders, trainer_state.json, and its own name."""
     folder = checkpoint = file.parent
-    run, match = parts(folder), None
+    path = parts(folder)
+    run, own_folder = path, folder.name
     step: int | None = None
     epoch: int | float | None = None
     # The checkpoint is the file's folder, or the one above it: PEFT saves an adapter that is not called "default" in a
     # folder of its own. DeepSpeed has a global_step<n> in a checkpoint-<n>.
-    for place in (folder, folder.parent):
-        if found := _checkpoint(place):
-            checkpoint, match = place, found
-            inner = parts(folder)[len(parts(place)) :]
-            own_runs = [] if _checkpoint(folder) else [name for name in inner if name not in _INSIDE]
-            run = (*parts(place.parent), *own_runs)
+    matches = [_checkpoint(folder), _checkpoint(folder.parent)]
+    for up, found in enumerate(matches, 1):
+        if found:
+            run = path[:-up]
             if found[1] == "epoch":
                 epoch = int(found[2])
             elif step is None:
                 step = int(found[2])
+    match = any(matches)
+    if matches[1]:
+        checkpoint = folder.parent
+        if not matches[0] and own_folder not in _INSIDE:
+            run = (*run, own_folder)
     name_step, name_epoch, own = _from_name(file)
     step = name_step if step is None else step
     epoch = name_epoch if epoch is None else epoch
 
     state = (checkpoint if match else folder) / STATE
     # Beside checkpoints, the state of a run's folder is that of its end: it belongs to the last of them.
-    if own is None and state.is_file() and (match or not _has_checkpoints(folder)):
+    if own is None and is_file(state) and (match or not _has_checkpoints(folder)):
         content = read_json(state, TRAINER_STATE)
         known = _number(state, content, "epoch")
         epoch = epoch if known is None else known

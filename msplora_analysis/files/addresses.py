@@ -64,6 +64,22 @@ def parts(place: Place) -> tuple[str, ...]:
     return (place.parts[1:] or place.parts) if isinstance(place, Path) else place.parts
 
 
+def same_folder(folder: Place) -> str:
+    """The same text for every way to name one folder that is there, in far less time than ``identity``."""
+    if not isinstance(folder, Path):
+        return str(folder)
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise AnalysisError(f"{folder}: cannot be listed: {error.strerror}") from None
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def is_file(place: Place) -> bool:
+    """Whether a file is there."""
+    return os.path.isfile(place) if isinstance(place, Path) else place.is_file()
+
+
 def list_folder(folder: Place) -> Folder:
     """Raises AnalysisError if the folder cannot be listed."""
     if not isinstance(folder, Path):
@@ -93,13 +109,7 @@ def walk(root: Place, visited: set[str]) -> Iterator[Folder]:
 
 
 def _first_time(folder: Place, visited: set[str]) -> bool:
-    name = str(folder)
-    if isinstance(folder, Path):
-        try:
-            status = os.stat(folder)  # resolving every link of a deep path takes far longer
-        except OSError as error:
-            raise AnalysisError(f"{folder}: cannot be listed: {error.strerror}") from None
-        name = f"{status.st_dev}:{status.st_ino}"
+    name = same_folder(folder)
     known = name in visited
     visited.add(name)
     return not known
