@@ -8,6 +8,7 @@ import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Options
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def share(
         from msplora_analysis.show.drawing.venues import style_of
 
         style_of(style)
+        if not figure:
+            raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
     from msplora_analysis.write.share import shared
 
     options = Options(ignore_unknown, semantics.value, moments=moments)

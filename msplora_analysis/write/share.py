@@ -130,6 +130,7 @@ def shared(
         chosen = _ranks(ranks, source)
         ranking = ranked(source, weights if weights != NO_MOMENTS else None, options).modules
         types = _types(source, ranking)
+        _check_sizes(types, chosen)
         before = sum(one.module.update.rank * one.cost for one in ranking)
         rows: list[tuple[Any, ...]] = []
         tensors: dict[str, Array] = {}
@@ -190,6 +191,18 @@ def _types(source: Source, ranking: list[Ranked]) -> list[list[Ranked]]:
         listed = ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else "")
         source.notes.append(f"left out, as MSPLoRA adapts linear modules of numbered layers only: {listed}")
     return [sorted(layers, key=lambda one: natural_key(one.module.name)) for layers in types.values()]
+
+
+def _check_sizes(types: list[list[Ranked]], ranks: Ranks) -> None:
+    """Raises AnalysisError for ranks that MSPLoRA has no module for."""
+    for layers in types:
+        update = layers[0].module.update
+        if max(ranks) > min(update.rows, update.cols):
+            raise AnalysisError(
+                f"ranks={','.join(map(str, ranks))}: {layers[0].module.name} has {update.rows} x {update.cols} "
+                "weights, whose smaller side is the largest rank; give lower ones",
+                "ranks",
+            )
 
 
 def _layer(module: Module) -> int:

@@ -232,6 +232,7 @@ def test_bad_input_is_one_line(tmp_path):
         ({"ranks": (8, 4)}, "ranks=8,4"),
         ({"ranks": (8, 4, 0)}, "layer at least 1"),
         ({"ranks": (0, 0, 2)}, "one of the others"),
+        ({"ranks": (17, 1, 1)}, "16 x 24 weights"),
         ({"groups": 0}, "groups=0"),
         ({"weights": "moments"}, "no moments"),
         ({"format": "txt"}, "format=txt"),
