@@ -46,6 +46,8 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         alpha = number(config, "lora_alpha", 1)
         scaling = alpha if alpha > 0 else float(rank)
         if counted := parts.get("ranknum"):
+            if math.prod(shapes[counted]) != 1:
+                raise AnalysisError(f"tensor {counted} has shape {list(shapes[counted])}; expected one number")
             inner, scaling = Factor((a, e, counted), rank, cols, _over_ranknum), scaling
         else:
             inner, scaling = Factor((a, e), rank, cols, rows_scaled), scaling / (rank + 1e-5)

@@ -26,6 +26,7 @@ class Layers(torch.nn.Module):
         super().__init__()
         self.linear = torch.nn.Linear(12, 18)
         self.odd = torch.nn.Linear(14, 18)
+        self.narrow = torch.nn.Linear(20, 8)
         self.conv = torch.nn.Conv2d(3, 8, 3)
         self.embedding = torch.nn.Embedding(11, 7)
 
@@ -147,7 +148,7 @@ def test_miss_without_its_base_or_with_another(tmp_path):
         ma.load_spectra(adapter, base=base, cache=False)
 
 
-# C3A, HiRA, (IA)³
+# C3A, HiRA, (IA)³, RandLoRA
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,7 @@ def test_miss_without_its_base_or_with_another(tmp_path):
         peft.HiraConfig(r=3, target_modules=["linear"]),
         peft.IA3Config(target_modules=["linear"], feedforward_modules=[]),
         peft.IA3Config(target_modules=["linear"], feedforward_modules=["linear"]),
+        peft.RandLoraConfig(r=3, randlora_alpha=12, target_modules=["linear", "odd", "narrow"]),
     ],
 )
 def test_updates_of_the_base_and_of_full_rank(tmp_path, config):

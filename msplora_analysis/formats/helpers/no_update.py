@@ -36,7 +36,6 @@ REASONS = {
     "PROMPT_TUNING": _PROMPT,
     "PSOFT": _SUBSPACE + _CONVERT,
     "P_TUNING": _PROMPT,
-    "RANDLORA": f"its update sums scaled random bases up to full rank{_CONVERT}",
     "ROAD": "it rotates and scales pairs of activations; the update is the base weight with rotated rows",
     "SHADOW": "it runs a small network beside the model, and changes no weight",
     "SHIRA": _SPARSE,
