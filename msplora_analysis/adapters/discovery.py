@@ -23,6 +23,7 @@ from msplora_analysis.adapters.layouts import (
     Saved,
     adapters_in,
     config_of,
+    config_of_opendelta,
     config_of_verl,
     dangling,
     describe,
@@ -200,7 +201,7 @@ def read_config(file: Place) -> dict[str, Any]:
     """The adapter_config.json beside a file of weights, else what its format has in its place; empty without any."""
     if path := config_of(file):
         return read_json(path, {"peft_type?": str})
-    if config := config_of_verl(file):
+    if config := config_of_verl(file) or config_of_opendelta(file):
         return config
     beside = [file.parent / name for name in config_files(file.name)]
     return {

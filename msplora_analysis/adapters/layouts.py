@@ -56,6 +56,7 @@ _OTHER = re.compile(
     r"model(-[0-9]+-of-[0-9]+)?\.safetensors|(diffusion_)?pytorch_model(_fsdp)?\b.*|optim.*|scheduler.*|scaler.*"
     r"|rng_state.*|training_args.*|recipe_state.*|(bf16_|fp16_)?(zero_pp|mp)_rank_.*|(model|extra_state)_world_size_.*|\..*"
 )
+_FACTORS = re.compile(r"\.(lora_|adapter)")
 _PROMISING = re.compile("adapter|lora", re.IGNORECASE)
 _FEW = 4  # names that a message shows
 
@@ -147,7 +148,7 @@ def _whole(folder: Folder) -> list[str]:
         if _WHOLE.fullmatch(name):
             try:
                 with open_checkpoint(folder.place / name) as tensors:
-                    if any(".lora_" in key for key in tensors.shapes) and looks_like_adapter(tensors.shapes):
+                    if any(_FACTORS.search(key) for key in tensors.shapes) and looks_like_adapter(tensors.shapes):
                         return [name]
             except AnalysisError:
                 if CONFIG in folder.files or _VERL in folder.files or name == METADATA:
@@ -176,6 +177,15 @@ def config_of_verl(file: Place) -> dict[str, Any]:
         return {}
     about = read_json(place)
     return {"peft_type": "LORA"} | {key: about[key] for key in ("r", "lora_alpha") if key in about}
+
+
+def config_of_opendelta(file: Place) -> dict[str, Any]:
+    """The config.json that OpenDelta leaves beside pytorch_model.bin; empty where it is that of a model."""
+    place = file.parent / "config.json"
+    if file.name != "pytorch_model.bin" or not is_file(place):
+        return {}
+    about = read_json(place)
+    return about if "delta_type" in about else {}
 
 
 def missing_config(file: Place) -> AnalysisError:

@@ -128,6 +128,8 @@ class TorchFile(TensorFile):
         """The dictionary of tensors that the file is, or that it holds under a name that is usual."""
         if type(loaded) is Stored and isinstance(self._file.raw, Window):
             return {"": loaded}
+        if pairs := _pairs(loaded):
+            return pairs
         if not isinstance(loaded, dict):
             raise AnalysisError(f"{self.path}: expected a dictionary of named tensors, got {kind_of(loaded)}")
         inner = [loaded[name] for name in NESTED if type(loaded.get(name)) is dict and loaded[name]]
@@ -165,6 +167,19 @@ class TorchFile(TensorFile):
 
     def _error(self, what: str) -> AnalysisError:
         return AnalysisError(f"{self.path}: not a file of PyTorch's tensors: {what}; save or copy it again")
+
+
+def _pairs(loaded: Any) -> dict[str, Stored]:
+    """The tensors of cloneofsimo's lora, a list of up and down by turns, by the names that its safetensors have."""
+    if (
+        type(loaded) is not list
+        or len(loaded) % 2
+        or any(type(one) is not Stored or len(one.shape) < 2 for one in loaded)
+    ):
+        return {}
+    if any(up.shape[1] != down.shape[0] for up, down in zip(loaded[::2], loaded[1::2], strict=True)):
+        return {}
+    return {f"lora:{i // 2}:{('up', 'down')[i % 2]}": tensor for i, tensor in enumerate(loaded)}
 
 
 class Window(io.RawIOBase):

@@ -23,7 +23,7 @@ from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.base import base_factor, needed_base
 from msplora_analysis.formats.helpers.parts import dora_note, layer_matrix, make_product, pair_factors
 from msplora_analysis.formats.helpers.settings import by_pattern, check_rank, count, needed_count, needed_number, table
-from msplora_analysis.formats.helpers.structures import block_diagonal, joined, rows_scaled
+from msplora_analysis.formats.helpers.structures import block_diagonal, expert_matrices, joined, rows_scaled
 from msplora_analysis.formats.names import PREFIX, module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import (
@@ -50,6 +50,8 @@ _TRAINING_ONLY = {
     "velora_config": r"(?P<name>.+)\.lora_velora_embed(?:\..+)?",
 }
 _MAGNITUDE = r"(?P<name>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?"
+# All experts of a layer in one tensor, as Tinker and SGLang have it: A (experts, r, in), or one that all share.
+_EXPERTS = re.compile(r"\.experts\.w[123]$")
 _DIAGONAL = r"(?P<name>.+)\.lora_diag(?:\.[^.]+)?"
 
 _REFUSED = {
@@ -192,6 +194,12 @@ def _matrices(unit: str, a: str, b: str, diagonal: str | None, settings: _Settin
     ``unit`` is the path before ".lora_A". PEFT puts a base_layer into it for the output projection
     of nn.MultiheadAttention, and for every but the last of the adapted parameters of one module.
     """
+    if _EXPERTS.search(unit) and len(shapes[a]) == len(shapes[b]) == 3:
+        rank, alpha = settings.rank_and_alpha(a, [unit])
+        check_rank(a, shapes[a][1], rank)
+        scaling = alpha / (math.sqrt(rank) if settings.config.get("use_rslora") else rank)
+        yield from expert_matrices(unit, a, b, scaling, shapes)
+        return
     parameters = _parameters(unit, shapes[a], settings)
     rank, alpha = settings.rank_and_alpha(a, parameters or [_bare(unit)])
     name = unit.replace(".base_layer.", ".")

@@ -102,12 +102,16 @@ def block_diagonal(values: NDArray[Any], blocks: int) -> NDArray[np.float64]:
 
 
 def expert_matrices(name: str, a: str, b: str, scaling: float, shapes: Shapes) -> Iterator[Matrix]:
-    """The matrix of each expert of A (experts, rank, in) and B (experts, out, rank), called ``<name>.<expert>``."""
-    experts, rank, cols = expect_shape(shapes, a, None, None, None)
-    _, rows, _ = expect_shape(shapes, b, experts, None, rank)
-    for i in range(experts):
-        make = partial(expert, index=i)
-        update = Sum((Product(Factor((a,), rank, cols, make), Factor((b,), rows, rank, make), scaling),))
+    """The matrix of each expert of A (experts, rank, in) and B (experts, out, rank), called ``<name>.<expert>``.
+
+    One of the two may be of one expert: all share it.
+    """
+    of_a, rank, cols = expect_shape(shapes, a, None, None, None)
+    of_b, rows, _ = expect_shape(shapes, b, of_a if of_a > 1 and shapes[b][:1] != (1,) else None, None, rank)
+    for i in range(max(of_a, of_b)):
+        inner = Factor((a,), rank, cols, partial(expert, index=i if of_a > 1 else 0))
+        outer = Factor((b,), rows, rank, partial(expert, index=i if of_b > 1 else 0))
+        update = Sum((Product(inner, outer, scaling),))
         yield Matrix("layer", stack_and_layer(name)[1], module_of(name), f"{name}.{i}", update)
 
 
@@ -144,8 +148,8 @@ def transposed(tensor: NDArray[Any]) -> Array:
 
 
 def rows_of(tensor: NDArray[Any], start: int, count: int) -> Array:
-    """``count`` rows of a matrix, in float64."""
-    return tensor[start : start + count].astype(np.float64)
+    """``count`` rows of a matrix, whose further axes are of one element, in float64."""
+    return tensor[start : start + count].reshape(count, -1).astype(np.float64)
 
 
 def rows_transposed(tensor: NDArray[Any], start: int, count: int) -> Array:
