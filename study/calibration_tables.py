@@ -30,6 +30,7 @@ MEASURES = {
     "input_energy": "input-weighted energy",
     "output_energy": "output-weighted energy",
     "task_energy": "task-weighted energy",
+    "predicted_alone": "gates, each module alone",
     "predicted_kl": "KL predicted by gates",
 }
 NAMES = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
@@ -52,6 +53,7 @@ def plots(measured: pd.DataFrame, examples: pd.DataFrame) -> Iterator[Plot]:
     """Every table, with its figure if it has one."""
     yield Plot("correlations", correlations(measured), draw_correlations)
     yield Plot("ratios", ratios(measured))
+    yield Plot("ratios_by_cut", ratios_by_cut(measured))
     yield Plot("predicted_against_measured", points(measured), draw_predicted)
     yield Plot("compression", compression(measured), draw_compression)
     yield Plot("limits", limits(measured))
@@ -106,6 +108,18 @@ def ratios(measured: pd.DataFrame) -> pd.DataFrame:
         within = grouped.agg(lambda ratio: ratio.between(0.5, 2).mean()).rename("within_factor_2")
         rows.append(grouped.agg(cuts="count", **_quantiles(10, 50, 90)).join(within).reset_index().assign(by=by))
     return pd.concat(rows).round(3).set_index("by").reset_index()
+
+
+def ratios_by_cut(measured: pd.DataFrame) -> pd.DataFrame:
+    """Measured over predicted KL of cuts predicted to be small, by kind; and of MiniLM's modules, by name."""
+    table = cuts(measured)
+    table = table[table["predicted_kl"].between(1e-5, SMALL) & ~table["task"].isin(REGRESSIONS)]
+    kinds = table.assign(what="")
+    modules = table[(table["cut"] == "module") & (table["model"] == "minilm")]
+    both = pd.concat([kinds.assign(cut="all"), kinds, modules])
+    grouped = both.groupby(["model", "cut", "what"])["ratio"]
+    within = grouped.agg(lambda ratio: ratio.between(0.5, 2).mean()).rename("within_factor_2")
+    return grouped.agg(cuts="count", **_quantiles(10, 50, 90)).join(within).round(3).reset_index()
 
 
 def compression(measured: pd.DataFrame) -> pd.DataFrame:
