@@ -50,6 +50,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.tables.relations import relate as relate
     from msplora_analysis.write.concatenate import export as export
     from msplora_analysis.write.extract import extract as extract
+    from msplora_analysis.write.merge import merge as merge
     from msplora_analysis.write.share import share as share
     from msplora_analysis.write.truncate import compress as compress
 
@@ -71,6 +72,7 @@ _MODULES = {
     "load_spectra": "tables.load",
     "load_tables": "tables.load",
     "plot_layers_share": "show.figures.layers_share",
+    "merge": "write.merge",
     "plot_metric_against_rank": "show.figures.metric_against_rank",
     "plot_predicted_against_measured": "show.figures.predicted_against_measured",
     "plot_relations": "show.figures.relations",

@@ -1,0 +1,102 @@
+"""Merging adapters of LLaMA-2-7B's size (r 64, seven linears) by SVD, beside what PEFT computes for it.
+
+    python benchmarks/merging.py --adapters 2 --layers 2
+    python benchmarks/merging.py --adapters 8 --layers 1 --no-peft
+
+PEFT's add_weighted_adapter(combination_type="svd") adds dense updates and decomposes each sum in float32
+(torch.linalg.svd). Both are timed module by module on a few layers, in fresh processes; the whole model has 32, and its
+time is so many times theirs. Peak memory is that of a process beyond its own start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from typing import Any
+
+LAYER = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096)} | {
+    "gate": (11008, 4096),
+    "up": (11008, 4096),
+    "down": (4096, 11008),
+}
+RANK = 64
+
+
+def _factors(adapters: int, rows: int, cols: int) -> Any:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return [
+        (rng.standard_normal((RANK, cols), np.float32), rng.standard_normal((rows, RANK), np.float32))
+        for _ in range(adapters)
+    ]
+
+
+def ours(adapters: int, shapes: Any) -> float:
+    import numpy as np
+
+    from msplora_analysis.compute.merging.protocol import Part, Settings
+    from msplora_analysis.compute.merging.svd import merge
+
+    seconds = 0.0
+    for rows, cols in shapes:
+        parts = [
+            Part(a.astype(np.float64), b.astype(np.float64), 1.0, np.ones(RANK))
+            for a, b in _factors(adapters, rows, cols)
+        ]
+        start = time.perf_counter()
+        merge(parts, Settings(rank=RANK))
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+def pefts(adapters: int, shapes: Any) -> float:
+    import torch
+
+    seconds = 0.0
+    for rows, cols in shapes:
+        pairs = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in _factors(adapters, rows, cols)]
+        start = time.perf_counter()
+        deltas = [b @ a for a, b in pairs]
+        whole = sum(deltas)
+        u, sigma, vt = torch.linalg.svd(whole, full_matrices=True)
+        _ = u[:, :RANK] @ torch.diag(sigma[:RANK]), vt[:RANK]
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+def _in_process(work: Any, adapters: int, shapes: Any, queue: Any) -> None:
+    import numpy as np  # noqa: F401
+    import torch  # noqa: F401
+
+    work(adapters, [(256, 256)])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = work(adapters, shapes)
+    queue.put((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=2)
+    parser.add_argument("--modules", default=",".join(LAYER), help="of a layer, such as q,up")
+    parser.add_argument("--peft", default="q", help="modules that PEFT's way is timed on; empty: none")
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    for name, work, modules in (("msplora", ours, options.modules), ("PEFT", pefts, options.peft)):
+        shapes = [LAYER[module] for module in modules.split(",") if module]
+        if not shapes:
+            continue
+        queue = context.Queue()
+        process = context.Process(target=_in_process, args=(work, options.adapters, shapes, queue))
+        process.start()
+        seconds, memory = queue.get()
+        process.join()
+        about = {"who": name, "adapters": options.adapters, "modules": modules}
+        print(json.dumps(about | {"seconds": round(seconds, 2), "peak_mb": round(memory)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

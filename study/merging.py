@@ -1,0 +1,94 @@
+"""What merging costs the tasks: every method, pairs and triples of four tasks (docs/merge.md).
+
+    python study/merging.py --calibration FOLDER --data-dir glue --out figures/merging
+
+Of the MiniLM runs of study/calibration.py: LoRA rank 8, seed 0. Each task is evaluated with its own head and the merged
+update, on its first EXAMPLES validation examples. Methods that add have a weight of 1 / n each, those that take a mean
+have 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from relations import TASKS, adapters, added, factors_of
+
+ADD, MEAN = ("cat", "svd", "linear", "dare", "tsv", "iso"), ("ties", "knots", "lego")
+EXAMPLES = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", type=Path, required=True, help="folder of study/calibration.py")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_validation.jsonl[.gz]")
+    parser.add_argument("--out", type=Path, default=Path("figures/merging"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = pd.DataFrame(_rows(options))
+    table.round(4).to_csv(options.out / "tasks.csv", index=False)
+    kept = table.groupby(["n", "method", "task"])["metric"].mean().unstack()
+    print(kept.round(3).to_string())
+
+
+def _rows(options: Any) -> Iterator[dict[str, Any]]:
+    import torch
+
+    import msplora_analysis as ma
+    from msplora_core.measure.loading import load_subject
+
+    torch.set_num_threads(1)
+    own = {
+        name.split("/")[0]: path for name, path in adapters(options.calibration, ("lora-8",)).items() if name[-1] == "0"
+    }
+    merged: dict[tuple[tuple[str, ...], str], Any] = {}
+    sets = [chosen for n in (2, 3) for chosen in combinations(TASKS, n)]
+    with tempfile.TemporaryDirectory() as folder:
+        for chosen in sets:
+            for method in (*ADD, *MEAN):
+                out = Path(folder) / "-".join((*chosen, method))
+                share = 1 / len(chosen) if method in ADD else 1.0
+                ma.merge([own[task] for task in chosen], out, method=method, weights=[share] * len(chosen))
+                merged[chosen, method] = factors_of(out)
+    for task, path in own.items():
+        subject = load_subject(path, data_dir=options.data_dir, model=str(options.calibration / "models" / "minilm"))
+        batches = subject.batches("validation", examples=EXAMPLES, batch_size=64, by_length=True)
+        before = factors_of(path)
+        yield {"n": 1, "tasks": task, "method": "alone", "task": task, "metric": evaluated(subject, batches, {})}
+        without = {name: (a, -b) for name, (a, b) in before.items()}
+        yield {"n": 0, "tasks": "", "method": "none", "task": task, "metric": evaluated(subject, batches, without)}
+        for (chosen, method), update in merged.items():
+            if task in chosen:
+                change = {
+                    name: (torch.cat([a, before[name][0]]), torch.cat([b, -before[name][1]], dim=1))
+                    for name, (a, b) in update.items()
+                }
+                about = {"n": len(chosen), "tasks": "+".join(chosen), "method": method, "task": task}
+                yield about | {"metric": evaluated(subject, batches, change)}
+        print(task, flush=True)
+
+
+def evaluated(subject: Any, batches: Any, update: Any) -> float:
+    """The task's metric with another update besides the adapter's own."""
+    import torch
+
+    from msplora_core.train.evaluation import metric_value
+
+    with torch.no_grad(), added(subject.model, update):
+        values = torch.cat([subject.model(**batch).logits for batch in batches]).float().numpy()
+    labels = np.concatenate([batch["labels"].numpy() for batch in batches])
+    found = metric_value(subject.task.metric, values, labels, np.ones((1, len(labels))))
+    return float(np.asarray(found).ravel()[0])
+
+
+if __name__ == "__main__":
+    main()
