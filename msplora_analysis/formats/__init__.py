@@ -24,7 +24,7 @@ from msplora_analysis.options import Options
 ENTRY_POINTS = "msplora.formats"
 
 # The checkpoints of a run have one header, one config and so the same contents.
-_last: tuple[tuple[Shapes, Config, Options], Contents] | None = None
+_last: tuple[tuple[Shapes, Shapes | None, Config, Options], Contents] | None = None
 
 
 def read_contents(config: Config, file: TensorFile, options: Options) -> Contents:
@@ -40,7 +40,7 @@ def read_contents(config: Config, file: TensorFile, options: Options) -> Content
             name the file.
     """
     global _last
-    key = (file.shapes, config, options)
+    key = (file.shapes, file.base, config, options)
     if _last is not None and _last[0] == key:
         return _last[1]
     known = find_format(config, file)

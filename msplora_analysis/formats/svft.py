@@ -25,6 +25,7 @@ from msplora_analysis.options import Options
 
 _LAYER = ".svft_layer."
 _NEEDED = ("u", "v", "s", "gate", "s_row", "s_col")
+_BEFORE = ("s_pre", "s_pre_row", "s_pre_col")
 _NOTE = (
     "SVFT (arXiv 2405.19597): the spectra are of u M v, what training put between the singular vectors of a weight; "
     "where fewer than all of these were kept, base= shows the whole change"
@@ -38,10 +39,12 @@ def _has_layers(names: Collection[str]) -> bool:
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per adapted module."""
     modules: dict[str, Parts] = {}
-    left = 0
+    unknown, left = [], 0
     for key, shape in file.shapes.items():
         name, found, part = key.rpartition(_LAYER)
-        if found:
+        if found and part not in (*_NEEDED, *_BEFORE):
+            unknown.append(key)
+        elif found:
             modules.setdefault(name, {})[part] = key
         else:
             left += len(shape) > 1
@@ -50,7 +53,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     notes = [] if bases else [_NOTE]
     if left:
         notes.append(f"a whole model: {left} of its weights are not adapted, and left out")
-    return contents(matrices, (), notes)
+    return contents(matrices, unknown, notes)
 
 
 def _update(parts: Parts, file: TensorFile, base: str | None) -> Whole:
@@ -71,6 +74,7 @@ def _update(parts: Parts, file: TensorFile, base: str | None) -> Whole:
     tensors: tuple[str, ...] = (u, v, s, gate)
     if base:
         base_factor(file, base, rows, cols)  # its shape
+        expect_shape(file.shapes, parts["s_pre"], n)
         tensors += (parts["s_pre"], base)
     make = partial(_between, where=f"{file.path}: tensors {row} and {col}")
     return Whole(Factor(tensors, rows, cols, make, (row, col)))

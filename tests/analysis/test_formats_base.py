@@ -304,6 +304,19 @@ def test_svft_whose_frozen_parts_are_not_saved(tmp_path, lost):
         ma.load_spectra(other(tmp_path / "a", tensors), cache=False)
 
 
+def test_svft_with_parts_that_do_not_fit(tmp_path):
+    tensors, *_ = svft(5)
+    key = "model.l.0.q.svft_layer"
+    base = other(tmp_path / "base", BASE)
+    with pytest.raises(AnalysisError, match=r"s_pre has shape \[4\]; expected \[5\]"):
+        ma.load_spectra(other(tmp_path / "a", {**tensors, f"{key}.s_pre": values(4)}), base=base, cache=False)
+    with pytest.raises(AnalysisError, match=f"unknown tensors.*{key}.other"):
+        ma.load_spectra(other(tmp_path / "b", {**tensors, f"{key}.other": values(4)}), cache=False)
+    empty = other(tmp_path / "empty", {**BASE, "model.l.0.q.weight": values(0, COLS)})
+    with pytest.raises(AnalysisError, match=r"model.l.0.q.weight of the base has shape \[0, 12\]: empty"):
+        ma.load_spectra(other(tmp_path / "c", tensors), base=empty, cache=False)
+
+
 # Export with the base
 
 

@@ -71,6 +71,8 @@ def needed_base(file: TensorFile, modules: Iterable[str], why: str) -> dict[str,
     found = align(wanted, [name.removeprefix(BASE) for name in file.base])
     if lost := next((name for name in wanted if name not in found), None):
         raise AnalysisError(f"{wanted[lost]} is adapted, and has no weight in the base; is it another model?", "base")
+    if empty := next((name for name in found.values() if 0 in file.base[BASE + name]), None):
+        raise AnalysisError(f"tensor {empty} of the base has shape {list(file.base[BASE + empty])}: empty", "base")
     return {module: BASE + found[name] for name, module in wanted.items()}
 
 
