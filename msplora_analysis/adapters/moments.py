@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.tensors import State, state_of
 from msplora_analysis.options import NO_MOMENTS, Options
 from msplora_core.errors import TrainingError
 from msplora_core.moments import MOMENTS, Moments, read_moments
@@ -30,17 +31,19 @@ def have_moments(adapters: Iterable[Adapter], options: Options) -> bool:
     return any(moments_file(adapter, options) is not None for adapter in adapters)
 
 
-def open_moments(path: Path, *, scores: Collection[str] = ()) -> Moments:
+def open_moments(path: Path, states: dict[Path, State], *, scores: Collection[str] = ()) -> Moments:
     """What a file of moments holds.
 
     Args:
         path: The file.
+        states: Of the files that were opened for the work; that of this one is added.
         scores: Of which bases to read the scores too.
 
     Raises:
         AnalysisError: it is none, or cannot be read; the message names it.
     """
     try:
+        states[path] = state_of(path)
         return read_moments(path, scores=scores)
     except TrainingError as error:
         raise AnalysisError(str(error)) from None

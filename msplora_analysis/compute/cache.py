@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.moments import moments_file
@@ -27,6 +29,7 @@ from msplora_analysis.compute.results import Row, Spectra
 from msplora_analysis.files.opening import is_of_several
 from msplora_analysis.files.tensors import State, state_of
 from msplora_analysis.options import Options
+from msplora_core import records
 from msplora_core.version import __version__
 
 DIRECTORY_VARIABLE = "MSPLORA_CACHE"  # a folder; empty: no cache
@@ -34,6 +37,9 @@ DIRECTORY_VARIABLE = "MSPLORA_CACHE"  # a folder; empty: no cache
 _VERSION = 2  # of what is stored and how it is computed: raise it when either changes
 _KEPT = 90 * 86_400  # seconds after which an entry that nobody asked for is dropped
 _SETTLED = 2.0  # seconds: a file changed more recently may change again within one tick of its clock
+_MOST_BYTES = 2**28  # of the text of an entry; a compressed one may unpack to any size
+_STORED: records.Schema = {"rows": [[object]], "lengths": [int], "unknown": [str], "notes": [object]}
+_ROW: tuple[records.Schema, ...] = (str, (int, None), str, str, int, int, int, (float, None))  # the fields of Row
 
 
 def open_cache() -> Cache | None:
@@ -92,15 +98,17 @@ class Cache:
             found = self._database.execute(asked, (key,)).fetchone()
             if found is None or found[3] != _digest(key, *found[:2]):
                 return None
-            stored = json.loads(zlib.decompress(found[0]))
+            stored = records.parse(_unpacked(found[0]))
+            records.check(stored, _STORED)
             rows = [Row(*row) for row in stored["rows"]]
             values = np.frombuffer(found[1], dtype="<f8")
-            ends = np.cumsum(stored["lengths"])
-            if len(ends) not in (len(rows), 2 * len(rows)) or (len(ends) and ends[-1] != len(values)):
+            lengths = stored["lengths"]
+            if not _make_sense(rows, lengths, values) or not all(isinstance(note, str) for note in stored["notes"]):
                 return None
+            ends = np.cumsum(lengths)
             if abs(time.time() - found[2]) > _KEPT / 10:
                 self._write("UPDATE spectra SET used = ? WHERE key = ?", int(time.time()), key)
-        except (sqlite3.Error, ValueError, KeyError, TypeError, zlib.error):
+        except (sqlite3.Error, ValueError, TypeError, zlib.error):
             return None
         spectra = np.split(values, ends[:-1])
         sigma, task = spectra[: len(rows)], spectra[len(rows) :]
@@ -136,6 +144,26 @@ class Cache:
 
     def close(self) -> None:
         self._database.close()
+
+
+def _unpacked(compressed: bytes) -> bytes:
+    unpacker = zlib.decompressobj()
+    text = unpacker.decompress(compressed, _MOST_BYTES)
+    if not unpacker.eof:
+        raise ValueError("larger than any entry is, or cut off")
+    return text
+
+
+def _make_sense(rows: Sequence[Row], lengths: Sequence[int], values: NDArray[np.float64]) -> bool:
+    """Whether rows and values can be what was kept: an entry is a stranger's as any file is."""
+    if len(lengths) not in (len(rows), 2 * len(rows)) or min(lengths, default=0) < 0 or sum(lengths) != len(values):
+        return False
+    for row, length in zip(rows, lengths, strict=False):
+        if not all(map(records.fits, row, _ROW)) or length > min(row.rows, row.cols):
+            return False
+        if row.frobenius is not None and not math.isfinite(row.frobenius):
+            return False
+    return bool(np.isfinite(values).all() and (values >= 0).all())
 
 
 Identity = list[tuple[str, State]]  # real path and state of every file that decides a result

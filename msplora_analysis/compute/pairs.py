@@ -93,7 +93,7 @@ def _task(
     if path is None:
         return None
     checked = matrices if piece.part == 0 else ()  # once is enough
-    return _Task(matrices, fitting(file, path, open_moments(path).modules, matrices, checked, notes))
+    return _Task(matrices, fitting(file, path, open_moments(path, file.states).modules, matrices, checked, notes))
 
 
 def _places(matrices: Sequence[Matrix]) -> dict[tuple[Any, ...], list[Matrix]]:

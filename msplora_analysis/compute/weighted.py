@@ -17,7 +17,7 @@ import numpy as np
 from msplora_analysis.adapters.moments import open_moments
 from msplora_analysis.compute.linalg.spectra import Array, value
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.tensors import TensorFile, state_of
+from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.updates import Factor, Matrix, Product, Sum
 from msplora_core.moments import ModuleMoments, directions
 
@@ -61,9 +61,7 @@ def task_spectra(
     Raises:
         AnalysisError: the moments are not those of this adapter, or their file is broken.
     """
-    if path.is_file():  # else what opens it says so
-        file.states |= {path: state_of(path)}
-    modules = fitting(file, path, open_moments(path).modules, everything, wanted, notes)
+    modules = fitting(file, path, open_moments(path, file.states).modules, everything, wanted, notes)
     weights = weights_of(wanted, modules)
     return [directions(*weights[m]).sigma if m in weights else np.empty(0) for m in wanted]
 

@@ -92,7 +92,7 @@ def ranked(source: Source, weights: str | None, options: Options) -> Ranking:
     basis = "task" if by_task else "plain"
     served, draws = {}, 1
     if path is not None:
-        moments = open_moments(path, scores=(basis,))
+        moments = open_moments(path, source.file.states, scores=(basis,))
         matrices = [module.matrix for module in source.modules]
         served = fitting(source.file, path, moments.modules, source.matrices, matrices, [])
         draws = moments.about.get("draws", 1)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sqlite3
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from adapters import lora_config, lora_tensors, write_adapter
+from moment_cases import lora_factors, random_tokens, write_moments
 from safetensors.numpy import save_file
 
+import msplora_analysis as ma
 from msplora_analysis import AnalysisError, load_redundancy, load_spectra
 from msplora_analysis.compute import tasks
 
@@ -185,6 +188,82 @@ def test_a_number_that_rots_in_the_cache_is_computed_again(old, cache):
         (sigma,) = database.execute("SELECT sigma FROM spectra").fetchone()
         database.execute("UPDATE spectra SET sigma = ?", (sigma[:-1] + bytes([sigma[-1] ^ 1]),))
     pd.testing.assert_frame_equal(load_spectra(old), expected, check_exact=True)
+
+
+SENSELESS = {
+    "a shape of no matrix": lambda stored: stored["rows"][0].__setitem__(4, -1),
+    "more values than a matrix has": lambda stored: stored["rows"][0].__setitem__(5, 1),
+    "lengths that do not add up": lambda stored: stored["lengths"].__setitem__(0, 2**62),
+    "a name that is a number": lambda stored: stored["rows"][0].__setitem__(3, 7),
+    "a scale that is a list": lambda stored: stored["rows"][0].__setitem__(0, ["layer"]),
+    "notes that are none": lambda stored: stored.__setitem__("notes", 3),
+    "no unknown tensors": lambda stored: stored.pop("unknown"),
+    "a norm that is none": lambda stored: stored["rows"][0].__setitem__(7, float("nan")),
+}
+
+
+@pytest.mark.parametrize("spoil", SENSELESS.values(), ids=SENSELESS)
+def test_an_entry_without_sense_is_computed_again_though_its_digest_is_right(old, cache, spoil):
+    from msplora_analysis.compute.cache import _digest
+
+    expected = load_spectra(old)
+    (file,) = cache.glob("*.sqlite")
+    with sqlite3.connect(file) as database:
+        key, rows, sigma = database.execute("SELECT key, rows, sigma FROM spectra").fetchone()
+        stored = json.loads(zlib.decompress(rows))
+        spoil(stored)
+        rows = zlib.compress(json.dumps(stored).encode())
+        database.execute("UPDATE spectra SET rows = ?, digest = ?", (rows, _digest(key, rows, sigma)))
+    pd.testing.assert_frame_equal(load_spectra(old), expected, check_exact=True)
+
+
+def test_an_entry_that_would_unpack_to_gigabytes_is_computed_again(old, cache):
+    from msplora_analysis.compute.cache import _digest
+
+    expected = load_spectra(old)
+    (file,) = cache.glob("*.sqlite")
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(2**24)) for _ in range(20)) + packer.flush()
+    with sqlite3.connect(file) as database:
+        key, sigma = database.execute("SELECT key, sigma FROM spectra").fetchone()
+        database.execute("UPDATE spectra SET rows = ?, digest = ?", (rows, _digest(key, rows, sigma)))
+    pd.testing.assert_frame_equal(load_spectra(old), expected, check_exact=True)
+
+
+# Moments beside an adapter
+
+
+@pytest.mark.parametrize("command", ["pairs", "compress", "advise"])
+def test_moments_that_are_replaced_while_they_are_used(old, tmp_path, monkeypatch, command):
+    from msplora_analysis.adapters import moments
+
+    factors = lora_factors(tensors(1), lora_config()["lora_alpha"] / 3)
+    file = write_moments(old, factors, {name: random_tokens(40, 30, examples=4) for name in factors})
+    fresh = load_redundancy(old).pairs
+    read, left = moments.read_moments, [1]
+
+    def disturbed(path, **options):
+        found = read(path, **options)
+        if left:
+            left.pop()
+            shutil.copy(path, path.parent / "beside")
+            os.replace(path.parent / "beside", path)
+        return found
+
+    if command == "advise":  # spectra read them first, undisturbed
+        from msplora_analysis.ask.advice import gather
+
+        tables_of = gather.tables_of
+        left.clear()
+        monkeypatch.setattr(gather, "tables_of", lambda *args: left.append(1) or tables_of(*args))
+    monkeypatch.setattr(moments, "read_moments", disturbed)
+    if command == "pairs":  # read again
+        pd.testing.assert_frame_equal(load_redundancy(old).pairs, fresh, check_exact=True)
+        assert left == []
+        return
+    with pytest.raises(AnalysisError, match=rf"{file}: it changed while it was read; try again"):
+        ma.advise(old) if command == "advise" else ma.compress(old, tmp_path / "small", rank=1)
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_cache_that_is_no_database_is_made_anew(old, cache, monkeypatch):

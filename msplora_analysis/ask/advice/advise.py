@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -151,12 +151,17 @@ def _learned(subject: Subject, course: Course | None) -> Answer:
     return Answer(question, answer, " ".join(evidence), sure, value=bool(learned))
 
 
+def _lowest(ranks: pd.DataFrame, enough: pd.Series[bool]) -> pd.Series[Any]:
+    """The row of the lowest rank that is enough; of the whole adapter where none is."""
+    return ranks[enough].iloc[0] if enough.any() else ranks.loc[ranks["rank"].idxmax()]
+
+
 def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
     question, full = "What rank does it use?", int(ranks["rank"].max())
     compress = f"msplora-analyze compress {_path(subject)} --out DIR --rank"
     if ranks["metric_change"].notna().sum() > 1:
         sign = -1 if subject.ablation is not None and (subject.ablation["metric_name"] == "perplexity").all() else 1
-        row = ranks[sign * ranks["metric_change"] >= -LOSS].iloc[0]
+        row = _lowest(ranks, sign * ranks["metric_change"] >= -LOSS)
         rank = int(row["rank"])
         evidence = f"Cut to rank {rank}, the metric changes by {row['metric_change']:+.3f}"
         evidence += f" (95 % interval {row['low']:+.3f} to {row['high']:+.3f})."
@@ -164,7 +169,7 @@ def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
             evidence = f"Every lower rank that was measured loses more than {LOSS:g} of the metric."
         return _rank_answer(question, rank, full, evidence, "Measured on the validation data.", compress), rank
     if (limit := _limit(subject)) is not None and ranks["predicted_kl"].notna().any():
-        row = ranks[ranks["predicted_kl"] <= limit].iloc[0]
+        row = _lowest(ranks, ranks["predicted_kl"] <= limit)
         rank = int(row["rank"])
         evidence = f"Cut to rank {rank}, the outputs move by {row['predicted_kl']:.2g}{_unit(subject)}."
         if rank == full:
@@ -172,7 +177,7 @@ def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
         sure = "Predicted from the task's gates. Of 18 adapters cut so, two lost more than 0.01 of the metric "
         sure += "(docs/calibration.md). msplora-measure ablate would measure it here."
         return _rank_answer(question, rank, full, evidence, sure, compress), rank
-    energy = ranks.loc[ranks["energy"] >= 0.99, "rank"].iloc[0]
+    energy = _lowest(ranks, ranks["energy"] >= 0.99)["rank"]
     evidence = f"Rank {energy} holds 99 % of the energy. Energy tells what is large, not what the task needs."
     return Answer(question, "Weights alone do not tell.", evidence, command=_moments_command(subject)), None
 

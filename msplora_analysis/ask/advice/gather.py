@@ -13,6 +13,7 @@ from msplora_analysis.adapters.moments import moments_file, open_moments
 from msplora_analysis.ask.advice.advise import RunAdvice, Subject, advise
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.files.addresses import StrPath, read_json
+from msplora_analysis.files.tensors import State, check_unchanged, state_of
 from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.ablation import load_ablation
 from msplora_analysis.tables.checkpoints import newest
@@ -31,11 +32,20 @@ def advise_all(paths: Sequence[StrPath], options: Options, execution: Execution)
         AnalysisError: the input cannot be used as given.
     """
     adapters = newest(discover(paths))
+    states = [_states(adapter, options) for adapter in adapters]  # the files are opened more than once
     found = []
-    for adapter, result in zip(adapters, succeeding(spectra_of(adapters, options, execution)), strict=True):
+    results = succeeding(spectra_of(adapters, options, execution))
+    for adapter, result, before in zip(adapters, results, states, strict=True):
         tables = tables_of([adapter], [result], (1,), moments_file(adapter, options) is not None)
         found.append(_advice(adapter, *tables, options))
+        check_unchanged(before)
     return found
+
+
+def _states(adapter: Adapter, options: Options) -> dict[Path, State]:
+    """What the local files are now that advice on an adapter comes from."""
+    files = (adapter.file, moments_file(adapter, options), _ablation_file(adapter))
+    return {file: state_of(file) for file in files if isinstance(file, Path) and file.exists()}
 
 
 def advise_known(evidence: Evidence, options: Options) -> list[RunAdvice]:
@@ -62,7 +72,8 @@ def _is_of(table: pd.DataFrame, adapter: Adapter) -> pd.Series[bool]:
 
 def _advice(adapter: Adapter, spectra: pd.DataFrame, metrics: pd.DataFrame, options: Options) -> RunAdvice:
     path = moments_file(adapter, options)
-    moments = None if path is None else open_moments(path, scores=("plain", "task", "scale_plain", "scale_task"))
+    bases = ("plain", "task", "scale_plain", "scale_task")
+    moments = None if path is None else open_moments(path, {}, scores=bases)
     return advise(Subject(adapter, spectra, metrics, moments, ablation_of(adapter)))
 
 
@@ -72,11 +83,7 @@ def ablation_of(adapter: Adapter) -> pd.DataFrame | None:
     Raises:
         AnalysisError: the table is something else.
     """
-    folder = adapter.file.parent
-    if not isinstance(folder, Path) or not isinstance(adapter.file, Path):
-        return None
-    files = (folder / f"{ABLATION}.{suffix}" for suffix in FORMATS)
-    if (file := next((file for file in files if file.is_file()), None)) is None:
+    if (file := _ablation_file(adapter)) is None or not isinstance(adapter.file, Path):
         return None
     beside = file.with_suffix(".json")
     told = read_json(beside).get("weights_sha256") if beside.is_file() else None
@@ -84,3 +91,11 @@ def ablation_of(adapter: Adapter) -> pd.DataFrame | None:
         warnings.warn(f"{file} is of other weights than {adapter.file}: left out; measure it anew", stacklevel=2)
         return None
     return load_ablation(file)
+
+
+def _ablation_file(adapter: Adapter) -> Path | None:
+    folder = adapter.file.parent
+    if not isinstance(folder, Path):
+        return None
+    files = (folder / f"{ABLATION}.{suffix}" for suffix in FORMATS)
+    return next((file for file in files if file.is_file()), None)
