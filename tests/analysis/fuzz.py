@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -645,7 +646,7 @@ def spoil_links(rng: random.Random, run: Path, tensors: dict[str, np.ndarray]) -
             elif kind == 2:
                 os.mkfifo(at / name)
             elif kind == 3:
-                shutil.copytree(run / "checkpoint-7", at / name)
+                shutil.copytree(run / "checkpoint-7", at / name, symlinks=True)  # /dev/zero has no end
             else:
                 (run / "checkpoint-7").rename(run / f"checkpoint-{rng.choice(['x', '9' * 20, '0', name])}")
         except (OSError, RecursionError):
@@ -922,6 +923,7 @@ def main() -> None:
     parser.add_argument("--keep-going", action="store_true", help="count what must not be, and go on")
     args = parser.parse_args()
     kinds, commands = args.kinds.split(","), args.commands.split(",")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))  # no mutation fills the disk
     start, done, faults = time.perf_counter(), Counter[tuple[str, str, str]](), Counter[str]()
     possible = [k for k in kinds if set(FOR.get(k, ALL)) & set(commands)]
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
