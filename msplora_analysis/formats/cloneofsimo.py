@@ -19,8 +19,7 @@ from msplora_analysis.options import Options
 
 _FACTOR = re.compile(r"(?P<model>[^:]+):(?P<number>[0-9]{1,9}):(?P<part>up|down)")
 _NO_NAMES = (
-    "the file has numbers for the modules, in the order of the model, and no names; its readers choose a scale, which is "
-    "1 here"
+    "the file has numbers for the modules, in the order of the model, and no names; its readers choose a scale, here 1"
 )
 
 

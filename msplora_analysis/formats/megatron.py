@@ -1,8 +1,8 @@
 """LoRA of Megatron-Bridge and NeMo: ``<module>.adapter.linear_in.weight`` (r, in), ``.linear_out.weight`` (out, r).
 
-The update is alpha / dim * linear_out linear_in. Fused weights, such as ``linear_qkv``, are one matrix: its rows have the
-heads' queries, keys and values by turns, and the order of rows changes no singular value. Distributed checkpoints may
-have all layers in one tensor, (layers, r, in). ``adapter_q``, ``adapter_gate``, ... are parts with factors of their own.
+The update is alpha / dim * linear_out linear_in. Fused weights, such as ``linear_qkv``, are one matrix: its rows have
+the heads' queries, keys and values by turns, and the order of rows changes no singular value. Distributed checkpoints
+may have all layers in one tensor, (layers, r, in). ``adapter_q``, ``adapter_gate``, ... are parts with own factors.
 Source: megatron/bridge/peft/lora.py, canonical_lora.py and lora_layers.py.
 """
 

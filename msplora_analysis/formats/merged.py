@@ -1,7 +1,8 @@
 """LoRA of PEFT up to 0.2 with ``enable_lora``: one weight of several parts, such as GPT-2's queries, keys and values.
 
-``lora_A.weight`` is (r g, in) of the g parts that have LoRA, ``lora_B.weight`` (out_g g, r, 1), a convolution in g groups;
-``enable_lora`` says which parts these are. Each is a matrix, ``<name>.0`` the first of the weight, of scale lora_alpha / r.
+``lora_A.weight`` is (r g, in) of the g parts that have LoRA, ``lora_B.weight`` (out_g g, r, 1), a convolution in g
+groups; ``enable_lora`` says which parts these are. Each is a matrix, ``<name>.0`` the first of the weight, of scale
+lora_alpha / r.
 Source: class MergedLinear of peft/tuners/lora.py in PEFT 0.2.0, after loralib's.
 """
 
