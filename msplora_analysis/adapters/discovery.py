@@ -170,6 +170,11 @@ def _is_weights(place: Place, full: bool) -> bool:
 
 def _no_such(place: Place, full: bool) -> AnalysisError:
     if place.is_file():
+        if place.suffix in (".h5", ".keras"):
+            return AnalysisError(
+                f"{place}: a file of Keras (HDF5), which is not read; load it with h5py, and save each lora_kernel_a "
+                "and lora_kernel_b, transposed, as <module>.lora_A.weight and .lora_B.weight beside adapter_config.json"
+            )
         also = " or the index of a model's parts" if full else ""
         return AnalysisError(f"{place}: not an adapter file; expected one of {', '.join(WEIGHTS_SUFFIXES)}{also}")
     if isinstance(place, Path) and place.is_symlink() and not place.exists():

@@ -7,13 +7,13 @@ The update is alpha / r * B A, with alpha and r in ``config`` of adapter_config.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import dora_note, pair_factors
 from msplora_analysis.formats.helpers.settings import needed_count, needed_number
 from msplora_analysis.formats.loralib import part_matrices
+from msplora_analysis.formats.names import any_named
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, contents
 from msplora_analysis.options import Options
@@ -26,10 +26,7 @@ _REFUSED = {
     "vera_d": "VeRA of this library draws its projections anew, and they are not in the file",
     "n_up_projection": "its update is a mixture of several; it is not supported",
 }
-
-
-def _has_factors(names: Collection[str]) -> bool:
-    return any(re.fullmatch(_FACTOR, name) for name in names)
+_has_factors = any_named(_FACTOR)
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:

@@ -8,11 +8,11 @@ Source: save_safeloras_with_embeds and extract_lora_as_tensor of lora_diffusion/
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import add_part, layer_matrix, required
 from msplora_analysis.formats.helpers.structures import low_rank
+from msplora_analysis.formats.names import any_named
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Sum, contents
 from msplora_analysis.options import Options
@@ -21,10 +21,7 @@ _FACTOR = re.compile(r"(?P<model>[^:]+):(?P<number>[0-9]{1,9}):(?P<part>up|down)
 _NO_NAMES = (
     "the file has numbers for the modules, in the order of the model, and no names; its readers choose a scale, here 1"
 )
-
-
-def _has_factors(names: Collection[str]) -> bool:
-    return any(map(_FACTOR.fullmatch, names))
+_has_factors = any_named(_FACTOR)
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:

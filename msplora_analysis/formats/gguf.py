@@ -9,13 +9,13 @@ which changes no singular value.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import expect_shape, layer_matrix, pair_factors
 from msplora_analysis.formats.helpers.structures import expert_matrices, transposed
+from msplora_analysis.formats.names import any_named
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shapes, Sum, contents
 from msplora_analysis.options import Options
@@ -23,10 +23,7 @@ from msplora_analysis.options import Options
 _FACTOR = r"(?P<name>.+)\.weight\.lora_(?P<factor>[ab])"
 _TOKENS = "token_embd"
 _INVOKED = "adapter.alora.invocation_tokens"
-
-
-def _has_factors(names: Collection[str]) -> bool:
-    return any(re.fullmatch(_FACTOR, name) for name in names)
+_has_factors = any_named(_FACTOR)
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:

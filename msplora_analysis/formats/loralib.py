@@ -15,8 +15,7 @@ lora_alpha is not in the file: without an adapter_config.json beside it, the mat
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from msplora_analysis.errors import AnalysisError
@@ -24,7 +23,7 @@ from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import pair_factors
 from msplora_analysis.formats.helpers.settings import number
 from msplora_analysis.formats.helpers.structures import not_plain_pairs, rows_of
-from msplora_analysis.formats.names import module_of, stack_and_layer
+from msplora_analysis.formats.names import any_named, module_of, stack_and_layer
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shapes, Sum, contents
 from msplora_analysis.options import Options
@@ -34,10 +33,7 @@ _NO_ALPHA = (
     "a loralib file does not hold lora_alpha: the spectra are of B A, without the factor lora_alpha / r; to have it, "
     'put {"lora_alpha": ..., "r": ...} into an adapter_config.json beside the file'
 )
-
-
-def _has_factors(names: Collection[str]) -> bool:
-    return any(re.fullmatch(_FACTOR, name) for name in names)
+_has_factors = any_named(_FACTOR)
 
 
 def _recognises(config: Config, file: TensorFile) -> bool:

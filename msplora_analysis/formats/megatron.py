@@ -9,7 +9,7 @@ Source: megatron/bridge/peft/lora.py, canonical_lora.py and lora_layers.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from msplora_analysis.errors import AnalysisError
@@ -17,7 +17,7 @@ from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import Parts, add_part, expect_shape, layer_matrix, required
 from msplora_analysis.formats.helpers.settings import check_rank, needed_count, needed_number
 from msplora_analysis.formats.helpers.structures import expert_matrices
-from msplora_analysis.formats.names import stack_and_layer
+from msplora_analysis.formats.names import any_named, stack_and_layer
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Product, Shapes, Sum, contents
 from msplora_analysis.options import Options
@@ -26,10 +26,7 @@ _FACTOR = re.compile(r"(?:module\.)*(?P<name>.+)\.adapter(?:_(?P<part>\w+))?\.li
 _FUSED = (
     "linear_qkv and linear_fc1 are fused weights: a spectrum is of queries, keys and values, or gate and up, together"
 )
-
-
-def _has_factors(names: Collection[str]) -> bool:
-    return any(map(_FACTOR.fullmatch, names))
+_has_factors = any_named(_FACTOR)
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:

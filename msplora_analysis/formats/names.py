@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 PREFIX = "base_model.model."
 
@@ -28,6 +28,12 @@ def without_wrappers(names: Collection[str]) -> dict[str, str]:
         first = ""
     renamed = {name.removeprefix(first): own for name, own in bare.items()}
     return renamed if len(renamed) == len(names) else {name: name for name in names}
+
+
+def any_named(pattern: str | re.Pattern[str]) -> Callable[[Collection[str]], bool]:
+    """The question whether one of some names is as the pattern says, whole."""
+    matches = re.compile(pattern).fullmatch
+    return lambda names: any(map(matches, names))
 
 
 def module_of(name: str) -> str:

@@ -6,22 +6,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
-
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.helpers.parts import dora_note, layer_matrix, make_product, pair_factors
 from msplora_analysis.formats.helpers.settings import check_rank, needed_count, needed_number
+from msplora_analysis.formats.names import any_named
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Sum, contents
 from msplora_analysis.options import Options
 
 _FACTOR = r"(?P<name>.+)\.lora_(?P<factor>[ab])\.weight"
 _DORA = dora_note("scaling")
-
-
-def _has_factors(names: Collection[str]) -> bool:
-    return any(re.fullmatch(_FACTOR, name) for name in names)
+_has_factors = any_named(_FACTOR)
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:

@@ -306,6 +306,22 @@ def spoil_torch(rng: random.Random, run: Path, tensors: dict[str, np.ndarray]) -
     return new
 
 
+def spoil_parts(rng: random.Random, run: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """A distributed checkpoint of PyTorch: its list of tensors, or their parts."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    file = next((run / "checkpoint-7").glob("*.safetensors"))
+    file.unlink()
+    values = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": values, "step": 7}, checkpoint_id=file.parent, no_dist=True)
+    spoiled = file.parent / rng.choice([".metadata", ".metadata", "__0_0.distcp"])
+    spoiled.write_bytes(mutate_bytes(rng, spoiled.read_bytes(), rng.choice([2000, None])))
+    return run
+
+
 OPCODES = [bytes([code]) for code in range(256)]
 OPERATIONS = [
     b"(",
@@ -677,6 +693,7 @@ KINDS: dict[str, Spoiler] = {
     "state": spoil_json("trainer_state.json"),
     "record": spoil_json("run.json"),
     "torch": spoil_torch,
+    "parts": spoil_parts,
     "index": spoil_index,
     "parquet": spoil_table(".parquet"),
     "csv": spoil_table(".csv"),

@@ -335,6 +335,8 @@ def test_file_that_is_no_adapter(tmp_path):
     assert error(tmp_path / "notes.txt") == (
         f"{tmp_path}/notes.txt: not an adapter file; expected one of .safetensors, .bin, .pt, .pth, .ckpt, .gguf, .lora"
     )
+    (tmp_path / "model.lora.h5").write_bytes(b"\x89HDF")
+    assert "Keras" in error(tmp_path / "model.lora.h5")
 
 
 @pytest.mark.parametrize("given", [".", "checkpoint-5", "checkpoint-5/adapter_model.safetensors"])
