@@ -103,7 +103,7 @@ def main() -> None:
             choose(rows, options.folder / "chosen.csv")
 
 
-def hold_out(task: str, seed: int, options: argparse.Namespace) -> None:
+def hold_out(task: str, seed: int, options: argparse.Namespace, most: int | None = MOST_ROWS) -> None:
     """Write nine tenths of a task's train rows as its train split, and one tenth as its validation split."""
     folder = options.folder / "data" / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def hold_out(task: str, seed: int, options: argparse.Namespace) -> None:
     content = path.read_bytes() if path.is_file() else gzip.decompress(Path(f"{path}.gz").read_bytes())
     lines = content.strip().split(b"\n")
     random.Random(seed).shuffle(lines)
-    lines = lines[:MOST_ROWS]
+    lines = lines[:most]
     held_out = len(lines) // 10
     (folder / f"{task}_train.jsonl").write_bytes(b"\n".join(lines[:-held_out]))
     (folder / f"{task}_validation.jsonl").write_bytes(b"\n".join(lines[-held_out:]))

@@ -75,6 +75,3 @@ def print_advice(advice: RunAdvice) -> None:
                 console.print(f"  $ {escape(answer.command)}", soft_wrap=True)
             console.print()
         console.print(terminal.plain_table(RANK_HEADERS, rank_cells(advice.ranks)), end="\n\n")
-        if advice.config:
-            console.print("[dim]To try those ranks in a new training (whether they do there was not tested):[/dim]")
-            console.print(advice.config, markup=False, soft_wrap=True, end="\n\n")

@@ -11,7 +11,6 @@ from test_task_weighted import msplora_case
 
 import msplora_analysis as ma
 from msplora_analysis.ask.advice.advise import KL
-from msplora_analysis.ask.advice.configuration import lora_config as config_to_paste
 from msplora_analysis.cli import app
 from msplora_core.moments import Moments
 
@@ -57,6 +56,7 @@ def test_the_rank_is_the_least_whose_predicted_kl_is_small(measured):
     (advice,) = ma.advise(folder)
     assert advice.rank == answer(advice, "What rank").value == 2
     assert "--rank 2" in answer(advice, "What rank").command
+    assert answer(advice, "Train anew").value is False
     table = advice.ranks.set_index("rank")
     assert list(table.index) == [1, 2, 3, 4]
     for rank in (1, 2, 3):
@@ -70,7 +70,6 @@ def test_weights_alone_leave_the_rank_open_and_say_what_would_tell(tmp_path):
     folder, _ = write_lora(tmp_path / "run" / "checkpoint-10")
     (advice,) = ma.advise(folder)
     assert advice.rank is None
-    assert advice.config is None
     assert answer(advice, "What rank").command == f"msplora-measure moments {folder}"
     assert advice.ranks["predicted_kl"].isna().all()
 
@@ -132,14 +131,6 @@ def test_a_scale_that_moves_no_output_does_not_earn_its_parameters(tmp_path):
     (advice,) = ma.advise(tmp_path / "run")
     assert answer(advice, "Which scales").value == ["global"]
     assert advice.scales.set_index("scale")["predicted_kl"]["global"] == 0
-
-
-def test_a_configuration_keeps_the_scaling_at_every_rank():
-    text = config_to_paste({"r": 8, "lora_alpha": 16, "target_modules": ["q"]}, 4, {"layer.0.q": 4, "layer.1.q": 1})
-    found = eval(text, {"LoraConfig": dict})
-    assert (found["r"], found["lora_alpha"]) == (4, 8)
-    (name,) = found["rank_pattern"]
-    assert (found["rank_pattern"][name], found["alpha_pattern"][name]) == (1, 2)
 
 
 def test_the_command_prints_answers_or_json_and_writes_files(measured, tmp_path, capsys):

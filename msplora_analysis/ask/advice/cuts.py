@@ -75,20 +75,3 @@ def pattern_below(moments: Moments, metrics: pd.DataFrame, nats: float) -> Patte
     cut = below_kl([module.scores["task"] for module in served.values()], costs, nats, draws)
     parameters = sum(rank * cost for rank, cost in zip(cut.ranks, costs, strict=True))
     return Pattern(dict(zip(served, cut.ranks, strict=True)), parameters, cut.predicted)
-
-
-def ranks_of_scales(moments: Moments, scales: Sequence[str], nats: float) -> dict[str, int] | None:
-    """Of each scale the least rank, by its own task directions, that costs at most an equal share of ``nats``."""
-    found = {}
-    for scale in scales:
-        full = max(
-            module.ranks[module.scales.index(scale)] for module in moments.modules.values() if scale in module.scales
-        )
-        for rank in range(full + 1):
-            scores = of_scale(moments, scale, rank)
-            if scores is None:
-                return None
-            if predicted(moments, scores) <= nats / len(scales):
-                found[scale] = rank
-                break
-    return found

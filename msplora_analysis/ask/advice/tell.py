@@ -53,7 +53,7 @@ def rank_cells(ranks: pd.DataFrame) -> list[list[str]]:
 
 
 def as_object(advice: RunAdvice) -> dict[str, Any]:
-    """What a program reads: run, step, epoch, answers, rank, ranks, scales, config."""
+    """What a program reads: run, step, epoch, answers, rank, ranks, scales."""
     adapter = advice.subject.adapter
     answers = [
         {
@@ -73,7 +73,6 @@ def as_object(advice: RunAdvice) -> dict[str, Any]:
         "file": str(adapter.file),
         "answers": answers,
         "rank": advice.rank,
-        "config": advice.config,
         "ranks": _rows(advice.ranks),
         "scales": _rows(advice.scales),
     }
