@@ -3,17 +3,20 @@
     python study/calibration.py train --data-dir glue --jobs 12
     python study/calibration.py measure --data-dir glue --jobs 8
     python study/calibration.py examples --data-dir glue --jobs 8 --seeds 0
+    python study/calibration.py cores --data-dir glue --jobs 8 --models minilm --methods lora-8 --seeds 0
     python study/calibration_tables.py                  # tables and figures of what was measured
 
-`train` makes the runs, `measure` cuts their adapters and measures what each cut costs, `examples` asks how many
-examples the predictions need. Call any of them again to go on: complete runs are skipped, runs that were cut off
-continue from their newest epoch. One seed of all comes after the other, the longest runs of a seed first. A run that
-fails is told, with its reason, and the next call tries it again.
+`train` makes the runs, `measure` cuts their adapters and measures what each cut costs, `examples` asks how
+many examples the predictions need, `cores` whether exact Fisher information chooses better directions. Call any of them
+again to go on: complete runs are skipped, runs that were cut off continue from their newest epoch. One seed of all
+comes after the other, the longest runs of a seed first. A run that fails is told, with its reason, and the next call
+tries it again.
 
     FOLDER/models/<model>                                   a base model as a folder, read in place of a GGUF file
     FOLDER/runs/<model>/<task>/<method>/seed-<n>/           run folders of msplora-train
     FOLDER/measured/<model>/<task>/<method>/seed-<n>.csv    a row a cut: its cost, and what each measure says of it
     FOLDER/examples/<model>/<task>/<method>/seed-<n>.csv    the same cuts, predicted from fewer or more examples
+    FOLDER/cores/<model>/<task>/<method>/seed-<n>.csv       cuts to few directions, chosen in several ways
 
 Kept of a run are its record, the checkpoint before training and the last one, each with the adapter and its head.
 
@@ -217,6 +220,13 @@ def compare_examples(run: Run, options: argparse.Namespace) -> str:
     return _measured(run, "examples", measuring.by_examples, options)
 
 
+def compare_cores(run: Run, options: argparse.Namespace) -> str:
+    """What cuts cost whose directions are chosen by exact Fisher information."""
+    import calibration_cores as measuring
+
+    return _measured(run, "cores", measuring.by_cores, options)
+
+
 def _measured(run: Run, table: str, measure: Callable[[Any, int], Any], options: argparse.Namespace) -> str:
     from calibration_measure import load, write
 
@@ -238,6 +248,7 @@ PARTS = {
     "train": Part(wanted, train_one, is_trained),
     "measure": Part(trained, measure_one, lambda run, options: run.table("measured", options).is_file()),
     "examples": Part(trained, compare_examples, lambda run, options: run.table("examples", options).is_file()),
+    "cores": Part(trained, compare_cores, lambda run, options: run.table("cores", options).is_file()),
 }
 
 

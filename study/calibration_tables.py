@@ -41,7 +41,7 @@ REGRESSIONS = ("stsb",)
 
 def main() -> None:
     options = _options()
-    tables = {name: _all(options, name) for name in ("measured", "examples")}
+    tables = {name: _all(options, name) for name in ("measured", "examples", "cores")}
     runs = options.folder / "runs"
     if runs.is_dir():
         scores(runs).to_csv(options.out / "runs.csv", index=False, float_format="%.6g", lineterminator="\n")
@@ -49,7 +49,7 @@ def main() -> None:
         plot.write(options.out, options.formats)
 
 
-def plots(measured: pd.DataFrame, examples: pd.DataFrame) -> Iterator[Plot]:
+def plots(measured: pd.DataFrame, examples: pd.DataFrame, cores: pd.DataFrame) -> Iterator[Plot]:
     """Every table, with its figure if it has one."""
     yield Plot("correlations", correlations(measured), draw_correlations)
     yield Plot("ratios", ratios(measured))
@@ -59,6 +59,7 @@ def plots(measured: pd.DataFrame, examples: pd.DataFrame) -> Iterator[Plot]:
     yield Plot("limits", limits(measured))
     yield Plot("scales", scales(measured), draw_scales)
     yield Plot("examples", by_examples(measured, examples))
+    yield Plot("cores", by_cores(cores))
 
 
 def cuts(measured: pd.DataFrame) -> pd.DataFrame:
@@ -218,6 +219,22 @@ def by_examples(measured: pd.DataFrame, examples: pd.DataFrame) -> pd.DataFrame:
     found["chosen_rank_2"] = relative.groupby(key).median()
     found["runs"] = relative.groupby(key).size()
     return found.round(3).reset_index()
+
+
+def by_cores(cores: pd.DataFrame) -> pd.DataFrame:
+    """KL of every module cut to so many directions that are chosen in one way, over that of the task-weighted ones.
+
+    ``cut``: the way; see calibration_cores.py. ``median``, ``least``, ``most``: over the runs; ``predicted``: measured
+    over predicted KL, the median over runs but those of a regression.
+    """
+    of = cores[~cores["cut"].isin(["none", "kl"])].astype({"rank": int})
+    task = of[of["cut"] == "task"].set_index([*RUN, "rank"])["kl"].rename("task_kl")
+    of = of.join(task, on=[*RUN, "rank"])
+    classes = ~of["task"].isin(REGRESSIONS)
+    of = of.assign(relative=of["kl"] / of["task_kl"], predicted=(of["kl"] / of["predicted_kl"]).where(classes))
+    grouped = of.groupby(["model", "cut", "rank"])
+    found = grouped["relative"].agg(runs="count", median="median", least="min", most="max")
+    return found.join(grouped["predicted"].median()).round(3).reset_index()
 
 
 def scores(runs: Path) -> pd.DataFrame:
