@@ -218,13 +218,15 @@ def _chunks(name: str, about: Record, places: dict[Any, Any]) -> list[_Chunk]:
     found = []
     for one in parts:
         fields = _fields(one, "ChunkStorageMetadata")
-        offset, shape = fields.get("offsets"), fields.get("sizes")
+        offset: Any = fields.get("offsets")
+        shape: Any = fields.get("sizes")
         if not all(type(axes) is tuple and len(axes) == len(size) and are_counts(*axes) for axes in (offset, shape)):
             raise RefusedError(f"a part of tensor {name[:100]} is malformed")
         if any(at + length > whole for at, length, whole in zip(offset, shape, size, strict=True)):
             raise RefusedError(f"a part of tensor {name[:100]} lies outside it")
         place = _fields(places.get((name, offset)), "_StorageInfo")
-        file, begin, length = (place.get(key) for key in ("relative_path", "offset", "length"))
+        found_at: Any = [place.get(key) for key in ("relative_path", "offset", "length")]
+        file, begin, length = found_at
         if type(file) is not str or Path(file).name != file or not are_counts(begin, length):
             raise RefusedError(f"the place of a part of tensor {name[:100]} is malformed")
         if place.get("transform_descriptors"):

@@ -34,7 +34,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         elif file.metadata.get(key) != "<embed>":  # a word that was learned beside it
             unknown.append(key)
     pairs = {name: required(parts, "down", "up") for name, parts in modules.items()}
-    matrices = [layer_matrix(name, Sum((low_rank(*pair, file.shapes),))) for name, pair in pairs.items()]
+    matrices = [layer_matrix(name, Sum((low_rank(down, up, file.shapes),))) for name, (down, up) in pairs.items()]
     return contents(matrices, unknown, [_NO_NAMES])
 
 
