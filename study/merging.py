@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="folder of study/calibration.py")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_validation.jsonl[.gz]")
     parser.add_argument("--out", type=Path, default=Path("figures/merging"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 3], help="of the sets that are merged")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
@@ -51,7 +52,7 @@ def _rows(options: Any) -> Iterator[dict[str, Any]]:
         name.split("/")[0]: path for name, path in adapters(options.calibration, ("lora-8",)).items() if name[-1] == "0"
     }
     merged: dict[tuple[tuple[str, ...], str], Any] = {}
-    sets = [chosen for n in (2, 3) for chosen in combinations(TASKS, n)]
+    sets = [chosen for n in options.sizes for chosen in combinations(TASKS, n)]
     with tempfile.TemporaryDirectory() as folder:
         for chosen in sets:
             for method in (*ADD, *MEAN):

@@ -16,7 +16,7 @@ from msplora_analysis.options import Options
     examples=(
         "msplora-analyze merge style subject --out both --method cat        # the exact sum",
         "msplora-analyze merge style subject --out both --weight 1 --weight 0.6 --rank 32",
-        "msplora-analyze merge runs/*/lora-8 --out all --method knots --density 0.3",
+        "msplora-analyze merge loras/* --out all --method knots --density 0.3",
     ),
 )
 def merge(

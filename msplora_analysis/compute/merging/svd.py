@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from msplora_analysis.compute.linalg.core_space import Array
 from msplora_analysis.compute.merging.protocol import Method, Part, Settings, space_of
 
 
 def merge(parts: Sequence[Part], settings: Settings) -> tuple[Array, Array]:
     space = space_of(parts)
-    core = sum(part.weight * own for part, own in zip(parts, space.cores, strict=True))
+    core: Array = np.add.reduce([part.weight * own for part, own in zip(parts, space.cores, strict=True)])
     largest = None if settings.energy is not None else max(len(part.a) for part in parts)
     return space.factors(core, settings.rank or largest)
 
