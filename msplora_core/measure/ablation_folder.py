@@ -6,12 +6,14 @@ import hashlib
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msplora_core import records
 from msplora_core.atomic import replacing
 from msplora_core.errors import TrainingError
 from msplora_core.measure.ablation import DRAWS, Ablation, Measured, measure, summed_up
@@ -139,6 +141,11 @@ def _keep(file: Path, about: Mapping[str, Any], parts: Sequence[Measured]) -> No
         np.savez(stream, about=np.array(_identity(about)), **arrays)
 
 
+# What numpy and zipfile raise for files that are damaged, RuntimeError for those that claim to be encrypted.
+_BROKEN = (OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, MemoryError, NotImplementedError)
+_BROKEN += (RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
+
+
 def _known(file: Path, about: Mapping[str, Any], batches: int, say: Callable[[str], object]) -> list[Measured]:
     """The batches that an earlier call of the same measurement has left."""
     if not file.is_file():
@@ -146,7 +153,7 @@ def _known(file: Path, about: Mapping[str, Any], batches: int, say: Callable[[st
     try:
         with np.load(file, allow_pickle=False) as stored:
             if (then := str(stored["about"])) != _identity(about):
-                before = json.loads(then)
+                before = records.parse(then.encode())
                 changed = ", ".join(
                     name for name, value in json.loads(_identity(about)).items() if before.get(name) != value
                 )
@@ -154,7 +161,7 @@ def _known(file: Path, about: Mapping[str, Any], batches: int, say: Callable[[st
                 return []
             count = sum(name.startswith("kl/") for name in stored.files)
             parts = [Measured(*(stored[f"{name}/{i}"] for name in Measured._fields)) for i in range(count)]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
         say(f"{file}: cannot be read ({type(error).__name__}); all is measured anew")
         return []
     if count:

@@ -4,6 +4,9 @@ import http.server
 import json
 import pickle
 import re
+import shutil
+import ssl
+import subprocess
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -373,3 +376,24 @@ def test_hub_whose_pages_never_end_gets_no_token_elsewhere(liar, monkeypatch):
     assert {given for host, given in heard if host == "localhost"} == {None}
     assert "Bearer hf_mine" in {given for host, given in heard if host == "127.0.0.1"}
     assert "timed out" in error(discover, "hf://a/silent")
+
+
+def test_a_certificate_that_nobody_vouches_for(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], capture_output=True, check=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = http.server.ThreadingHTTPServer(("localhost", 0), http.server.SimpleHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None  # it, too, sees the handshake fail
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        message = error(discover, f"https://localhost:{server.server_port}/x.safetensors")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "CERTIFICATE_VERIFY_FAILED" in message
+    assert "\n" not in message

@@ -21,6 +21,19 @@ COMMANDS = {
     "compare": ["compare", LORA, "--with", OTHER, "--figure", "pdf", "--out"],
     "results": ["results", RUNS, "--out"],
     "compress": ["compress", f"{LORA}/checkpoint-270", "--rank", "2", "--overwrite", "--out"],
+    "advise": ["advise", LORA, "--out"],
+    "share": ["share", f"{LORA}/checkpoint-270", "--overwrite", "--out"],
+    "relate": ["relate", f"{LORA}/checkpoint-270", f"{OTHER}/checkpoint-270", "--out"],
+    "compress by weights": [
+        "compress",
+        f"{LORA}/checkpoint-270",
+        "--energy",
+        "0.9",
+        "--weights",
+        "none",
+        "--overwrite",
+        "--out",
+    ],
     "report": ["report", LORA, "--out"],
 }
 QUICK = ("spectra", "export")

@@ -135,3 +135,17 @@ def test_the_command_prints_where_the_table_is(run, tmp_path, monkeypatch, capsy
         cli.main()
     assert stop.value.code == 0
     assert capsys.readouterr().out.strip().endswith("ablation.parquet")
+
+
+@pytest.mark.parametrize("spoiled", ["a zip of a later version", "lists in each other"])
+def test_what_nobody_wrote_is_measured_anew(tmp_path: Path, spoiled: str) -> None:
+    from msplora_core.measure.ablation_folder import _known
+
+    file, said = tmp_path / "ablation.npz", list[str]()
+    np.savez(file, about=np.array("[" * 5000 if spoiled.startswith("lists") else "{}"))
+    if spoiled.startswith("a zip"):
+        content = file.read_bytes()
+        at = content.index(b"PK\x01\x02") + 6
+        file.write_bytes(content[:at] + b"\xc6" + content[at + 1 :])
+    assert _known(file, {"data": {}}, 1, said.append) == []
+    assert [line.startswith(f"{file}: cannot be read") for line in said] == [True]

@@ -25,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from msplora_core import MSPLoraConfig, cli
 from msplora_core.errors import TrainingError
-from msplora_core.run import console, distributed, record
+from msplora_core.run import console, distributed, lock, record
 from msplora_core.run.settings import Settings
 from msplora_core.train.trainer import AdapterTrainer
 from msplora_core.train.training import train
@@ -247,3 +247,24 @@ def test_launchers(launcher: list[str], tmp_path: Path) -> None:
     assert run.stdout.count("Best matthews_correlation") == 1
     assert [result["step"] for result in record.read(tmp_path / "run")["results"]] == [0, 3]
     assert record.read(tmp_path / "run")["processes"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun_into_the_folder_of_another_training_is_refused_once(tmp_path: Path) -> None:
+    settings = toy_settings(tmp_path)
+    options = ["--model", settings.model, "--data-dir", str(settings.data_dir), "--task", "cola", "--epochs", "1"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "msplora_core.cli"]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with lock.held(folder):
+        run = subprocess.run(
+            [sys.executable, "-m", *launcher, *options, "--output-dir", str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert run.returncode != 0
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert str(folder) in line
+    assert f"process {os.getpid()} on" in line
+    assert list(folder.iterdir()) == []
