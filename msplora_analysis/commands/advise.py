@@ -63,6 +63,7 @@ def print_advice(advice: RunAdvice) -> None:
     from rich.padding import Padding
 
     from msplora_analysis.ask.advice.tell import RANK_HEADERS, rank_cells, title
+    from msplora_analysis.errors import printable
 
     with terminal.printed_whole() as console:
         console.print(f"[bold]{escape(title(advice))}[/bold]", end="\n\n")
@@ -72,6 +73,6 @@ def print_advice(advice: RunAdvice) -> None:
                 if line:
                     console.print(Padding(f"[dim]{escape(line)}[/dim]", (0, 0, 0, 2)))
             if answer.command:
-                console.print(f"  $ {escape(answer.command)}", soft_wrap=True)
+                console.print(f"  $ {escape(printable(answer.command))}", soft_wrap=True)
             console.print()
         console.print(terminal.plain_table(RANK_HEADERS, rank_cells(advice.ranks)), end="\n\n")
