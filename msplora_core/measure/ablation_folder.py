@@ -142,8 +142,8 @@ def _keep(file: Path, about: Mapping[str, Any], parts: Sequence[Measured]) -> No
 
 
 # What numpy and zipfile raise for files that are damaged, RuntimeError for those that claim to be encrypted.
-_BROKEN = (OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, MemoryError, NotImplementedError)
-_BROKEN += (RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
+_BROKEN: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, AttributeError, TypeError, EOFError)
+_BROKEN += (MemoryError, NotImplementedError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 def _known(file: Path, about: Mapping[str, Any], batches: int, say: Callable[[str], object]) -> list[Measured]:

@@ -149,7 +149,7 @@ def _learned(subject: Subject, course: Course | None) -> Answer:
 
 def _lowest(ranks: pd.DataFrame, enough: pd.Series[bool]) -> pd.Series[Any]:
     """The row of the lowest rank that is enough; of the whole adapter where none is."""
-    return ranks[enough].iloc[0] if enough.any() else ranks.loc[ranks["rank"].idxmax()]
+    return ranks[enough].iloc[0] if enough.any() else ranks.sort_values("rank").iloc[-1]
 
 
 def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
