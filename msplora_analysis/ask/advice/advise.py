@@ -217,10 +217,8 @@ def _anew(ranks: pd.DataFrame, rank: int | None) -> list[Answer]:
     full = int(ranks["rank"].max())
     if rank is None or rank == full:
         return []
-    evidence = (
-        "LoRA on MiniLM, trained anew at the advised rank, scored 0.009 to 0.021 less than at rank 8 (CoLA, MRPC, "
-    )
-    evidence += "RTE, 10 seeds each); cutting it to that rank cost 0.003 at most. A rank for each module was no better."
+    evidence = "LoRA on MiniLM, trained anew at the advised rank, scored 0.009 to 0.022 less than at rank 8 (CoLA, "
+    evidence += "MRPC, RTE; 10 seeds each); the cut cost 0.003 at most. A rank for each module was no better."
     sure = "One model, four tasks; on STS-B rank 8 failed in 2 of 10 seeds (docs/calibration.md)."
     return [Answer("Train anew at that rank?", f"Better train at rank {full} and cut.", evidence, sure, value=False)]
 
