@@ -5,7 +5,8 @@
 
 PEFT's add_weighted_adapter(combination_type="svd") adds dense updates and decomposes each sum in float32
 (torch.linalg.svd): its steps are timed here on one module, ours on the modules of a layer, of which the model has 32,
-each in a fresh process. Seconds are of the processor: other programs count less. Peak memory is that of a process beyond its start.
+each in a fresh process. Seconds are of the processor: other programs count less. Peak memory is that of a process
+beyond its start.
 """
 
 from __future__ import annotations
