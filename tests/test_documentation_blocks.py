@@ -51,11 +51,15 @@ ADAPTERS = {
     "runs/msplora/checkpoint-270": "msplora-8-8-8/checkpoint-270",
     "runs/lora-64/checkpoint-500": "lora-8/checkpoint-270",
 }
+TWO = {"style": "lora-8/checkpoint-270", "subject": "msplora-8-8-8/checkpoint-270"}
+PAIR = {"style-a": "lora-8/checkpoint-270", "style-b": "msplora-8-8-8/checkpoint-270"}
 ASSUMED: dict[str, dict[str, str]] = {
-    "README.md": ADAPTERS,
+    "README.md": ADAPTERS | TWO | PAIR,
     "export.md": ADAPTERS,
     "figures.md": BOTH,
+    "merge.md": TWO | {f"loras/{name}": place for name, place in TWO.items()},
     "redundancy.md": RUNS,
+    "relate.md": PAIR | {"runs/cola/lora-8": "lora-8", "runs/mrpc/lora-8": "msplora-8-8-8"},
     "share.md": ADAPTERS,
 }
 SLOW = ("instruction_tuning.md", "reproduce.md")  # pages that train several times

@@ -144,8 +144,8 @@ def kohya(path, alphas):
     tensors = {}
     for name, (rank, alpha) in alphas.items():
         key = f"lora_unet_{name}"
-        tensors[f"{key}.lora_down.weight"] = np.ones((rank, 8), np.float32)
-        tensors[f"{key}.lora_up.weight"] = np.ones((8, rank), np.float32)
+        tensors[f"{key}.lora_down.weight"] = np.ones((rank, 16), np.float32)
+        tensors[f"{key}.lora_up.weight"] = np.ones((16, rank), np.float32)
         tensors[f"{key}.alpha"] = np.array(alpha, np.float32)
     save_file(tensors, path)
     return path
