@@ -105,13 +105,18 @@ def compress(
 
 
 def _say_prediction(done: Compressed) -> None:
+    from msplora_analysis.ask.advice.calibrated import in_words
+
+    predicted = done.table.attrs.get("predicted_kl")
+    if predicted is None:
+        return
+    unseen = ""
     if done.by_kl:
-        terminal.say(
-            f"predicted KL: {done.by_kl.predicted:.3g} nats an example, on the half of the examples that the choice "
-            f"did not see ({done.by_kl.on_chosen:.3g} on the half that it saw)"
-        )
-    elif (predicted := done.table.attrs.get("predicted_kl")) is not None:
-        terminal.say(f"predicted KL: {predicted:.3g} nats an example")
+        unseen = ", on the half of the examples that the choice did not see "
+        unseen += f"({done.by_kl.on_chosen:.3g} on the half that it saw)"
+    terminal.say(f"predicted KL: {predicted:.3g} nats an example{unseen}")
+    leaves_out = bool((done.table["rank"] == 0).any())
+    terminal.say(in_words(predicted, leaves_out=leaves_out, regression=done.regression))
 
 
 def _cells(rows: pd.DataFrame) -> list[str]:

@@ -52,12 +52,13 @@ class Ranked(NamedTuple):
 
 class Ranking(NamedTuple):
     """All modules of an adapter; ``by_task``: whether they are cut along directions of the task; ``draws``: rows of
-    scores for an example.
+    scores for an example; ``regression``: whether the task is one.
     """
 
     modules: list[Ranked]
     by_task: bool
     draws: int
+    regression: bool
 
     def counted(self) -> list[Array]:
         """Of each module the singular values by which directions are chosen: all that are more than rounding."""
@@ -90,12 +91,12 @@ def ranked(source: Source, weights: str | None, options: Options) -> Ranking:
         raise AnalysisError(f"{source.adapter.file}: no moments beside it; {RECORD}, or give moments=", "moments")
     by_task = path is not None and weights != NO_MOMENTS
     basis = "task" if by_task else "plain"
-    served, draws = {}, 1
+    served, draws, regression = {}, 1, False
     if path is not None:
         moments = open_moments(path, source.file.states, scores=(basis,))
         matrices = [module.matrix for module in source.modules]
         served = fitting(source.file, path, moments.modules, source.matrices, matrices, [])
-        draws = moments.about.get("draws", 1)
+        draws, regression = moments.about.get("draws", 1), moments.is_regression
         _check_scores(path, basis, [(name, of.moments.scores.get(basis)) for name, of in served.items()])
     found = []
     for module, sigma in zip(source.modules, spectra, strict=True):
@@ -109,7 +110,7 @@ def ranked(source: Source, weights: str | None, options: Options) -> Ranking:
         else:
             task_sigma = directions(*known.weights).sigma
             found.append(Ranked(module, sigma, rank, known.weights, task_sigma, known.moments.scores.get(basis)))
-    return Ranking(found, by_task, draws)
+    return Ranking(found, by_task, draws, regression)
 
 
 def _check_scores(path: Path, basis: str, scores: Sequence[tuple[str, NDArray[np.floating] | None]]) -> None:

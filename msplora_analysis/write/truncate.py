@@ -83,13 +83,17 @@ def compress(
 
 
 class Compressed(NamedTuple):
-    """The table of ``compress``, what was read, the type that was written; of a choice by KL, the cut that it is."""
+    """The table of ``compress``, what was read, the type that was written; of a choice by KL, the cut that it is.
+
+    ``regression``: whether the task of the moments is one.
+    """
 
     table: pd.DataFrame
     source: Source
     dtype: str
     by_task: bool
     by_kl: Cut | None
+    regression: bool
 
 
 def compressed(
@@ -128,7 +132,7 @@ def compressed(
             table.attrs["predicted_kl"] = by_kl.predicted if by_kl else predicted_kl(ranking, ranks)
         write_adapter(folder, pairs, chosen, source, table)
     warn_of(source)
-    return Compressed(table, source, chosen, ranking.by_task, by_kl)
+    return Compressed(table, source, chosen, ranking.by_task, by_kl, ranking.regression)
 
 
 def _below_kl(ranking: Ranking, kl: float, source: Source) -> Cut:

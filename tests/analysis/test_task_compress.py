@@ -2,8 +2,10 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from adapters import lora_config, lora_tensors, write_adapter
 from hypothesis import given, settings
@@ -14,10 +16,12 @@ from test_task_weighted import NAMES, lora, msplora_case, run  # noqa: F401  (fi
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError
+from msplora_analysis.ask.advice.calibrated import OF_MODULES, OF_RANKS, in_words
 from msplora_analysis.compute.choose import below_kl
 from msplora_core.moments import read_moments
 
 PREFIX = "base_model.model."
+ROOT = Path(__file__).parents[2]
 
 
 def updates(folder):
@@ -232,6 +236,28 @@ def test_refused(lora, tmp_path, change, choice, message):  # noqa: F811
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("predicted", "leaves_out", "regression", "expected"),
+    [
+        (0.001, False, False, "0.68 to 1.34 times"),
+        (0.001, True, False, "0.83 to 3.72 times"),
+        (0.2, True, False, "tells the size alone"),
+        (0.001, False, True, "not calibrated"),
+    ],
+)
+def test_what_the_calibration_says_of_a_prediction(predicted, leaves_out, regression, expected):
+    assert expected in in_words(predicted, leaves_out=leaves_out, regression=regression)
+
+
+def test_the_calibrated_ranges_are_those_of_its_table():
+    table = pd.read_csv(ROOT / "figures" / "calibration" / "ratios_by_cut.csv")
+    whole = table[table["what"].isna()]
+    for cut, known in (("rank_task", OF_RANKS), ("rank", OF_RANKS), ("module", OF_MODULES)):
+        rows = whole[whole["cut"] == cut]
+        assert known[0] <= rows["p10"].min() + 0.005
+        assert known[1] >= rows["p90"].max() - 0.005
+
+
 def test_the_command_says_what_it_predicts(lora, tmp_path, run):  # noqa: F811
     folder, _, _ = lora
     status, said, error = run("compress", folder, "--out", tmp_path / "a", "--rank", 2)
@@ -240,6 +266,7 @@ def test_the_command_says_what_it_predicts(lora, tmp_path, run):  # noqa: F811
     assert "predicted KL: " in said
     table = ma.compress(folder, tmp_path / "b", rank=2)
     assert f"{table.attrs['predicted_kl']:.3g} nats an example" in said
+    assert in_words(table.attrs["predicted_kl"], leaves_out=False, regression=False) in said
     status, said, error = run("compress", folder, "--out", tmp_path / "c", "--kl", 100)
     assert (status, error) == (0, "")
     assert "did not see" in said
