@@ -71,8 +71,9 @@ def at_most(seconds: float, mebibytes: int):
 
 @pytest.mark.slow
 def test_mutations_of_every_kind(tmp_path):
-    commands = ["load", "spectra", "diagnose", "results", "watch", "export", "resume", "rows", "base"]
-    outcomes = fuzz(150, tmp_path, seed=1, commands=commands)
+    commands = ["load", "spectra", "diagnose", "watch", "export", "resume", "rows", "base", "advise", "measure"]
+    outcomes = fuzz(400, tmp_path, seed=1, commands=commands)
+    outcomes += fuzz(8, tmp_path, seed=1, kinds=["csv", "parquet"], commands=["diagnose"])  # rare among all
     assert {kind for kind, _, _ in outcomes} == set(KINDS)
     assert {command for _, command, _ in outcomes} == set(commands)
     assert {outcome for _, _, outcome in outcomes} == {"done", "error"}
