@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from adapters import assert_promised
 
 from msplora_analysis.compute.linalg import truncated
@@ -56,6 +55,7 @@ def test_largest_are_lapacks_within_the_bound(case, k):
 
 @pytest.mark.parametrize("case", ["decay", "flat", "huge"])
 def test_torch_gives_what_numpy_does(case):
+    torch = pytest.importorskip("torch")
     matrix = CASES[case]()
     for options in ({}, {"vectors": True}):
         ours, theirs = largest(matrix, 20, **options), largest(torch.from_numpy(matrix), 20, **options)
