@@ -41,7 +41,6 @@ did not choose were added afterwards (--rates); the table does not use them.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
 import math
@@ -57,7 +56,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learning_rates import hold_out
+from learning_rates import append_row, hold_out, read_rows
 
 from msplora_core.methods.lora import Lora
 
@@ -121,7 +120,7 @@ def plan(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train what is not trained yet, the tasks in turn; after --minutes start none."""
     everything = json.loads((options.folder / "plan.json").read_text())
-    rows = {task: {_run(row): row for row in _read(options.folder / f"{task}.csv")} for task in options.tasks}
+    rows = {task: {_run(row): row for row in read_rows(options.folder / f"{task}.csv")} for task in options.tasks}
     for task in options.tasks:
         for seed in SEARCH_SEEDS:
             hold_out(task, seed, options, most=None)
@@ -149,7 +148,7 @@ def train(options: argparse.Namespace) -> None:
                     print(f"{task} {run}: failed: {' '.join(repr(error).split())[:500]}", flush=True)
                 else:
                     rows[task][run] = future.result()
-                    _append(rows[task][run], options.folder / f"{task}.csv")
+                    append_row(rows[task][run], options.folder / f"{task}.csv")
                     print(f"{task} {' '.join(map(str, run))}: {rows[task][run]['last']:.3f}", flush=True)
 
 
@@ -229,7 +228,7 @@ def tables(options: argparse.Namespace) -> None:
 
     found = []
     for task, planned in json.loads((options.folder / "plan.json").read_text()).items():
-        rows = _read(options.folder / f"{task}.csv")
+        rows = read_rows(options.folder / f"{task}.csv")
         runs = {_run(row): row for row in rows}
         scores, about = {}, {}
         for name in planned["configurations"]:
@@ -254,19 +253,6 @@ def tables(options: argparse.Namespace) -> None:
 
 def _run(row: Row) -> Run:
     return Run(row["part"], row["configuration"], float(row["learning_rate"]), int(row["seed"]))
-
-
-def _read(path: Path) -> list[Row]:
-    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
-
-
-def _append(row: Row, path: Path) -> None:
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _options() -> argparse.Namespace:

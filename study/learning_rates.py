@@ -79,8 +79,8 @@ def main() -> None:
         for task in options.tasks:
             hold_out(task, seed, options)
     done, failures = options.folder / "learning_rates.csv", options.folder / "failures.csv"
-    rows = {_run(row): row for row in _read(done)}
-    failed = {_run(row) for row in _read(failures)}
+    rows = {_run(row): row for row in read_rows(done)}
+    failed = {_run(row) for row in read_rows(failures)}
     running: dict[Future[Row], Run] = {}
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["msplora_core.train.training"])  # imported once, for all of them
@@ -95,10 +95,10 @@ def main() -> None:
                 run = running.pop(future)
                 if error := future.exception():
                     failed.add(run)
-                    _append(run._asdict() | {"reason": " ".join(repr(error).split())[:500]}, failures)
+                    append_row(run._asdict() | {"reason": " ".join(repr(error).split())[:500]}, failures)
                 else:
                     rows[run] = future.result()
-                    _append(rows[run], done)
+                    append_row(rows[run], done)
                 print(f"{len(rows)} done, {len(failed)} failed: {' '.join(map(str, run))}", flush=True)
             choose(rows, options.folder / "chosen.csv")
 
@@ -216,18 +216,18 @@ def choose(rows: dict[Run, Row], path: Path) -> None:
                 }
                 row |= {"edge": best in (tried.index.min(), tried.index.max()), "seeds": len(compared)}
                 row |= {"rates": " ".join(map(str, tried.index)), "last_of_rates": " ".join(f"{x:.4f}" for x in tried)}
-                _append(row, path)
+                append_row(row, path)
 
 
 def _run(row: Row) -> Run:
     return Run(row["method"], row["task"], float(row["learning_rate"]), int(row["seed"]))
 
 
-def _read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
 
 
-def _append(row: Row, path: Path) -> None:
+def append_row(row: Row, path: Path) -> None:
     is_new = not path.is_file()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")

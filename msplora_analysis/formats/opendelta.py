@@ -6,10 +6,10 @@ The update is lora_alpha / lora_r * B A. Source: opendelta/delta_models/lora.py 
 from __future__ import annotations
 
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import layer_matrix, make_product, pair_factors
-from msplora_analysis.formats.helpers.settings import check_rank, needed_count, needed_number
+from msplora_analysis.formats.helpers.parts import one_scale
+from msplora_analysis.formats.helpers.settings import needed_count, needed_number
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import Config, Contents, Sum, contents
+from msplora_analysis.formats.updates import Config, Contents, contents
 from msplora_analysis.options import Options
 
 _FACTOR = r"(?P<name>.+?)(?:\.lora)?\.lora_(?P<factor>[AB])"
@@ -18,12 +18,7 @@ _FACTOR = r"(?P<name>.+?)(?:\.lora)?\.lora_(?P<factor>[AB])"
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per adapted module."""
     rank, alpha = needed_count(config, "lora_r"), needed_number(config, "lora_alpha")
-    pairs, unknown = pair_factors(file.shapes, config, _FACTOR)
-    matrices = []
-    for (name, _), (a, b) in pairs.items():
-        product = make_product(a, b, file.shapes, alpha, {})
-        check_rank(a, product.rank, rank)
-        matrices.append(layer_matrix(name, Sum((product,))))
+    matrices, unknown = one_scale(file.shapes, config, _FACTOR, rank, alpha)
     return contents(matrices, unknown)
 
 

@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats.helpers.parts import dora_note, layer_matrix, make_product, pair_factors
-from msplora_analysis.formats.helpers.settings import check_rank, needed_count, needed_number
+from msplora_analysis.formats.helpers.parts import dora_note, one_scale
+from msplora_analysis.formats.helpers.settings import needed_count, needed_number
 from msplora_analysis.formats.names import any_named
 from msplora_analysis.formats.protocol import Format
-from msplora_analysis.formats.updates import Config, Contents, Sum, contents
+from msplora_analysis.formats.updates import Config, Contents, contents
 from msplora_analysis.options import Options
 
 _FACTOR = r"(?P<name>.+)\.lora_(?P<factor>[ab])\.weight"
@@ -22,12 +22,7 @@ _has_factors = any_named(_FACTOR)
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per adapted module, all of scale "layer"."""
     rank, alpha = needed_count(config, "r"), needed_number(config, "lora_alpha")
-    pairs, unknown = pair_factors(file.shapes, config, _FACTOR)
-    matrices = []
-    for (name, _), (a, b) in pairs.items():
-        product = make_product(a, b, file.shapes, alpha, {})
-        check_rank(a, product.rank, rank)
-        matrices.append(layer_matrix(name, Sum((product,))))
+    matrices, unknown = one_scale(file.shapes, config, _FACTOR, rank, alpha)
     magnitudes = {key for key in unknown if key.endswith(".magnitude")}
     return contents(matrices, (key for key in unknown if key not in magnitudes), [_DORA] if magnitudes else [])
 

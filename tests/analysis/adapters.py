@@ -88,3 +88,13 @@ def assert_promised(actual: np.ndarray, exact: np.ndarray) -> None:
     largest = exact.max(axis=-1, keepdims=True)
     allowed = np.where(exact >= 1e-5 * largest, 1e-5 * exact, 1e-7 * largest)
     assert (error <= allowed).all(), (actual, exact)
+
+
+def assert_dense(spectra, metrics, expected):
+    """The spectra and sizes of the tables are those of dense updates by their names."""
+    assert set(spectra["name"]) == set(expected)
+    for name, dense in expected.items():
+        sigma = spectra[spectra["name"] == name]["sigma"].to_numpy()
+        assert_promised(sigma, np.linalg.svd(dense.astype(float), compute_uv=False)[: len(sigma)])
+        row = metrics[metrics["name"] == name].iloc[0]
+        assert (row["rows"], row["cols"]) == dense.shape

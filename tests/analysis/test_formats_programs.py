@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapters import assert_promised, lora_tensors, write_adapter
+from adapters import assert_dense, lora_tensors, write_adapter
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
@@ -33,12 +33,7 @@ def assert_read(path: Path, expected: dict[str, np.ndarray], notes: int = 0) -> 
         warnings.simplefilter("always")
         spectra, metrics = load_tables(path, cache=False)
     assert len(said) == notes
-    assert set(spectra["name"]) == set(expected)
-    for name, dense in expected.items():
-        sigma = spectra[spectra["name"] == name]["sigma"].to_numpy()
-        assert_promised(sigma, np.linalg.svd(dense.astype(float), compute_uv=False)[: len(sigma)])
-        row = metrics[metrics["name"] == name].iloc[0]
-        assert (row["rows"], row["cols"]) == dense.shape
+    assert_dense(spectra, metrics, expected)
 
 
 def error(path: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from adapters import assert_promised, lora_config
+from adapters import assert_dense, lora_config
 from safetensors.numpy import save_file
 
 from msplora_analysis import AnalysisError, load_tables
@@ -31,12 +31,7 @@ def assert_read(path: Path, expected: dict[str, np.ndarray], note: str | None = 
         spectra, metrics = load_tables(path, cache=False)
     assert len(said) == (note is not None)
     assert note is None or note in str(said[0].message)
-    assert set(spectra["name"]) == set(expected)
-    for name, dense in expected.items():
-        sigma = spectra[spectra["name"] == name]["sigma"].to_numpy()
-        assert_promised(sigma, np.linalg.svd(dense.astype(float), compute_uv=False)[: len(sigma)])
-        row = metrics[metrics["name"] == name].iloc[0]
-        assert (row["rows"], row["cols"]) == dense.shape
+    assert_dense(spectra, metrics, expected)
 
 
 def error(path: Path) -> str:

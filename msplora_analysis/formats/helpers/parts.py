@@ -8,8 +8,9 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.formats.helpers.settings import check_rank
 from msplora_analysis.formats.names import PREFIX, module_of, stack_and_layer
-from msplora_analysis.formats.updates import Config, Factor, Matrix, Product, Shape, Shapes, Update
+from msplora_analysis.formats.updates import Config, Factor, Matrix, Product, Shape, Shapes, Sum, Update
 
 Parts = dict[str, str]  # part -> tensor name
 Unit = TypeVar("Unit", bound=Hashable)
@@ -182,6 +183,21 @@ def make_product(a: str, b: str, shapes: Shapes, alpha: float, config: Config) -
         Factor((b,), shape_b[0], rank),
         scaling,
     )
+
+
+def one_scale(shapes: Shapes, config: Config, pattern: str, rank: int, alpha: float) -> tuple[list[Matrix], list[str]]:
+    """A matrix alpha / rank B A for every pair of factors (see ``pair_factors``), and the tensors that are none.
+
+    Raises:
+        AnalysisError: A factor has no partner, or another rank.
+    """
+    pairs, unknown = pair_factors(shapes, config, pattern)
+    matrices = []
+    for (name, _), (a, b) in pairs.items():
+        product = make_product(a, b, shapes, alpha, {})
+        check_rank(a, product.rank, rank)
+        matrices.append(layer_matrix(name, Sum((product,))))
+    return matrices, unknown
 
 
 def leading(shape: Shape) -> int | None:
