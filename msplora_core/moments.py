@@ -20,12 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from msplora_core import records
 from msplora_core.atomic import replacing
 from msplora_core.errors import TrainingError
 
 MOMENTS = "moments.safetensors"
 """The file's name beside an adapter."""
 VERSION = 1
+_HEAD: records.Schema = {
+    "modules": {...: {"scales": [str], "ranks": [int]}},
+    "about": {"examples?": int, "draws?": int, "loss?": str},
+}
 _NEEDED = ("s_a", "s_b", "norms")
 _TOLERANCE = 1e-2  # half precision moves a norm by less; another checkpoint's factors differ by more
 
@@ -189,27 +194,30 @@ def read_moments(path: str | Path, *, scores: Collection[str] | None = None) -> 
     path = Path(path)
     try:
         with safe_open(path, "numpy") as file:
-            head = json.loads((file.metadata() or {})["msplora_moments"])
+            head = records.parse((file.metadata() or {})["msplora_moments"].encode())
+            records.check(head, {"version": int})
+            if head["version"] != VERSION:
+                raise TrainingError(
+                    f"{path}: moments of version {head['version']}, expected {VERSION}; record them anew"
+                )
+            records.check(head, _HEAD)
             wanted = [name for name in file.keys() if scores is None or name.rpartition("/")[2] in {*_NEEDED, *scores}]  # noqa: SIM118
             tensors: dict[str, dict[str, Array]] = {}
             for name in wanted:
                 module, _, key = name.rpartition("/")
                 tensors.setdefault(module, {})[key] = file.get_tensor(name)
-        if head["version"] != VERSION:
-            raise TrainingError(f"{path}: moments of version {head['version']}, expected {VERSION}; record them anew")
         modules = {}
         for name, shape in head["modules"].items():
             modules[name] = _module(path, name, tuple(shape["scales"]), tuple(shape["ranks"]), tensors.get(name, {}))
         about = dict(head["about"])
-        if not isinstance(draws := about.get("draws", 1), int) or draws < 1:
-            raise TrainingError(f"{path}: draws must be a whole number of at least 1, got {draws!r}; record it anew")
+        if (draws := about.get("draws", 1)) < 1:
+            raise TrainingError(f"{path}: draws must be at least 1, got {draws}; record it anew")
         return Moments(modules, about)
     except TrainingError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise TrainingError(
-            f"{path}: not a moments file ({type(error).__name__}); record it with msplora-measure moments"
-        ) from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        what = str(error) if isinstance(error, records.RecordError) else type(error).__name__
+        raise TrainingError(f"{path}: not a moments file ({what}); record it with msplora-measure moments") from None
 
 
 def _module(

@@ -109,6 +109,30 @@ def parse(content: bytes) -> Any:
     return value
 
 
+def text_of(value: Any) -> str:
+    """JSON that every reader takes and every terminal may show, for a person to read.
+
+    Args:
+        value: What JSON can hold. Half of a character, as in a path that is no UTF-8, is written as the letters of its
+            escape.
+
+    Example:
+        >>> print(text_of({"é": "\\x1b[31m"}))
+        {
+          "é": "\\u001b[31m"
+        }
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(letter: str) -> str:
+    halved = "\ud800" <= letter <= "\udfff"
+    return ("\\" if halved else "") + json.dumps(letter)[1:-1]
+
+
 def _is_deep(content: bytes) -> bool:
     """Whether there may be more levels than are parsed."""
     brackets = _STRING.sub(b"", content).translate(None, _NO_BRACKETS)

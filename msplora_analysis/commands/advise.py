@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.options import Execution, Options
+from msplora_core.records import text_of
 
 if TYPE_CHECKING:
     from msplora_analysis.ask.advice.advise import RunAdvice
@@ -50,7 +50,7 @@ def advise(
     written = write(found, out) if out is not None else []
     with terminal.closed_pipe_ignored():
         if as_json:
-            print(json.dumps({"advice": [as_object(one) for one in found]}, indent=2, ensure_ascii=False))
+            print(text_of({"advice": [as_object(one) for one in found]}))
         else:
             for one in found:
                 print_advice(one)

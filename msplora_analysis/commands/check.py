@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.options import Options
+from msplora_core.records import text_of
 
 if TYPE_CHECKING:
     from msplora_analysis.ask.readers.base import Finding
@@ -67,7 +67,7 @@ def check(
             shown = [one.name for one, _ in verdicts(found) if reader in (None, one.name)]
             outcome = {one.name: verdict for one, verdict in verdicts(found) if one.name in shown}
             about = {"adapter": str(found_at.file), "readers": outcome, "findings": [one._asdict() for one in found]}
-            print(json.dumps(about, indent=2, ensure_ascii=False))
+            print(text_of(about))
         else:
             _print(found, faults, reader)
     if any(one.severity == "error" and one.reader in ("", reader) for one in found):
@@ -82,7 +82,7 @@ def _write_sarif(path: Path, faults: list[Finding], file: Place) -> None:
     if isinstance(file, Path):  # code hosts find files by their place in the repository
         uri = file.relative_to(Path.cwd()).as_posix() if file.is_relative_to(Path.cwd()) else file.as_uri()
     with replacing(path) as beside:
-        beside.write_text(json.dumps(as_sarif(faults, uri), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(text_of(as_sarif(faults, uri)) + "\n", encoding="utf-8")
 
 
 def _print(found: list[Finding], faults: list[Finding], reader: str | None) -> None:

@@ -11,6 +11,7 @@ from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.options import NO_MOMENTS, Execution, Options
 from msplora_analysis.tables.rows import rows_of
+from msplora_core.records import text_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +57,7 @@ def diagnose(
         found = findings_of(gather(paths, options, execution, model=base))
     with terminal.closed_pipe_ignored():
         if as_json:
-            print(json.dumps(as_objects(found), indent=2, ensure_ascii=False))
+            print(text_of(as_objects(found)))
         else:
             print_findings(found)
 

@@ -65,7 +65,7 @@ def _opened(path: Path) -> Cache:
         return Cache(path)
     except sqlite3.OperationalError:  # locked, or no room
         raise
-    except sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, UnicodeDecodeError):  # its own message may quote the damaged bytes
         for end in ("", "-wal", "-shm"):
             Path(f"{path}{end}").unlink(missing_ok=True)
         return Cache(path)
@@ -139,7 +139,7 @@ class Cache:
         if self._is_writable:
             try:
                 self._database.execute(statement, values)
-            except sqlite3.Error:  # locked for long, or no room: not to be waited for again
+            except (sqlite3.Error, UnicodeDecodeError):  # locked for long, or no room: not to be waited for again
                 self._is_writable = False
 
     def close(self) -> None:

@@ -52,7 +52,7 @@ def relations(updates: Sequence[Directions], top_k: int | None = None) -> Column
             k = k if top_k is None else np.minimum(k, top_k)
             inner = np.einsum("jab,jab,a,jb->j", x_out, x_in, sigma[i], sigma[j])
             known = complete[i] & complete[j]
-            both = norms[i] * norms[j]
+            both = np.where(known, norms[i] * norms[j], 0)
             squares = norms[i] ** 2 + norms[j] ** 2
             nan = np.full(len(k), np.nan)
             rank_sum = _rank_of_sum(sigma[i], sigma[j], x_out, x_in, rank[i] + rank[j])
@@ -60,7 +60,7 @@ def relations(updates: Sequence[Directions], top_k: int | None = None) -> Column
                 {
                     "norm_a": np.full(len(k), norms[i]),
                     "norm_b": norms[j],
-                    "cosine": np.where(known, np.divide(inner, both, out=nan.copy(), where=both > 0), np.nan),
+                    "cosine": np.clip(np.divide(inner, both, out=nan.copy(), where=both > 0), -1, 1),  # rounding
                     "overlap_in": subspace_overlap(x_in, k),
                     "overlap_out": subspace_overlap(x_out, k),
                     "expected_in": expected_overlap(k, cols),

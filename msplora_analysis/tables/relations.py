@@ -220,7 +220,7 @@ def _in_all(table: pd.DataFrame) -> pd.DataFrame:
     both = norms["norm_a"] * norms["norm_b"]
     whole = {
         **norms,
-        "cosine": inner / both.where(both > 0),
+        "cosine": (inner / both.where(both > 0)).clip(-1, 1),
         **{f"{what}_{side}": mean(f"{what}_{side}", table["k"]) for what in ("overlap", "expected") for side in _SIDES},
         "energy_a_in_b": mean("energy_a_in_b", a**2),
         "energy_b_in_a": mean("energy_b_in_a", b**2),

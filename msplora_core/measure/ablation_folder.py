@@ -99,7 +99,7 @@ def ablate_to(
         else:
             table.to_parquet(beside, index=False)
     with replacing(out / f"{ABLATION}.json") as beside:
-        beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(records.text_of(about) + "\n", encoding="utf-8")
     return out / f"{ABLATION}.{format}"
 
 

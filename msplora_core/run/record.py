@@ -213,4 +213,4 @@ def write(folder: Path, run: dict[str, Any]) -> None:
         TrainingError: it cannot be written, as when the disk is full.
     """
     with checkpoints.told(folder / RECORD), replacing(folder / RECORD, durable=True) as beside:
-        beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(records.text_of(run) + "\n", encoding="utf-8")

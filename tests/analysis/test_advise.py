@@ -1,6 +1,7 @@
 """Advice on adapters whose tasks are known: from hand-made moments, ablations and records."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -131,6 +132,17 @@ def test_a_scale_that_moves_no_output_does_not_earn_its_parameters(tmp_path):
     (advice,) = ma.advise(tmp_path / "run")
     assert answer(advice, "Which scales").value == ["global"]
     assert advice.scales.set_index("scale")["predicted_kl"]["global"] == 0
+
+
+def test_strange_names_and_records_of_other_programs_are_no_failure(tmp_path):
+    folder, _ = write_lora(tmp_path / os.fsdecode(b"caf\xe9") / "checkpoint-1")
+    results = [{"epoch": epoch, "metric": 0.1} for epoch in (0, 1)]
+    (folder / "run.json").write_text(json.dumps({"metric": {"name": 7, "greater_is_better": True}, "results": results}))
+    with pytest.raises(SystemExit) as end:
+        app(["advise", str(folder), "--out", str(tmp_path / "out")])
+    assert not end.value.code
+    (found,) = json.loads((tmp_path / "out" / "advice.json").read_text())["advice"]
+    assert "caf\\udce9" in found["file"]
 
 
 def test_the_command_prints_answers_or_json_and_writes_files(measured, tmp_path, capsys):

@@ -314,6 +314,14 @@ def test_a_damaged_or_forbidden_cache_is_no_failure(runs, cache, computed, monke
     assert len(computed) == 3 * 14
 
 
+def test_a_cache_whose_own_schema_is_damaged_is_made_anew(runs, cache, computed):
+    expected = load_spectra(runs)
+    (file,) = cache.glob("*.sqlite")
+    file.write_bytes(file.read_bytes().replace(b"CREATE TABLE", b"CREATE \xff\xff\xff\xff\xff"))
+    pd.testing.assert_frame_equal(load_spectra(runs), expected)
+    assert len(computed) == 2 * 14
+
+
 def test_entries_that_make_no_sense_are_computed_again(runs, cache, computed):
     import sqlite3
 

@@ -98,7 +98,9 @@ def test_an_adapter_against_itself_its_opposite_and_zero(tmp_path):
     paths = [
         write_adapter(tmp_path / name, of) for name, of in zip("pqrs", (tensors, tensors, opposite, zero), strict=True)
     ]
-    rows = ma.relate(paths).query("module == 'all'").set_index(["a", "b"])
+    table = ma.relate(paths)
+    assert table["cosine"].abs().max() <= 1  # rounding too must not go beyond
+    rows = table.query("module == 'all'").set_index(["a", "b"])
     same, against, none = (rows.loc[("p", other)] for other in "qrs")
     assert (same["cosine"], same["energy_a_in_b"], same["rank_sum"]) == (pytest.approx(1), pytest.approx(1), 2)
     assert (against["cosine"], against["rank_sum"]) == (pytest.approx(-1), 0)

@@ -1,7 +1,11 @@
 """Directions and the file of moments, against dense matrices."""
 
+import json
+import re
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from msplora_core.errors import TrainingError
 from msplora_core.moments import ModuleMoments, Moments, directions, read_moments
@@ -79,6 +83,26 @@ def test_a_file_of_something_else_is_refused_by_its_name(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(TrainingError, match=r"moments\.safetensors"):
         read_moments(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"version": 99}, "moments of version 99, expected 1"),
+        ({"version": "1"}, "version must be a whole number, got '1'"),
+        ({"modules": {"x": {"scales": [{}], "ranks": [1]}}}, "scales[0] must be"),
+        ({"modules": {"x": {"scales": ["layer"], "ranks": [None]}}}, "ranks[0] must be"),
+        ({"modules": []}, "modules must be"),
+        ({"about": {"draws": "many"}}, "draws must be"),
+        ({"about": {"draws": 0}}, "draws must be at least 1, got 0"),
+        ({"about": {"examples": [1]}}, "examples must be"),
+    ],
+)
+def test_a_head_that_makes_no_sense_is_refused_by_what_is_wrong_in_it(tmp_path, changes, told):
+    head = {"version": 1, "modules": {}, "about": {}} | changes
+    save_file({"x": np.zeros(1)}, tmp_path / "moments.safetensors", {"msplora_moments": json.dumps(head)})
+    with pytest.raises(TrainingError, match=re.escape(told)):
+        read_moments(tmp_path / "moments.safetensors")
 
 
 def test_predicted_kl_is_half_the_mean_square_of_the_summed_scores():

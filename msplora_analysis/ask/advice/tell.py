@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,11 @@ import pandas as pd
 
 from msplora_analysis.ask.advice.advise import RunAdvice
 from msplora_analysis.errors import AnalysisError, printable
+from msplora_analysis.tables.files import marked
 from msplora_analysis.tables.labels import when
 from msplora_analysis.tables.rows import rows_of
 from msplora_core.atomic import replacing
+from msplora_core.records import text_of
 
 RANK_HEADERS = (
     "rank", "parameters", "MB", "energy", "task\nenergy", "predicted\nKL", "measured\nKL", "metric", "change",
@@ -85,13 +86,13 @@ def write(found: Sequence[RunAdvice], out: Path) -> list[Path]:
         AnalysisError: they cannot be written.
     """
     ranks = pd.concat([one.ranks.assign(run=one.subject.adapter.run) for one in found], ignore_index=True)
-    text = json.dumps({"advice": [as_object(one) for one in found]}, indent=2, ensure_ascii=False) + "\n"
+    text = text_of({"advice": [as_object(one) for one in found]}) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / "advice.json") as beside:
             beside.write_text(text, encoding="utf-8")
         with replacing(out / "ranks.csv") as beside:
-            ranks[["run", *ranks.columns.drop("run")]].to_csv(beside, index=False)
+            marked(ranks[["run", *ranks.columns.drop("run")]]).to_csv(beside, index=False)
     except OSError as error:
         raise AnalysisError(f"out={out}: cannot be written: {error.strerror or error}", "out") from None
     return [out / "advice.json", out / "ranks.csv"]

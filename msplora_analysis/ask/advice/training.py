@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, TypeGuard
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.layouts import nearest_json
 from msplora_core.names import RECORD, STATE
+from msplora_core.records import TRAINER_STATE, Schema, fits
+
+_METRIC: Schema = {"name": str, "greater_is_better": bool}  # of a run.json, which may be another program's
 
 
 class Course(NamedTuple):
@@ -33,17 +36,16 @@ def course_of(adapter: Adapter) -> Course | None:
     """
     record = nearest_json(adapter.file, RECORD)
     metric = record.get("metric")
-    name = metric.get("name") if isinstance(metric, dict) else None
-    greater = metric.get("greater_is_better", True) if isinstance(metric, dict) else True
+    name, greater = (metric["name"], metric["greater_is_better"]) if fits(metric, _METRIC) else (None, True)
     points = _points(record.get("results"), "metric")
     if not points:
-        log = nearest_json(adapter.file, STATE).get("log_history")
+        log = nearest_json(adapter.file, STATE, TRAINER_STATE).get("log_history")
         name = _logged(log)
         points, greater = (_points(log, name), not name.endswith("loss")) if name else ([], True)
         name = name.removeprefix("eval_") if name else None
     if not points:
         return None
-    return Course((name or "metric").replace("_", " ").capitalize(), bool(greater), points)
+    return Course((name or "metric").replace("_", " ").capitalize(), greater, points)
 
 
 def _points(entries: Any, key: str) -> list[tuple[float, float]]:
