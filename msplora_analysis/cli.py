@@ -6,13 +6,24 @@ import io
 import os
 import sys
 import warnings
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from msplora_analysis.commands.shared.declaring import all_commands
 from msplora_analysis.commands.shared.terminal import end_cleanly, with_options
 from msplora_analysis.errors import AnalysisError, printable
+
+
+class _Commands(TyperGroup):
+    """The commands; a path in the place of a command is one to advise on."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        first = args[0]
+        if first not in self.commands and not first.startswith("-") and ("/" in first or os.path.exists(first)):
+            args = ["advise", *args]
+        return super().resolve_command(ctx, args)
 
 
 def _print_version(wanted: bool) -> None:
@@ -32,18 +43,24 @@ def _options(
     pass
 
 
+def _with_dashes(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def make_app() -> typer.Typer:
     """The command line, of all commands that are found."""
     made = typer.Typer(
-        help="Spectral analysis of LoRA and MSPLoRA adapters, from the files that training leaves.",
+        cls=_Commands,
+        help="What did an adapter learn, what rank does it need, what may go? Adapter files are all that is "
+        "needed.\n\n"
+        "`msplora-analyze PATH` alone is `msplora-analyze advise PATH`.",
         epilog="Run `msplora-analyze COMMAND --help` for the options and examples of a command.",
         # Plain help starts in less than half the time of rich help.
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        add_completion=False,
         no_args_is_help=True,
         # Without a value here, `COMMAND --help` makes typer import pydantic to check that none is given.
-        context_settings={"default_map": {"help": False}},
+        context_settings={"default_map": {"help": False}, "token_normalize_func": _with_dashes},
         callback=_options,
     )
     for command in all_commands():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msplora_core.data.tasks import get_task
+from msplora_core.data.tasks import get_task, recipes_table
 from msplora_core.errors import TrainingError
 from msplora_core.methods import method_options, methods_table
 from msplora_core.options import Field, options_of
@@ -81,6 +81,11 @@ app.command(
 
 \b
 {indent(methods_table(), "  ")}
+
+Defaults by the task:
+
+\b
+{indent(recipes_table(), "  ")}
 
 Examples:
 

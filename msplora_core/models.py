@@ -132,10 +132,10 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source.location, **files)
         model = auto_class.from_pretrained(source.location, **options)
     except Exception as error:  # whatever the files are taken for: the libraries below raise a dozen types
-        reason = reason_of(error)
-        hint = (
-            "" if source.is_local else "; without a network give 'model' a local folder, or minilm (an embedded model)"
-        )
+        reason, hint = reason_of(error), ""
+        if not source.is_local and isinstance(error, OSError) and "gated" not in str(error):
+            reason = "it is no folder here, and the Hugging Face Hub does not give it (no network, or no such model)"
+            hint = f"; give 'model' a folder, a name on the Hub, or {' or '.join(EMBEDDED_MODELS)} (embedded)"
         raise TrainingError(f"the model '{source.name}' cannot be loaded: {reason}{hint}") from error
     if isinstance(task, InstructionTask):
         # an encoder loads as a causal model too, but sees the tokens that it is to predict

@@ -63,15 +63,13 @@ def diagnose(
 
 
 def as_objects(findings: pd.DataFrame) -> dict[str, object]:
-    """``findings``: a list of objects, empty cells null; ``rank_pattern``: run -> what PEFT's LoraConfig takes."""
-    from msplora_analysis.ask.findings import rank_patterns
-
+    """``findings``: a list of objects, empty cells null."""
     rows = rows_of(findings.astype(object).where(findings.notna(), None))
     for row in rows:
         row["details"] = json.loads(row["details"]) if row["details"] else {}
         for name in ("value", "threshold"):  # JSON has no infinity
             row[name] = None if row[name] in (float("inf"), float("-inf")) else row[name]
-    return {"findings": rows, "rank_pattern": rank_patterns(findings)}
+    return {"findings": rows}
 
 
 def print_findings(findings: pd.DataFrame) -> None:
@@ -79,7 +77,7 @@ def print_findings(findings: pd.DataFrame) -> None:
     from rich.markup import escape
     from rich.padding import Padding
 
-    from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
+    from msplora_analysis.ask.findings import KINDS, SEVERITIES
 
     with terminal.printed_whole() as console:
         if findings.empty:
@@ -94,20 +92,30 @@ def print_findings(findings: pd.DataFrame) -> None:
                     console.print(Padding(escape(line), (0, 0, 0, 4)))
             console.print(Padding(f"[dim]threshold:[/] {escape(about.source)}", (0, 0, 0, 2)))
             console.print(Padding(f"[dim]try:[/] {escape(about.advice)}", (0, 0, 1, 2)))
-        for run, pattern in rank_patterns(findings).items():
-            console.print(f"[bold]rank_pattern[/] of {escape(run)}:")
-            console.print(json.dumps(pattern), markup=False, soft_wrap=True, end="\n\n")
         counts = findings["severity"].value_counts()
-        console.print(", ".join(f"{counts.get(severity, 0)} {severity}" for severity in SEVERITIES))
+        found = [f"{counts[severity]} {severity}" for severity in SEVERITIES if severity in counts]
+        if found:
+            console.print(", ".join(found))
 
 
 def _places(run: str, rows: pd.DataFrame) -> list[str]:
-    """The first place with its evidence, then where else, in a line or two."""
+    """The first place with its evidence, then where else: a few by name, many by module and range of layers."""
     from msplora_analysis.tables.labels import when, where
 
     first, *others = rows_of(rows)
     lines = [f"{run}: {', '.join(filter(None, (when(first), where(first))))}: {first['evidence']}"]
-    if others:
-        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        lines.append(f"  also {', '.join(map(where, others[:_SHOWN]))}{more}")
+    if len(others) > _SHOWN:
+        lines.append(f"  and {len(others)} more: {_spread(rows.iloc[1:])}")
+    elif others:
+        lines.append(f"  also {', '.join(map(where, others))}")
     return lines
+
+
+def _spread(rows: pd.DataFrame) -> str:
+    """How many of each module, and in which layers."""
+    parts = []
+    for (scale, module), of_module in rows.fillna({"module": ""}).groupby(["scale", "module"], sort=False):
+        low, high = of_module["group"].min(), of_module["group"].max()
+        span = "" if low != low else f" in {scale} {low:g}" if low == high else f" in {scale}s {low:g}-{high:g}"
+        parts.append(f"{len(of_module)} {module or 'places'}{span}")
+    return ", ".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +20,7 @@ from msplora_analysis.commands.shared.declaring import command
 )
 def report(
     paths: arguments.Paths,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write.")] = Path("report.html"),
+    out: Annotated[str, typer.Option(metavar="FILE", help="HTML file to write.")] = "report.html",
     moments: arguments.Moments = None,
     workers: arguments.Workers = None,
     cache: arguments.UseCache = True,

@@ -48,13 +48,6 @@ class Findings(_Table):
         "advice",
     }
 
-    @property
-    def rank_patterns(self) -> dict[str, dict[str, int]]:
-        """Run -> a ``rank_pattern`` for PEFT's LoraConfig (see ``findings.rank_patterns``)."""
-        from msplora_analysis.ask.findings import rank_patterns
-
-        return rank_patterns(self)
-
     def _view(self) -> str:
         """One row per kind of finding, the most severe first, with the first of its places."""
         from msplora_analysis.ask.findings import KINDS, SEVERITIES

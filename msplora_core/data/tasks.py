@@ -129,6 +129,16 @@ TASKS: dict[str, Task] = {
 }
 
 
+def recipes_table() -> str:
+    """The recipe of every task, a line each."""
+    columns = ("epochs", "learning_rate", "batch_size", "max_length", "warmup_ratio", "weight_decay")
+    head = ["task", "epochs", "learning rate", "batch", "length", "warm-up", "weight decay"]
+    rows = [[name, *(f"{getattr(task.recipe, column):g}" for column in columns)] for name, task in TASKS.items()]
+    widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
+    lines = [[f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)] for cells in (head, *rows)]
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
+
+
 def get_task(name: str) -> Task:
     """The task of that name.
 

@@ -137,11 +137,24 @@ class Method:
         config_class = pkgutil.resolve_name(self.peft_config)
         shared = options_of(type(self)).keys() & {field.name for field in fields(config_class)}
         options = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
+        _check_names(options.get("target_modules"), base_model)
         try:
             config = config_class(task_type=task_type, **options | self.peft_options(base_model))
             return get_peft_model(base_model, config)
         except ValueError as error:
             raise TrainingError(" ".join(str(error).split())) from error
+
+
+def _check_names(given: list[str] | None, model: PreTrainedModel) -> None:
+    """Refuse names that no module of the model has; PEFT leaves them out, unless no name is left."""
+    modules = dict(model.named_modules())
+    unknown = [name for name in given or () if not any(f".{module}".endswith(f".{name}") for module in modules)]
+    if unknown:
+        adapted = (name for name, module in modules.items() if getattr(module, "weight", None) is not None)
+        there = dict.fromkeys(name.rpartition(".")[2] for name in adapted if not name[-1:].isdigit())
+        raise TrainingError(
+            f"target_modules={','.join(unknown)}: the model has no module of that name; it has {', '.join(there)}"
+        )
 
 
 @dataclass(frozen=True)

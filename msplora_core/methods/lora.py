@@ -12,5 +12,7 @@ class Lora(RankedMethod):
     name = "lora"
     peft_config = "peft:LoraConfig"
 
-    lora_alpha: Annotated[float, Option("[default: the task's recipe; adalora: 32]", POSITIVE)] = FROM_RECIPE
-    lora_dropout: Annotated[float, Option("[default: the task's recipe; pissa: 0]", FRACTION)] = FROM_RECIPE
+    lora_alpha: Annotated[float, Option("Scale of the update: alpha / rank.  [default: 16; adalora: 32]", POSITIVE)] = (
+        FROM_RECIPE
+    )
+    lora_dropout: Annotated[float, Option("Dropout before A.  [default: 0.05; pissa: 0]", FRACTION)] = FROM_RECIPE

@@ -30,13 +30,37 @@ _PATIENCE = 5.0
 def make_app() -> typer.Typer:
     """An empty command line."""
     return typer.Typer(
-        add_completion=False,
         pretty_exceptions_enable=False,
         # Plain help starts in less than half the time of rich help.
         rich_markup_mode=None,
         # Without a value here, `--help` makes typer import pydantic to check that none is given.
-        context_settings={"default_map": {"help": False}},
+        context_settings={"default_map": {"help": False}, "token_normalize_func": usual_name},
     )
+
+
+_HABITS = {
+    "lr": "learning-rate",
+    "num-train-epochs": "epochs",
+    "num-epochs": "epochs",
+    "per-device-train-batch-size": "batch-size",
+    "train-batch-size": "batch-size",
+    "model-name-or-path": "model",
+    "task-name": "task",
+    "max-seq-length": "max-length",
+    "lora-r": "rank",
+    "lora-rank": "rank",
+    "alpha": "lora-alpha",
+    "dropout": "lora-dropout",
+    "overwrite-output-dir": "overwrite",
+    "resume-from-checkpoint": "resume",
+}
+"""Options as scripts of transformers and PEFT call them, and as they are called here."""
+
+
+def usual_name(name: str) -> str:
+    """The name of an option, of whatever habit it is given by: ``--learning_rate`` and ``--lr`` are one."""
+    name = name.replace("_", "-")
+    return _HABITS.get(name, name)
 
 
 def _version(asked: bool) -> None:

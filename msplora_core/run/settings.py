@@ -26,7 +26,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 MODEL_DTYPES = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}
 """Types that the base model's weights may have, and the precision that each needs (None: any)."""
 
-_RECIPE = "[default: the task's recipe]"
+_RECIPE = "[default: by the task, see below"
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,25 @@ class Settings:
         Path | None, Option("Folder with {task}_train.jsonl[.gz] and {task}_validation.jsonl[.gz]; else the Hub.")
     ] = None
     seed: Annotated[int, Option("Seed of initialisation, order and dropout.", SEED)] = 0
-    epochs: Annotated[int, Option(_RECIPE, COUNT)] = FROM_RECIPE
-    learning_rate: Annotated[float, Option("[default: the task's recipe; fft: 2e-5]", NOT_NEGATIVE)] = FROM_RECIPE
-    head_learning_rate: Annotated[float, Option("[default: half the learning rate; fft: all of it]", NOT_NEGATIVE)] = (
-        FROM_RECIPE
-    )
-    batch_size: Annotated[int, Option(_RECIPE, COUNT)] = FROM_RECIPE
+    epochs: Annotated[int, Option("Passes over the training data.  " + _RECIPE + "]", COUNT)] = FROM_RECIPE
+    learning_rate: Annotated[
+        float,
+        Option(
+            "Largest rate of AdamW; it falls linearly to 0.  [default: by the task, see below; fft: 2e-5]", NOT_NEGATIVE
+        ),
+    ] = FROM_RECIPE
+    head_learning_rate: Annotated[
+        float, Option("That of a new head.  [default: half the learning rate; fft: all of it]", NOT_NEGATIVE)
+    ] = FROM_RECIPE
+    batch_size: Annotated[int, Option("Examples of a step.  " + _RECIPE + "]", COUNT)] = FROM_RECIPE
     micro_batch_size: Annotated[
-        int | None, Option("Examples computed at once.  [default: the task's recipe: the whole batch; alpaca: 4]")
+        int | None, Option("Examples computed at once.  [default: the whole batch; alpaca: 4]")
     ] = None
-    warmup_ratio: Annotated[float, Option(f"Part of the steps.  {_RECIPE}", FRACTION)] = FROM_RECIPE
-    weight_decay: Annotated[float, Option("[default: the task's recipe; pissa: 0]", NOT_NEGATIVE)] = FROM_RECIPE
-    max_length: Annotated[int, Option("Tokens.  " + _RECIPE, COUNT)] = FROM_RECIPE
+    warmup_ratio: Annotated[float, Option(f"Part of the steps.  {_RECIPE}]", FRACTION)] = FROM_RECIPE
+    weight_decay: Annotated[
+        float, Option("Decay of AdamW.  [default: by the task, see below; pissa: 0]", NOT_NEGATIVE)
+    ] = FROM_RECIPE
+    max_length: Annotated[int, Option("Tokens.  " + _RECIPE + "]", COUNT)] = FROM_RECIPE
     precision: Annotated[str, Option(f"One of {', '.join(PRECISIONS)}.", one_of(PRECISIONS))] = "fp32"
     model_dtype: Annotated[
         str, Option(f"Type of the base model's weights, one of {', '.join(MODEL_DTYPES)}.", one_of(MODEL_DTYPES))

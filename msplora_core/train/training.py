@@ -76,6 +76,8 @@ def _train(settings: Settings, report: Callable[[str], None], until_end: ExitSta
 
     set_seed(settings.seed)
     method = settings.method
+    if not source.is_local:
+        report(f"model {source.name}: no folder here; asking the Hugging Face Hub")  # which may take a minute
     base_model, tokenizer = load_model(source, task, settings.model_dtype, method.quantization(settings.precision))
     encoded = {name: encode(split, task, tokenizer, settings.max_length) for name, split in splits.items()}
     model = method.adapt(base_model, task.peft_task_type)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import msplora_analysis as ma
 from msplora_analysis import cli, commands
+from msplora_analysis.commands.shared import terminal
 
 ROOT = Path(ma.__file__).parent.parent
 
@@ -115,15 +116,38 @@ def test_summary(runs, tmp_path, capsys, monkeypatch):
     _, stdout, _ = run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "out")
     lines = [" ".join(line.split()) for line in stdout.splitlines()]
     assert "[plain]: means over matrices" in lines
-    assert "lora: means over matrices (6 of 11 checkpoints shown)" in lines
+    assert "lora: means over matrices" in lines
     assert lines.count("scale epoch matrices sigma_1 rank rank M_eff-1 M_eff-4") == 2
-    start = lines.index("lora: means over matrices (6 of 11 checkpoints shown)") + 3
-    rows = [line.split() for line in lines[start : start + 6]]
-    assert [row[1] for row in rows] == ["0", "2", "4", "6", "8", "10"]
+    start = lines.index("lora: means over matrices") + 3
+    rows = [line.split() for line in lines[start : start + 11]]
+    assert [row[1] for row in rows] == list(map(str, range(11)))
     assert rows[0] == ["layer", "0", "2", "0", "-", "-", "-", "-"]
     means = ma.load_metrics(runs / "lora").query("epoch == 10")
     expected = [f"{means[name].mean():.4g}" for name in ("sigma_1", "effective_rank", "stable_rank", "m_eff_1")]
     assert rows[-1] == ["layer", "10", "2", *expected, "1"]
+
+
+def test_summary_of_many_checkpoints_is_spread_over_them():
+    assert terminal._spread(list(range(101)))[:3] == [0, 9, 18]
+    assert terminal._spread(list(range(101)))[-1] == 100
+
+
+def test_a_path_alone_is_advised_on(runs, capsys, monkeypatch):
+    status, stdout, _ = run(capsys, monkeypatch, runs / "lora")
+    assert (status, stdout) == (0, run(capsys, monkeypatch, "advise", runs / "lora")[1])
+    assert run(capsys, monkeypatch, "runs/nowhere")[0] == 1
+    status, _, stderr = run(capsys, monkeypatch, "spectr")
+    assert status == 2
+    assert "Did you mean 'spectra'" in stderr
+
+
+def test_underscores_in_options_are_dashes(runs, capsys, monkeypatch):
+    assert run(capsys, monkeypatch, "advise", runs / "lora", "--ignore_unknown")[0] == 0
+
+
+def test_completion_scripts_are_there():
+    shown = python(MAIN, "--show-completion", "bash")
+    assert "complete" in shown.stdout
 
 
 def test_ignore_unknown_warns_on_standard_error(tmp_path, capsys, monkeypatch):

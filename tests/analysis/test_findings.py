@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import msplora_analysis as ma
 from msplora_analysis.adapters.discovery import discover
-from msplora_analysis.ask.findings import KINDS, rank_patterns
+from msplora_analysis.ask.findings import KINDS
 from msplora_analysis.cli import app
 from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.errors import AnalysisError
@@ -215,34 +215,8 @@ def test_rank_unused_saturated_and_oversized() -> None:
     findings = ma.diagnose(table(np.array([[steep, flat, middle]])))
     assert places(findings, "rank-unused") == {(0, "query")}
     assert places(findings, "rank-saturated") == {(1, "query")}
-    assert rank_patterns(findings) == {"r": {"layer.0.query": 2}}
     findings = ma.diagnose(table(np.array([[[1] + 15 * [1e-3]] * 3])))
     assert findings["id"].tolist()[0] == "rank-oversized"
-
-
-def test_shared_parts_get_no_rank_pattern() -> None:
-    steep = np.array([[[1, 0.5, 0.01, 0]]])
-    both = pd.concat([table(steep), table(steep, scale="mid", group=0)])
-    findings = ma.diagnose(both)
-    assert len(findings.query("id == 'rank-unused'")) == 2
-    assert rank_patterns(findings) == {}
-
-
-def test_peft_takes_the_rank_pattern() -> None:
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
-    findings = ma.diagnose(FIRST_LOOK / "lora-4", cache=False)
-    pattern = rank_patterns(findings)["lora-4"]
-    assert pattern
-    name = next(iter(pattern))
-    nested = torch.nn.Linear(6, 6)
-    for part in reversed(name.split(".")):
-        module = torch.nn.Module()
-        module.add_module(part, nested)
-        nested = module
-    config = peft.LoraConfig(r=4, target_modules=[name.rpartition(".")[2]], rank_pattern={name: pattern[name]})
-    model = peft.inject_adapter_in_model(config, nested)
-    assert model.get_submodule(name).r["default"] == pattern[name]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 1.0])
@@ -313,7 +287,6 @@ def test_command(tmp_path: Path) -> None:
     ids = [row["id"] for row in found["findings"]]
     assert ids[:2] == ["no-update", "no-update"]
     assert found["findings"][0]["group"] == 2
-    assert found["rank_pattern"]["run"]
 
 
 @pytest.mark.slow

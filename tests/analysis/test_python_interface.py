@@ -124,7 +124,6 @@ def test_diagnose_takes_a_path_a_list_or_the_tables(spectra: pd.DataFrame) -> No
     tables, both = ma.load_tables(last), load_redundancy(last, details=True)
     found = ma.diagnose(tables.spectra, tables.metrics, both.pairs, scales=both.scales)
     pd.testing.assert_frame_equal(found, expected)
-    assert found.rank_patterns["lora-8"]["bert.encoder.layer.5.attention.self.query"] == 1
     assert isinstance(ma.diagnose(spectra), Findings)
 
 

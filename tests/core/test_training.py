@@ -273,7 +273,17 @@ def test_hub_name_without_network_says_what_to_do() -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "TrainingError: the model 'a/b' cannot be loaded" in run.stderr
-    assert "give 'model' a local folder, or minilm" in run.stderr
+    assert "give 'model' a folder, a name on the Hub, or minilm" in run.stderr
+
+
+def test_target_modules_that_the_model_lacks_are_told_with_those_it_has(model_dir: Path) -> None:
+    task = TASKS["cola"]
+    model, _ = base_models.load_model(base_models.find_model(str(model_dir)), task)
+    method = make_settings(
+        method="lora", output_dir=Path("run"), task="cola", target_modules=["query", "q_proj"]
+    ).method
+    with pytest.raises(TrainingError, match=r"target_modules=q_proj: the model has no module .*query, key, value"):
+        method.adapt(model, task.peft_task_type)
 
 
 def test_altered_embedded_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -445,6 +455,8 @@ def test_command_end_to_end(model_dir: Path, data_dir: Path, tmp_path: Path) -> 
         (["--ranks", "8,4"], 1, "error: --ranks='8,4'"),
         (["--epochs", "many"], 2, "Invalid value for '--epochs'"),
         (["--no-such-option"], 2, "No such option"),
+        (["--lr", "much"], 2, "Invalid value for '--learning-rate'"),  # as scripts of transformers call it
+        (["--per_device_train_batch_size", "many"], 2, "Invalid value for '--batch-size'"),
     ],
 )
 def test_command_bad_input(arguments: list[str], status: int, message: str, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ saving; warnings are what healthy runs do not show; the rest is information.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from msplora_analysis.ask.evidence import Evidence
@@ -24,7 +23,7 @@ from msplora_analysis.ask.findings.base import SEVERITIES, Finding, Kind
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "diagnose", "rank_patterns"]
+__all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "diagnose"]
 
 FAMILIES = (update, pairs, spectrum, against_base)
 KINDS = {kind.id: kind for family in FAMILIES for kind in family.KINDS}
@@ -41,16 +40,3 @@ def diagnose(evidence: Evidence) -> pd.DataFrame:
         AnalysisError: a table is not what it should be.
     """
     return base.to_table(finding for family in FAMILIES for check in family.CHECKS for finding in check(evidence))
-
-
-def rank_patterns(findings: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Run -> a ``rank_pattern`` for PEFT's LoraConfig: the rank that each module with unused rank made use of.
-
-    Only of runs whose adapters have no scales but ``layer``; MSPLoRA's shared parts have no rank per module.
-    """
-    found: dict[str, dict[str, int]] = {}
-    unused = findings[findings["id"] == spectrum.UNUSED.id]
-    for run, name, details in zip(unused["run"], unused["name"], unused["details"], strict=True):
-        if isinstance(details, str):
-            found.setdefault(run, {})[name] = json.loads(details)["rank_pattern"]
-    return found

@@ -35,8 +35,8 @@ UNUSED = Kind(
     "info",
     f"{SHARE:.0%} of the energy lies in half of the rank or less",
     f"our choice: {SHARE:.0%} of the sum of squares; a spectrum does not prove what rank a task needs",
-    "try a lower rank there (for plain LoRA, the rank_pattern given, with an alpha_pattern that keeps alpha / r), and "
-    "compare the task metric",
+    "keep the rank for training, cut the trained adapter (msplora-analyze compress --energy 0.99), then compare the "
+    "task metric (msplora-measure ablate)",
 )
 OVERSIZED = Kind(
     "rank-oversized",
@@ -72,7 +72,7 @@ def dominant_direction(evidence: Evidence) -> Iterator[Finding]:
     for last in _last(evidence):
         for row, share in enumerate(m_eff(last.sigma, 1)):
             if share >= DOMINANCE and last.keys["rank"][row] >= RANK:
-                text = f"M_eff-1 = {share:.3g}: sigma_1 {last.sigma[row, 0]:.3g} of {last.keys['rank'][row]} values"
+                text = f"sigma_1 is {share:.1%} of the sum of its {last.keys['rank'][row]} singular values (M_eff-1)"
                 yield Finding(DOMINANT, last.place(int(row)), float(share), DOMINANCE, text)
 
 
@@ -101,11 +101,9 @@ def rank_unused(evidence: Evidence) -> Iterator[Finding]:
     for last in _last(evidence):
         used = energy_rank(last.sigma)
         rank = last.keys["rank"].to_numpy()
-        has_pattern = set(last.keys["scale"]) == {"layer"}  # PEFT's is of modules, not of shared parts
         for row in np.flatnonzero((used <= rank / 2) & (rank >= RANK)):
             text = f"{SHARE:.0%} of the energy in {used[row]:.0f} of {rank[row]} directions"
-            found = {"rank_pattern": int(used[row])} if has_pattern else {}
-            yield Finding(UNUSED, last.place(int(row)), float(used[row]), float(rank[row] / 2), text, details=found)
+            yield Finding(UNUSED, last.place(int(row)), float(used[row]), float(rank[row] / 2), text)
 
 
 def rank_oversized(evidence: Evidence) -> Iterator[Finding]:

@@ -127,7 +127,8 @@ def printed_whole() -> Iterator[Console]:
     console = Console(highlight=False)
     with console.capture() as capture:
         yield console
-    print(capture.get(), end="")
+    # rich fills lines up with blanks
+    print("\n".join(line.rstrip() for line in capture.get().split("\n")), end="")
 
 
 def plain_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -215,7 +216,7 @@ def _table(scales: dict[str, dict[_Checkpoint, _Means]], shown: list[_Checkpoint
     return plain_table(["scale", "epoch", "matrices", *columns], rows)
 
 
-def _spread(items: list[_T], most: int = 6) -> list[_T]:
+def _spread(items: list[_T], most: int = 12) -> list[_T]:
     """The first, the last and evenly spread items between them."""
     if len(items) <= most:
         return items

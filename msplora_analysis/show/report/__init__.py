@@ -58,7 +58,7 @@ def report(
     from msplora_analysis.show.report.page import check_out, page, write
 
     file = Path(out)
-    check_out(file)
+    check_out(out)
     given = as_paths(paths)
     options = Options(ignore_unknown, semantics, base, top_k, moments)
     execution = Execution(workers, dask, cache, progress)

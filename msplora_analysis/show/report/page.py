@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +68,6 @@ def page(evidence: Evidence, paths: Sequence[StrPath], options: Options) -> str:
         advice_left=max(0, len(advice) - _MOST_ADVICE),
         severities=sections.severities(findings),
         findings=sections.findings(findings),
-        patterns=sections.patterns(findings),
         compared=compared,
         not_compared=not_compared,
         notes=[printable(note) for note in (*evidence.notes, *(one.message for one in evidence.broken))],
@@ -78,9 +78,10 @@ def page(evidence: Evidence, paths: Sequence[StrPath], options: Options) -> str:
     )
 
 
-def check_out(file: Path) -> None:
-    """Raise AnalysisError, before the work, if ``file`` cannot be a file."""
-    if file.is_dir():
+def check_out(out: StrPath) -> None:
+    """Raise AnalysisError, before the work, if ``out`` cannot be a file."""
+    file = Path(out)
+    if file.is_dir() or os.fspath(out).endswith(("/", os.sep)):
         raise AnalysisError(
             f"out={file}: a folder; give the path of the file to write, such as {file / 'report.html'}", "out"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 from msplora_analysis.ask.advice.advise import RunAdvice
 from msplora_analysis.ask.advice.tell import RANK_HEADERS, rank_cells, title
 from msplora_analysis.ask.evidence import Evidence
-from msplora_analysis.ask.findings import KINDS, SEVERITIES, rank_patterns
+from msplora_analysis.ask.findings import KINDS, SEVERITIES
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.show.report import charts, numbers
 from msplora_analysis.show.report.about import About
@@ -67,11 +66,6 @@ def advice(of: RunAdvice) -> dict[str, Any]:
     """Title, answers and the table of ranks of the advice on a run."""
     headers = [header.replace("\n", " ") for header in RANK_HEADERS]
     return {"title": title(of), "answers": of.answers, "headers": headers, "rows": rank_cells(of.ranks)}
-
-
-def patterns(found: pd.DataFrame) -> dict[str, str]:
-    """Run -> JSON of its ``rank_pattern``, ready for PEFT."""
-    return {run: json.dumps(pattern, indent=1) for run, pattern in rank_patterns(found).items()}
 
 
 def severities(found: pd.DataFrame) -> list[tuple[str, int]]:
