@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from msplora_core.moments import Array
 
 _HALF = 2.0**10
 """What losses are multiplied by in float16, whose smallest numbers are large for a gradient."""
+_TOGETHER = 2**22
+"""Numbers of A x of modules that are summed at once: one product of r × r would leave most of a GPU idle."""
 
 
 class Sums:
@@ -46,13 +48,11 @@ class Sums:
         self.core: torch.Tensor | None = None
         self._staged: torch.Tensor | None = None
 
-    def add(self, ax: torch.Tensor, bg: torch.Tensor, tokens: int) -> None:
-        """Add a batch; (examples, length, R) each, zero where there is padding."""
-        flat_a, flat_b = ax.flatten(0, 1), bg.flatten(0, 1)
-        self.s_a.addmm_(flat_a.T, flat_a)
-        self.s_b.addmm_(flat_b.T, flat_b)
+    def add(self, s_a: torch.Tensor, s_b: torch.Tensor, core: torch.Tensor, tokens: int) -> None:
+        """Add a batch's sums, (R, R) each, and its examples' cores, (examples, R, R)."""
+        self.s_a += s_a
+        self.s_b += s_b
         self.tokens += tokens
-        core = (bg.transpose(1, 2) @ ax).float()
         self.core = core if self.core is None else self.core + core
 
     def stage(self) -> Array | None:
@@ -67,6 +67,16 @@ class Sums:
             staged = self._staged[: len(self.core)].copy_(self.core, non_blocking=True)
         self.core = None
         return staged.numpy()
+
+
+class _Seen(NamedTuple):
+    """What passed through a module in a batch: A x and Bᵀ g, (examples, length, R) each, and which rows are none."""
+
+    sums: Sums
+    ax: torch.Tensor
+    bg: torch.Tensor
+    padding: torch.Tensor | None
+    tokens: int
 
 
 class Recorder:
@@ -89,6 +99,7 @@ class Recorder:
         self._factor = _HALF if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0
         self._batch: Tokens | None = None
         self._draws = 0
+        self._seen: dict[tuple[Any, ...], list[_Seen]] = {}
         self._pool = ThreadPoolExecutor(1)
         self._copying: Future[None] | None = None
 
@@ -127,18 +138,33 @@ class Recorder:
     def _take(self, name: str, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
         assert self._batch is not None
         (ax, padding, tokens), (bg, _, _) = (self._batch.by_example(name, rows) for rows in (hidden, gradient))
-        ax, bg = exact(ax), exact(bg)
-        if self._factor != 1.0:
-            bg = bg / self._factor
-        if padding is not None:
-            padding = padding.to(ax.device)
-            ax, bg = ax.masked_fill(padding, 0), bg.masked_fill(padding, 0)
         if name not in self.sums:
             self.sums[name] = Sums(ax.device, self.examples * self._draws, ax.shape[-1])
-        self.sums[name].add(ax, bg, tokens)
+        alike = self._seen.setdefault((ax.device, ax.shape, ax.dtype, bg.dtype), [])
+        alike.append(_Seen(self.sums[name], ax, bg, padding, tokens))
+        if len(alike) * ax.numel() >= _TOGETHER:
+            self._add_up(alike)
+
+    def _add_up(self, alike: list[_Seen]) -> None:
+        """Add what several modules saw in one batch, alike in shape, to their sums; the list is empty then."""
+        ax, bg = exact(torch.stack([seen.ax for seen in alike])), exact(torch.stack([seen.bg for seen in alike]))
+        bg /= self._factor
+        if (padding := alike[0].padding) is not None:
+            padding = padding.to(ax.device)
+            ax.masked_fill_(padding, 0)
+            bg.masked_fill_(padding, 0)
+        cores = (bg.mT @ ax).float()
+        flat_a, flat_b = ax.flatten(1, 2), bg.flatten(1, 2)
+        for seen, s_a, s_b, core in zip(alike, flat_a.mT @ flat_a, flat_b.mT @ flat_b, cores, strict=True):
+            seen.sums.add(s_a, s_b, core, seen.tokens)
+        alike.clear()
 
     def _put_away(self, rows: slice) -> None:
         """The cores of a batch to their rows, while the device goes on with the next batch."""
+        for alike in self._seen.values():
+            if alike:
+                self._add_up(alike)
+        self._seen.clear()
         self._copied()
         staged = {name: sums.stage() for name, sums in self.sums.items()}
         devices = {sums.s_a.device for sums in self.sums.values() if sums.s_a.device.type == "cuda"}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from msplora_core.measure.hooks import exact
 from msplora_core.measure.recorder import Recorder
@@ -36,7 +37,8 @@ def scored(updates: Mapping[str, Update], recorder: Recorder, *, keep_cores: boo
     def bases(update: Update) -> _Bases:
         return _bases(update, [share[update.name] for share in shares if update.name in share])
 
-    with ThreadPoolExecutor() as pool:  # LAPACK lets go of Python's lock
+    # LAPACK lets go of Python's lock; its own threads, inside of these, would wait for one another
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor() as pool:
         based = dict(zip(updates, pool.map(bases, updates.values()), strict=True))
     rows: dict[str, dict[str, Array]] = {}
     for name, of in based.items():
@@ -44,7 +46,7 @@ def scored(updates: Mapping[str, Update], recorder: Recorder, *, keep_cores: boo
         r = sum(of.moments.ranks)
         cores = np.zeros((len(recorder.rows), r, r), np.float32) if own is None else own.cores
         device = torch.device("cpu") if own is None else own.s_a.device
-        rows[name] = {basis: _scores(cores, terms, device) for basis, terms in of.directions.items()}
+        rows[name] = _scores(cores, of.directions, device)
         if keep_cores:
             rows[name]["cores"] = cores
     found = {}
@@ -82,15 +84,20 @@ def _bases(update: Update, sums: Sequence[tuple[Array, Array, int]]) -> _Bases:
 
 
 def _scores(
-    cores: NDArray[np.float32], terms: Sequence[tuple[slice, Directions]], device: torch.device
-) -> NDArray[np.float32]:
-    """(rows, R): left_k · core · right_k of each row's core, for every direction k of every part."""
-    sides = [(part, *(exact(torch.from_numpy(side).to(device)) for side in (of.left, of.right))) for part, of in terms]
-    scores = np.zeros(cores.shape[:2], np.float32)
-    for start in range(0, len(cores), _AT_ONCE):
-        some = exact(torch.from_numpy(cores[start : start + _AT_ONCE]).to(device))
-        gates = [torch.einsum("nik,ik->nk", some[:, p, p] @ right.T, left) for p, left, right in sides]
-        scores[start : start + _AT_ONCE] = torch.cat(gates, dim=1).float().cpu().numpy()
+    cores: NDArray[np.float32], bases: Mapping[str, Sequence[tuple[slice, Directions]]], device: torch.device
+) -> dict[str, Array]:
+    """(rows, R) of each basis: left_k · core · right_k of each row's core, for every direction k of every part."""
+
+    def sent(array: Array) -> torch.Tensor:
+        return exact(torch.from_numpy(array).to(device))
+
+    sides = {basis: [(part, sent(of.left), sent(of.right)) for part, of in terms] for basis, terms in bases.items()}
+    scores: dict[str, Array] = {basis: np.zeros(cores.shape[:2], np.float32) for basis in bases}
+    for start in range(0, len(cores), _AT_ONCE):  # once for all bases: cores are what takes time to send
+        some = sent(cores[start : start + _AT_ONCE])
+        for basis, parts in sides.items():
+            gates = [torch.einsum("nik,ik->nk", some[:, p, p] @ right.T, left) for p, left, right in parts]
+            scores[basis][start : start + _AT_ONCE] = torch.cat(gates, dim=1).float().cpu().numpy()
     return scores
 
 

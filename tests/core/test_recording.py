@@ -217,6 +217,18 @@ def test_batches_and_padding_change_nothing(name: str, configure: Callable[[Case
             np.testing.assert_allclose(other.modules[path].scores["plain"].sum(1), whole, rtol=1e-3, atol=1e-7)
 
 
+def test_how_many_modules_are_summed_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["llama"]
+    model = adapted(case.make(layers=3), msplora(case))
+    batches = padded(examples_of(case), 2)
+    together = record_moments(model, batches, draws=2).modules
+    for most in (1, 100):  # each by itself, or a few
+        monkeypatch.setattr("msplora_core.measure.recorder._TOGETHER", most)
+        for path, of in record_moments(model, batches, draws=2).modules.items():
+            np.testing.assert_allclose(of.s_a, together[path].s_a, rtol=1e-12)
+            np.testing.assert_allclose(of.s_b, together[path].s_b, rtol=1e-9, atol=1e-20)
+
+
 def gated(b: torch.Tensor, a: torch.Tensor, gates: torch.Tensor, module: nn.Module, inputs: Any, output: Any) -> Any:
     return output + (inputs[0] @ a.T * (gates - 1)) @ b.T
 
