@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 from msplora_analysis.errors import AnalysisError
 
 _BLOCK = 4 * 2**20  # bytes fetched at a time: fewer requests for small tensors, little waste beside large ones
+_MOST_AT_ONCE = 8 * _BLOCK  # bytes of one request
 _MOST_STREAMED = 4 * 2**30  # bytes of a file that can only be fetched whole
 
 
@@ -33,9 +35,7 @@ class Remote:
     @classmethod
     def parse(cls, address: str) -> Remote:
         with one_line(address):
-            from fsspec.core import url_to_fs
-
-            fs, path = url_to_fs(address, **_options(address))
+            fs, path = _file_system(address)
         return cls(address.rstrip("/"), path, fs)
 
     def __str__(self) -> str:
@@ -128,7 +128,7 @@ class RemoteFile(io.RawIOBase):
         return int(self._file.seek(offset, whence))
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: 8 * _BLOCK]  # what is fetched at once stays bounded
+        view = memoryview(buffer).cast("B")[:_MOST_AT_ONCE]
         with one_line(self._place):
             try:
                 data = self._file.read(len(view))
@@ -144,9 +144,12 @@ class RemoteFile(io.RawIOBase):
 
     def _fetch_whole(self) -> None:
         copy = tempfile.TemporaryFile(prefix="msplora-")  # noqa: SIM115 (closed in close)
-        with self._place.fs.open(self._place.path, "rb", block_size=0) as stream:
+        fs = _file_system(self._place.address, whole=True)[0] if _is_web(self._place.address) else self._place.fs
+        start = time.monotonic()
+        with fs.open(self._place.path, "rb", block_size=0) as stream:
             while data := stream.read(_BLOCK):
                 copy.write(data)
+                LIMITS.hold(copy.tell(), start)
                 if copy.tell() > _MOST_STREAMED:
                     raise AnalysisError(
                         f"{self._place}: the server gives no parts of this large file; download it first"
@@ -162,17 +165,23 @@ class RemoteFile(io.RawIOBase):
 
 
 def _without_query(text: str) -> str:
-    return text.partition("?")[0] if text.startswith(("http://", "https://")) else text
+    return text.partition("?")[0] if _is_web(text) else text
+
+
+def _is_web(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
 
 
 class _Limits:
-    """What a server may cost: seconds of silence, and requests for one question of ours.
+    """What a server may cost: seconds of silence, seconds for its bytes, and requests for one question of ours.
 
-    fsspec and the Hub's client have longer limits or none: a server that is silent, or whose pages lead in a circle,
-    would be waited for for ever. The Hub's client also takes its token along to whatever host a page leads to.
+    fsspec and the Hub's client have longer limits or none: a server that is silent, sends a byte now and then, or whose
+    pages lead in a circle, would be waited for for ever. The Hub's client also takes its token along to whatever host a
+    page leads to.
     """
 
     SILENCE = 30.0  # seconds
+    SLOWEST = 50_000.0  # bytes a second
     REQUESTS = 2000  # each lists a page of a thousand names, or a folder
 
     def __init__(self) -> None:
@@ -186,6 +195,15 @@ class _Limits:
             yield
         finally:
             self._requests = before
+
+    def seconds(self, size: int) -> float:
+        """How long so many bytes may take."""
+        return self.SILENCE + size / self.SLOWEST
+
+    def hold(self, size: int, start: float) -> None:
+        """Raises OSError if ``size`` bytes since ``start`` are too few."""
+        if time.monotonic() - start > self.seconds(size):
+            raise OSError(f"too slow: {size} bytes in {time.monotonic() - start:.0f} s")
 
     def count(self) -> None:
         if self._requests is not None:
@@ -201,6 +219,7 @@ class _Limits:
         hooks = getattr(hub.get_session(), "event_hooks", {})  # a version before 1.0 has limits of its own
         if "request" in hooks and self._hub_request not in hooks["request"]:
             hooks["request"].append(self._hub_request)
+            hooks["response"].append(self._hub_response)
 
     def _hub_request(self, request: Any) -> None:
         if self._requests is None:
@@ -212,6 +231,25 @@ class _Limits:
         if request.url.host != urlsplit(constants.ENDPOINT).hostname:
             request.headers.pop("authorization", None)
 
+    def _hub_response(self, response: Any) -> None:
+        if self._requests is None:
+            return
+        limits, stream = self, response.stream
+
+        # The client takes streams of its own kind alone, and versions of it differ in whose kind that is.
+        class Held(next(kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")):  # type: ignore[misc]
+            def __iter__(self) -> Iterator[bytes]:
+                start, size = time.monotonic(), 0
+                for data in stream:
+                    size += len(data)
+                    limits.hold(size, start)
+                    yield data
+
+            def close(self) -> None:
+                stream.close()
+
+        response.stream = Held()
+
     async def web_request(self, *_: Any) -> None:
         self.count()
 
@@ -219,17 +257,19 @@ class _Limits:
 LIMITS = _Limits()
 
 
-def _options(address: str) -> dict[str, Any]:
-    """What a file system is made with: for the web, its limits."""
-    if not address.startswith(("http://", "https://")):
-        return {}
+def _file_system(address: str, *, whole: bool = False) -> tuple[Any, str]:
+    """A file system and what it calls the address; for the web with its limits, ``whole`` files at their own pace."""
+    from fsspec.core import url_to_fs
+
+    if not _is_web(address):
+        return url_to_fs(address)  # type: ignore[no-any-return]
     from aiohttp import ClientTimeout, TraceConfig
 
     trace = TraceConfig()
     trace.on_request_start.append(LIMITS.web_request)
-    silence = LIMITS.SILENCE
-    timeout = ClientTimeout(total=None, connect=silence, sock_connect=silence, sock_read=silence)
-    return {"client_kwargs": {"timeout": timeout, "trace_configs": [trace]}}
+    silence, total = LIMITS.SILENCE, None if whole else LIMITS.seconds(_MOST_AT_ONCE)
+    timeout = ClientTimeout(total, connect=silence, sock_connect=silence, sock_read=silence)
+    return url_to_fs(address, client_kwargs={"timeout": timeout, "trace_configs": [trace]})  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -254,4 +294,5 @@ def one_line(place: Remote | str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    bare = "too slow" if isinstance(error, TimeoutError) else type(error).__name__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), bare)

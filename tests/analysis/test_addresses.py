@@ -8,7 +8,7 @@ import shutil
 import ssl
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from msplora_analysis import AnalysisError, load_tables
 from msplora_analysis.adapters.discovery import discover
 from msplora_analysis.files.opening import open_tensors
-from msplora_analysis.files.remote import LIMITS
+from msplora_analysis.files.remote import LIMITS, Remote
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -327,7 +327,7 @@ def test_repository_that_is_private_or_not_there(hub):
 
 
 class LyingServer(Server):
-    """Says nothing at /silent; elsewhere gives pages that lead to others without end, and another host for the next."""
+    """Says nothing at /silent, drips at /drip; elsewhere pages lead to others without end, the next to another host."""
 
     heard: list[tuple[str, str | None]]
 
@@ -336,6 +336,8 @@ class LyingServer(Server):
         self.heard.append((host, self.headers["Authorization"]))
         if "silent" in self.path:
             return self.server.stopped.wait(20)
+        if "drip" in self.path:
+            return self.drip(body)
         hub = self.path.startswith("/api")
         text = b'[{"type": "file", "path": "x", "oid": "0", "size": 1}]' if "/tree/" in self.path else b'{"id": "a/b"}'
         self.send_response(200)
@@ -346,10 +348,24 @@ class LyingServer(Server):
         self.end_headers()
         self.wfile.write(text if body else b"")
 
+    def drip(self, body: bool) -> None:
+        """A byte now and then, of a file with ranges (/drip) or of a stream without a length (/drip/stream)."""
+        stream = "stream" in self.path
+        self.send_response(206 if "Range" in self.headers and not stream else 200)
+        self.send_header("Content-Type", "application/octet-stream")
+        if not stream:
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", "4096")
+        self.end_headers()
+        with suppress(OSError):  # the reader has seen enough
+            while body and not self.server.stopped.wait(0.1):
+                self.wfile.write(b"x")
+
 
 @pytest.fixture
 def liar(tmp_path, monkeypatch):
     monkeypatch.setattr(LIMITS, "SILENCE", 0.5)
+    monkeypatch.setattr(LIMITS, "SLOWEST", 1e9)
     monkeypatch.setattr(LIMITS, "REQUESTS", 20)
     handler = type("Handler", (LyingServer,), {"served": {}, "heard": []})
     stopped = threading.Event()
@@ -366,6 +382,12 @@ def test_web_server_that_is_silent_or_never_ends(liar):
     assert len(heard) < 40
 
 
+def test_a_server_that_drips_is_not_waited_for(liar):
+    address, _ = liar
+    assert "too slow" in error(discover, f"{address}/drip/x.safetensors")
+    assert "too slow: " in error(open_tensors, Remote.parse(f"{address}/drip/stream.safetensors"))
+
+
 def test_hub_whose_pages_never_end_gets_no_token_elsewhere(liar, monkeypatch):
     library = pytest.importorskip("huggingface_hub")
     address, heard = liar
@@ -376,6 +398,7 @@ def test_hub_whose_pages_never_end_gets_no_token_elsewhere(liar, monkeypatch):
     assert {given for host, given in heard if host == "localhost"} == {None}
     assert "Bearer hf_mine" in {given for host, given in heard if host == "127.0.0.1"}
     assert "timed out" in error(discover, "hf://a/silent")
+    assert "too slow: " in error(discover, "hf://a/drip")
 
 
 def test_a_certificate_that_nobody_vouches_for(tmp_path):
