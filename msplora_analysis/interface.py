@@ -9,7 +9,7 @@ They give tables that show themselves in Jupyter in words (``display``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
@@ -121,7 +121,8 @@ def compare(
     method_b: str | None = None,
     pairs: pd.DataFrame | None = None,
     averaging: str = "spectra",
-    resample: str = "seeds",
+    claim: str = "runs",
+    margin: float | Mapping[str, float] | None = None,
     epoch: float | None = None,
     stack: str | None = None,
     confidence: float = 0.95,
@@ -148,20 +149,22 @@ def compare(
         pairs: Beside spectra tables, that of ``load_pairs(details=True)`` for the runs of both, to compare the
             directions of layers too; with ``top_k`` the smaller rank where ranks differ. Paths need none.
         averaging: "spectra" (over runs and modules, then the divergence of layers, as in the paper) or "divergences".
-        resample: "seeds" (the intervals are about these tasks) or "tasks" (about tasks like them).
+        claim: "runs" (what is said holds of these tasks) or "tasks" (of tasks like them; from six tasks on).
+        margin: Also test whether differences are below this: of every measure, or by its name ({"js": 0.01}).
         epoch: The epoch to compare at; None: the last that all runs share.
         stack: The stack of numbered layers to compare, if there are several.
         confidence: Of the intervals, between 0 and 1.
-        seed: Of the resampling.
+        seed: Of random relabelling, above 15 pairs of runs.
 
     Returns:
-        One row per question (columns: see ``ask.comparison.compare``); ``.sentences`` says the same in words.
+        One row per question (columns: see ``ask.comparison.compare``). ``.verdict`` says in words what is decided,
+        ``.sentences`` what each row says.
 
     Raises:
         AnalysisError: the two cannot be compared.
 
     Example:
-        >>> ma.compare("runs/msplora", "runs/lora").sentences
+        >>> ma.compare("runs/msplora", "runs/lora").verdict
     """
     from msplora_analysis.ask.comparison import compare as comparison
     from msplora_analysis.ask.comparison.sides import load_sides, side_of, told_apart
@@ -181,7 +184,14 @@ def compare(
         options = replace(options, moments=NO_MOMENTS)
         sides = load_sides(as_paths(a), as_paths(b), method_a, method_b, options, execution, epoch=epoch)
     found = comparison.compare(
-        *sides, averaging=averaging, resample=resample, epoch=epoch, stack=stack, confidence=confidence, seed=seed
+        *sides,
+        averaging=averaging,
+        claim=claim,
+        margin=margin,
+        epoch=epoch,
+        stack=stack,
+        confidence=confidence,
+        seed=seed,
     )
     return Comparison(found)
 

@@ -19,8 +19,8 @@ class Averaging(str, Enum):
     divergences = "divergences"
 
 
-class Resample(str, Enum):
-    seeds = "seeds"
+class Claim(str, Enum):
+    runs = "runs"
     tasks = "tasks"
 
 
@@ -74,10 +74,20 @@ def compare(
             help="Average spectra over runs and modules and then compare layers, as the paper; or the reverse.",
         ),
     ] = Averaging.spectra,
-    resample: Annotated[
-        Resample,
-        typer.Option(metavar="seeds|tasks", help="What intervals are about: these tasks, or tasks like them."),
-    ] = Resample.seeds,
+    claim: Annotated[
+        Claim,
+        typer.Option(metavar="runs|tasks", help="Whether to speak of these tasks, or of tasks like them (6 or more)."),
+    ] = Claim.runs,
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[MEASURE=]M",
+            help="Test whether differences are below M: of all measures, or of one (kl, js, overlap_in, ...). "
+            "May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print a sentence for each row of the table too.")] = False,
     epoch: Annotated[
         float | None, typer.Option(metavar="E", help="Compare at this epoch.  [default: the last that all share]")
     ] = None,
@@ -85,7 +95,7 @@ def compare(
         str | None, typer.Option(metavar="NAME", help="The numbered layers to compare, if a model has several.")
     ] = None,
     confidence: Annotated[float, typer.Option(metavar="P", help="Of the intervals.")] = 0.95,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the resampling.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of random relabelling, above 15 pairs of runs.")] = 0,
     figure: Annotated[
         list[arguments.FigureFormat] | None,
         typer.Option(metavar="pdf|png|svg", help="Also draw the differences; may be repeated.", show_default=False),
@@ -95,15 +105,15 @@ def compare(
     cache: arguments.UseCache = True,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Compare two methods by how much their layers differ, with bootstrap intervals and permutation tests.
+    """Compare two methods by how much their layers differ: one verdict, and a forest plot.
 
-    Prints a sentence for each question, and writes DIR/comparison.FORMAT. Runs are paired by task
-    and seed where run.json or their names tell these. Subspace overlap is compared for runs, and
-    for tables with a pairs table beside them.
+    At most 5 % of comparisons of equal methods decide anything, whatever the number of rows. Below six pairs of runs
+    nothing is decided. Runs are paired by task and seed where run.json or their names tell these. DIR/comparison.FORMAT
+    has every number. Subspace overlap is compared for runs, and for tables with a pairs table beside them.
     """
     from msplora_analysis.ask.comparison.compare import compare as compared
     from msplora_analysis.ask.comparison.sides import load_sides
-    from msplora_analysis.ask.comparison.statements import sentences
+    from msplora_analysis.ask.comparison.statements import forest, sentences, verdict
     from msplora_analysis.tables.files import write_table
 
     if style is not None:
@@ -122,7 +132,8 @@ def compare(
     table = compared(
         *sides,
         averaging=average.value,
-        resample=resample.value,
+        claim=claim.value,
+        margin=_margins(margin),
         epoch=epoch,
         stack=stack,
         confidence=confidence,
@@ -137,5 +148,21 @@ def compare(
             path for plot in plots(table, None) for path in plot.write(out, [kind.value for kind in figure], style)
         ]
     with terminal.closed_pipe_ignored():
-        print("\n\n".join(sentences(table)), end="\n\n")
+        print(verdict(table), "", *forest(table), "", sep="\n")
+        if everything:
+            print("\n\n".join(sentences(table)), end="\n\n")
         terminal.print_paths(written)
+
+
+def _margins(given: list[str] | None) -> float | dict[str, float] | None:
+    """'0.01' for all measures, 'js=0.01' for one; several of the latter."""
+    named: dict[str, float] = {}
+    for one in given or ():
+        name, _, number = one.rpartition("=")
+        try:
+            named[name] = float(number)
+        except ValueError:
+            raise AnalysisError(f"--margin {one}: expected a number, or MEASURE=NUMBER such as js=0.01") from None
+    if "" in named and len(named) > 1:
+        raise AnalysisError("--margin: give one number for all measures, or MEASURE=NUMBER for each")
+    return named.get("", named or None)

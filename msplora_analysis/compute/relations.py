@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from msplora_analysis.compute.linalg.directions import TOLERANCE, Directions
+from msplora_analysis.compute.linalg.directions import Directions
+from msplora_analysis.compute.measures.metrics import TOLERANCE
 from msplora_analysis.compute.measures.overlap import Array, expected_overlap, subspace_overlap
 from msplora_analysis.compute.results import Columns
 

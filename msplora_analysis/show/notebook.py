@@ -75,8 +75,15 @@ class Comparison(_Table):
     """The comparison of ``compare``."""
 
     _shown = frozenset({"question", "measure", "pairs", "a", "b", "value_a", "value_b", "estimate", "low", "high"}) | {
-        *("confidence", "p_value", "decided", "n_a", "n_b", "tasks", "paired", "resampled", "k_a", "k_b")
+        *("confidence", "p_value", "decided", "n_a", "n_b", "tasks", "paired", "k_a", "k_b")
     }
+
+    @property
+    def verdict(self) -> str:
+        """What is decided, of all rows at once."""
+        from msplora_analysis.ask.comparison.statements import verdict
+
+        return verdict(self)
 
     @property
     def sentences(self) -> list[str]:
@@ -86,7 +93,7 @@ class Comparison(_Table):
         return list(sentences(self))
 
     def _view(self) -> str:
-        """The sentences, and the numbers of the differences."""
+        """The verdict, the numbers of the differences, and a sentence for each row."""
         said = "".join(f"<li>{_text(sentence)}</li>" for sentence in self.sentences)
         differences = self[self["question"] == "difference"]
         rows = [
@@ -95,7 +102,7 @@ class Comparison(_Table):
                 *(f"{row[name]:.3g}" for name in ("value_a", "value_b")),
                 f"{row['estimate']:+.3g}",
                 f"{row['low']:+.3g} to {row['high']:+.3g}" if row["low"] == row["low"] else "too few runs",
-                "yes" if row["decided"] else "no",
+                "yes" if row["decided"] else "no" if row["p_value"] == row["p_value"] else "not judged",
             )
             for row in rows_of(differences)
         ]
@@ -103,7 +110,8 @@ class Comparison(_Table):
             return f"<ul>{said}</ul>"
         first = differences.iloc[0]
         head = ("measure", "pairs of layers", _text(first["a"]), _text(first["b"]), "difference")
-        return f"<ul>{said}</ul>" + _grid((*head, f"{first['confidence']:.0%} interval", "decided"), rows)
+        table = _grid((*head, f"{first['confidence']:.0%} interval", "decided"), rows)
+        return f"<p>{_text(self.verdict)}</p>{table}<details><summary>in sentences</summary><ul>{said}</ul></details>"
 
 
 def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -130,7 +130,7 @@ def test_diagnose_takes_a_path_a_list_or_the_tables(spectra: pd.DataFrame) -> No
 def test_compare_takes_paths_or_tables(spectra: pd.DataFrame, comparison: Comparison) -> None:
     pairs = ma.load_pairs([MSPLORA / "checkpoint-270", LORA / "checkpoint-270"], details=True)
     of_tables = ma.compare(spectra, spectra, method_a="MSPLoRA 8/8/8", method_b="LoRA r=8", pairs=pairs)
-    assert set(of_tables["measure"]) == {"kl", "kl_matched", "overlap_in", "overlap_out"}
+    assert set(of_tables["measure"]) == {"kl", "kl_matched", "js", "overlap_in", "overlap_out"}
     told = ["paired", "resampled"]  # run.json tells task and seed; the names of these runs do not
     pd.testing.assert_frame_equal(
         pd.DataFrame(of_tables.drop(columns=told)), pd.DataFrame(comparison.drop(columns=told))

@@ -6,12 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.layouts import nearest_json, settings_of
-from msplora_analysis.compute.measures.metrics import Array
-from msplora_analysis.errors import AnalysisError
 from msplora_core.names import RECORD, TASKS
 
 _SEED = re.compile(r"(?:^|[/_.-])seed[-_=]?([0-9]{1,9})(?![0-9])")
@@ -55,33 +51,3 @@ def pair(ours: Sequence[Unit], theirs: Sequence[Unit]) -> list[tuple[Unit, Unit]
         if len(set(keys)) < len(keys):
             return []
     return [(unit, sides[1][key]) for key, unit in sides[0].items() if key in sides[1]]
-
-
-def drawn(ours: Sequence[Unit], theirs: Sequence[Unit], *, paired: bool, tasks: bool) -> tuple[list[Array], str]:
-    """What a bootstrap draws anew, in strata that are drawn each by itself, and its name.
-
-    A stratum is an array (clusters, runs of both): which runs each cluster brings. Clusters are pairs
-    of runs, or runs, within their task; whole tasks with ``tasks``. Where a task has one alone, all
-    tasks are one stratum; no strata where a method has one alone.
-    """
-    of = [unit.task for unit in (*ours, *theirs)]
-    eye = np.eye(len(of))
-    names = list(dict.fromkeys(of))
-    if tasks:
-        if None in of or {unit.task for unit in ours} != {unit.task for unit in theirs}:
-            raise AnalysisError("tasks can be resampled only where the task of every run is known, and both have all")
-        clusters = np.array([[float(task == name) for task in of] for name in names])
-        return ([clusters] if len(names) > 1 else []), "tasks"
-    split = len(ours)
-    sides = [eye[:split] + eye[split:]] if paired else [eye[:split], eye[split:]]
-    # The task of a cluster is that of any run in it.
-    within = [
-        chosen
-        for side in sides
-        for name in names
-        if len(chosen := side[[of[int(cluster.argmax())] == name for cluster in side]])
-    ]
-    what = "pairs of runs" if paired else "runs"
-    if min(map(len, within)) > 1:
-        return within, f"{what} within tasks" if len(names) > 1 else what
-    return (sides, what) if min(map(len, sides)) > 1 else ([], "")

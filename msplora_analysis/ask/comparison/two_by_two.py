@@ -10,17 +10,17 @@ import pandas as pd
 
 from msplora_analysis.ask.comparison.compare import Side, compare
 from msplora_analysis.ask.comparison.pairing import units
-from msplora_analysis.ask.comparison.statements import sentences
+from msplora_analysis.ask.comparison.statements import sentences, verdict
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.tables.matrices import method_labels
+from msplora_analysis.tables.matrices import is_msplora, method_labels
 
 MOST = 4
 """Most methods that are compared."""
 
 
 class Compared(NamedTuple):
-    """What can be said of the methods a and b, in sentences, and what it must be read with."""
+    """What can be said of a − b: the verdict, then a sentence for each question; and what it must be read with."""
 
     a: str
     b: str
@@ -52,7 +52,7 @@ def two_by_two(evidence: Evidence, matrices: pd.DataFrame) -> tuple[list[Compare
     keys = evidence.matrices.keys
     last = keys[keys["last"]]
     found = []
-    for a, b in combinations(names, 2):
+    for a, b in combinations(sorted(names, key=is_msplora, reverse=True), 2):  # MSPLoRA − LoRA, as in Figure 4
         one_epoch = last.loc[last["run"].isin(runs[a] | runs[b]), "epoch"].nunique(dropna=False) == 1
         together = bool(ranks[a] and ranks[b]) and len(ranks[a] | ranks[b]) == 1 and one_epoch
         said: list[str] = []
@@ -60,7 +60,8 @@ def two_by_two(evidence: Evidence, matrices: pd.DataFrame) -> tuple[list[Compare
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
-                said = list(sentences(compare(*(_side(evidence, name, runs[name], together) for name in (a, b)))))
+                table = compare(*(_side(evidence, name, runs[name], together) for name in (a, b)))
+                said = [verdict(table), *sentences(table)]
             except AnalysisError as error:
                 note = str(error)
         notes = dict.fromkeys(filter(None, (note, *(str(warning.message) for warning in caught))))

@@ -25,16 +25,11 @@ from msplora_analysis.compute.linalg.spectra import (
     unit_rows,
     whole_matrix,
 )
+from msplora_analysis.compute.measures.metrics import TOLERANCE
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.updates import Kronecker, Matrix, Sum, Whole
 from msplora_core import moments as core
-
-TOLERANCE = 1e-6
-"""A singular value below this share of the largest is zero for the numerical rank: its direction says nothing.
-
-Ten times the accuracy promised of small singular values.
-"""
 
 
 class Directions(NamedTuple):

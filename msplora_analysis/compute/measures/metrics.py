@@ -16,6 +16,12 @@ Array = NDArray[np.float64]
 
 KS = (1, 2, 4)  # M_eff-k is always given for these
 
+TOLERANCE = 1e-6
+"""A singular value below this share of the largest is zero for the numerical rank: its direction says nothing.
+
+Ten times the accuracy promised of small singular values.
+"""
+
 _NORMS = "Golub & Van Loan, Matrix Computations, § 2.3 and 2.4"
 
 

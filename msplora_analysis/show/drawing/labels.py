@@ -12,6 +12,8 @@ LABELS = {one.name: one.axis for one in measures("metrics")} | {
     "kl": r"KL$(i\,\Vert\,j)$ (nats)",
     "kl_difference": r"difference of KL$(i\,\Vert\,j)$ (nats)",
     "kl_matched": "KL, ranks matched",
+    "js": "JS, ranks matched",
+    "js_difference": "difference of JS (nats)",
     "overlap": "subspace overlap",
     "overlap_in": "overlap, input side",
     "overlap_out": "overlap, output side",

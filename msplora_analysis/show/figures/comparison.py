@@ -15,13 +15,17 @@ from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.rows import rows_of
 
-_NAMES = {"kl": "KL, as Figure 4"} | {name: LABELS[name] for name in ("kl_matched", "overlap_in", "overlap_out")}
-_FAMILIES = {"kl": LABELS["kl_difference"], "overlap": LABELS["overlap_difference"]}
+_NAMES = {"kl": "KL, as Figure 4"} | {name: LABELS[name] for name in ("kl_matched", "js", "overlap_in", "overlap_out")}
+_FAMILIES = {
+    "kl": LABELS["kl_difference"],
+    "js": LABELS["js_difference"],
+    "overlap": LABELS["overlap_difference"],
+}
 _PAIRS = {"all": ("all pairs", "o"), "adjacent": ("adjacent layers", "s")}
 
 
 def comparison_with_intervals(comparison: pd.DataFrame, *, style: str | None = None) -> Figure:
-    """Difference between two methods of each measure, a − b, with its bootstrap interval; filled where it excludes 0.
+    """Difference between two methods of each measure, a − b, with its interval; filled where the data decide.
 
     `comparison` is the table of `msplora_analysis.compare`. Divergences and overlaps have an axis each.
     """
@@ -33,6 +37,8 @@ def comparison_with_intervals(comparison: pd.DataFrame, *, style: str | None = N
 @plots_of(comparison_with_intervals, order=10, needs="comparison", name="comparison")
 def plots(comparison: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     rows = comparison[comparison["question"] == "difference"]
+    if rows["k_a"].eq(rows["k_b"]).all():
+        rows = rows[rows["measure"] != "kl_matched"]  # what kl says
     if len(rows):
         yield Plot("comparison_differences", rows, draw)
 
@@ -58,7 +64,7 @@ def draw(rows: pd.DataFrame, style: Style) -> Figure:
         figure,
         f"{first['a']} − {first['b']}",
         f"{first['confidence']:.0%} intervals" if has_interval else "too few runs for intervals",
-        f"{first['n_a']:g} and {first['n_b']:g} runs; filled: excludes 0",
+        f"{first['n_a']:g} and {first['n_b']:g} runs; filled: decided",
     )
     text.fit(figure)
     return figure
