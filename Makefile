@@ -1,4 +1,4 @@
-# Each target makes the virtual environments that it needs: demo, test, docs, notebooks, bench, study, calibration.
+# Each target makes the virtual environments that it needs: demo, test, docs, notebooks, bench, study, calibration, statistics.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
@@ -10,7 +10,7 @@ GLUE ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-versions test-peft lint docs notebooks bench study calibration clean
+.PHONY: demo test test-all test-versions test-peft lint docs notebooks bench study calibration statistics clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msplora-train --method lora --rank 8 --output-dir $(DEMO)/runs/lora-8 --overwrite
@@ -72,6 +72,10 @@ calibration: $(VENV)/.test
 	$(BIN)/python study/calibration.py measure --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
 	$(BIN)/python study/calibration.py examples --seeds 0 --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
 	$(BIN)/python study/calibration_tables.py --folder $(CALIBRATION) --out $(CALIBRATION)/tables
+
+# The simulations of docs/statistics.md: how often verdicts of `compare` err. STATISTICS_ARGS: see `python study/verdicts.py --help`.
+statistics: $(VENV)/.test
+	$(BIN)/python study/verdicts.py $(STATISTICS_ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(BENCH)

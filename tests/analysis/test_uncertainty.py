@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,3 +113,19 @@ def test_pseudo_values_are_the_runs_own_where_the_statistic_is_linear() -> None:
     raw = [5 * values[:, 0].mean() ** 2 - 4 * np.delete(values[:, 0], i).mean() ** 2 for i in range(5)]
     np.testing.assert_allclose(square - square.mean(), raw - np.mean(raw))
     assert square.mean() == pytest.approx(values[:, 0].mean() ** 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tasks", "seeds", "paired"), [(1, 10, True), (2, 3, True), (3, 3, False)])
+def test_equal_methods_are_told_apart_in_one_of_twenty_at_most(tasks: int, seeds: int, paired: bool) -> None:
+    """The simulation of docs/statistics.md, in small: six rows that hang together."""
+    path = Path(__file__).parents[2] / "study" / "verdicts.py"
+    spec = importlib.util.spec_from_file_location("verdicts", path)
+    assert spec is not None
+    assert spec.loader is not None
+    verdicts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(verdicts)
+    found = verdicts.simulated("normal", tasks, seeds, paired, 400, np.random.default_rng(0))
+    assert found["can_decide"]
+    assert 0.005 < found["family"] <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+    assert 0.93 <= found["coverage"] <= 0.985
