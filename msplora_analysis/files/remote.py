@@ -262,14 +262,14 @@ def _file_system(address: str, *, whole: bool = False) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     if not _is_web(address):
-        return url_to_fs(address)  # type: ignore[no-any-return]
+        return url_to_fs(address)
     from aiohttp import ClientTimeout, TraceConfig
 
     trace = TraceConfig()
     trace.on_request_start.append(LIMITS.web_request)
     silence, total = LIMITS.SILENCE, None if whole else LIMITS.seconds(_MOST_AT_ONCE)
     timeout = ClientTimeout(total, connect=silence, sock_connect=silence, sock_read=silence)
-    return url_to_fs(address, client_kwargs={"timeout": timeout, "trace_configs": [trace]})  # type: ignore[no-any-return]
+    return url_to_fs(address, client_kwargs={"timeout": timeout, "trace_configs": [trace]})
 
 
 @contextmanager

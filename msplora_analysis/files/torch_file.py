@@ -264,6 +264,8 @@ def _content(file: IO[bytes], entry: zipfile.ZipInfo) -> bytes:
 
 def _place(file: IO[bytes], entry: zipfile.ZipInfo) -> _Place:
     """Where the data of an entry is: behind its own header, of 30 bytes and two texts."""
+    if not 0 <= entry.header_offset < 2**63:  # no file is as long
+        raise RefusedError("its list of entries is damaged")
     file.seek(entry.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != _ZIP:

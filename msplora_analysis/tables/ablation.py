@@ -102,7 +102,7 @@ def _read(file: Path) -> pd.DataFrame:
             "step": pd.Series([step] * len(table), dtype="Int64"),
             **{to: pd.Series([found.get(name)] * len(table), dtype="str") for to, name in _TEXTS.items()},
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AnalysisError(f"{beside}: not what `msplora-measure ablate` wrote ({type(error).__name__})") from None
     texts = {name: table[name].map(printable) for name in ("cut", "what")}
     return pd.DataFrame(about).join(table[known].assign(**texts))

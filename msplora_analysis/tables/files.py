@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import StrPath
+from msplora_analysis.formats.updates import SCALES
 from msplora_analysis.tables.columns import KEYS, TASK, VALUES
 from msplora_core.atomic import replacing
 from msplora_core.version import __version__
@@ -120,6 +121,9 @@ def read_spectra(path: StrPath) -> pd.DataFrame:
     required = ["run", "scale", "module", "name", "sigma"]
     if table.empty or table[required].isna().any(axis=None):
         raise AnalysisError(f"{path}: the table has no rows, or no {', '.join(required)} in some")
+    if not (known := table["scale"].isin(SCALES)).all():
+        scale = table["scale"][~known].iloc[0][:100]
+        raise AnalysisError(f"{path}: scale must be one of {', '.join(SCALES)}, got {scale!r}")
     if (table["sigma"] < 0).any() or (table["k"] < 1).any():
         raise AnalysisError(f"{path}: sigma must be at least 0 and k at least 1")
     return table[[*types, *(name for name in TASK if name in table)]]
@@ -142,6 +146,10 @@ def read_table(
     known = dict(types) | dict(more or {})
     try:
         table = _parquet(path) if path.suffix == ".parquet" else _csv(path, known)
+        if twice := list(table.columns[table.columns.duplicated()]):
+            raise ValueError(f"column {twice[0]} occurs twice")
+        if path.suffix == ".csv":
+            table = _texts_mapped(table, lambda text: re.sub(_MARKED, r"\1", text))
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
         reason = str(error).strip().partition("\n")[0]
         raise AnalysisError(f"{path}: cannot be read as a table: {reason}") from None
@@ -170,8 +178,7 @@ def _csv(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
         null_values=[""],  # a run may be called "NA"
     )
     with open(path, "rb") as file:  # pyarrow takes no path that is not UTF-8
-        table: pd.DataFrame = csv.read_csv(file, convert_options=options).to_pandas()
-    return _texts_mapped(table, lambda text: re.sub(_MARKED, r"\1", text))
+        return csv.read_csv(file, convert_options=options).to_pandas()
 
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:

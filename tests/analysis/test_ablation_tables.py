@@ -71,9 +71,10 @@ def test_a_folder_without_one_and_a_broken_description_are_refused(tmp_path):
     with pytest.raises(ma.AnalysisError, match="msplora-measure ablate"):
         ma.load_ablation(tmp_path)
     write(tmp_path, ablation_of(3))
-    (tmp_path / "ablation.json").write_text('{"run": 3}')
-    with pytest.raises(ma.AnalysisError, match=r"ablation\.json"):
-        ma.load_ablation(tmp_path)
+    for broken in ('{"run": 3}', '{"run": "a", "step": 36893488147419103232}'):
+        (tmp_path / "ablation.json").write_text(broken)
+        with pytest.raises(ma.AnalysisError, match=r"ablation\.json"):
+            ma.load_ablation(tmp_path)
 
 
 def test_the_map_and_the_points_show_the_table():

@@ -467,6 +467,20 @@ def test_pickles_that_ask_for_more_than_tensors(tmp_path, pickled, what):
     assert what in message
 
 
+def test_an_entry_that_no_file_is_long_enough_for(tmp_path):
+    path = zipped(tmp_path / "x.bin", named(view()))
+    content = path.read_bytes()
+    at = content.index(b"PK\1\2")  # in the list of entries; the place of an entry too large for 32 bits is beside it
+    wide = struct.pack("<HHQ", 1, 8, 2**63 + 1)
+    header = bytearray(content[at : at + 46])
+    header[30:32], header[42:46] = struct.pack("<H", len(wide)), b"\xff" * 4
+    end = at + 46 + header[28]
+    changed = content[:at] + bytes(header) + content[at + 46 : end] + wide + content[end:]
+    size = int.from_bytes(changed[-10:-6], "little") + len(wide)
+    path.write_bytes(changed[:-10] + size.to_bytes(4, "little") + changed[-6:])
+    assert "its list of entries is damaged" in error(open_tensors, path)
+
+
 def test_keys_that_hash_for_ever(tmp_path):
     nested = b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(200))
     with at_most(5, 100):

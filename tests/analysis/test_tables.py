@@ -163,6 +163,10 @@ def test_tables_that_are_no_spectra(tmp_path, runs):
     assert read_error(tmp_path / "gaps.csv") == f"{tmp_path}/gaps.csv: {gaps}"
     write_table(spectra.assign(sigma=-1.0), tmp_path / "negative.csv")
     assert read_error(tmp_path / "negative.csv").endswith("sigma must be at least 0 and k at least 1")
+    write_table(spectra.assign(scale="other"), tmp_path / "scale.csv")
+    assert read_error(tmp_path / "scale.csv").endswith("scale must be one of global, mid, layer, total, got 'other'")
+    (tmp_path / "twice.csv").write_text("run,k,run\na,1,b\n")
+    assert read_error(tmp_path / "twice.csv").endswith("column run occurs twice")
     for name, start in (("text.csv", "cannot be read as a table"), ("text.parquet", "a column is not of its type")):
         write_table(spectra.astype({"step": object}).assign(step="ten"), tmp_path / name)
         assert read_error(tmp_path / name).startswith(f"{tmp_path / name}: {start}: ")

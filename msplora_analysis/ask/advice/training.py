@@ -35,8 +35,8 @@ def course_of(adapter: Adapter) -> Course | None:
         AnalysisError: a JSON file beside the adapter is broken.
     """
     record = nearest_json(adapter.file, RECORD)
-    metric = record.get("metric")
-    name, greater = (metric["name"], metric["greater_is_better"]) if fits(metric, _METRIC) else (None, True)
+    metric: dict[str, Any] = record["metric"] if fits(record.get("metric"), _METRIC) else {}
+    name, greater = metric.get("name"), metric.get("greater_is_better", True)
     points = _points(record.get("results"), "metric")
     if not points:
         log = nearest_json(adapter.file, STATE, TRAINER_STATE).get("log_history")
