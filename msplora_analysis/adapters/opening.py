@@ -97,9 +97,12 @@ def reads_base(adapter: Adapter) -> bool:
 
 
 def _base_notes(adapter: Adapter, file: TensorFile, options: Options) -> list[str]:
-    """What only the base can tell of an adapter: how far DoRA moved the magnitudes."""
-    if options.base is None or not adapter.config.get("use_dora"):
+    """What only the base can tell of an adapter: how far DoRA moved the magnitudes. Or that it is not read."""
+    if options.base is None:
         return []
+    if not adapter.config.get("use_dora"):
+        is_read = isinstance(file, (AdapterWithBase, PairedFile))
+        return [] if is_read else ["the base model given is not read: the file alone has the update"]
     with open_checkpoint(parse(options.base)) as base:
         file.states |= base.states
         return [magnitude_note(file, base, adapter.config)]

@@ -92,6 +92,8 @@ def compress(
         with terminal.printed_whole() as console:
             groups = [[name, *_cells(rows)] for name, rows in terminal.by_module(table)]
             console.print(terminal.plain_table(headers, groups), end="\n\n")
+        if table["rank"].equals(table["rank_before"]):
+            terminal.say("nothing was left out: no update has a higher rank than is kept")
         dropped = table.loc[table["rank"] == 0, "name"]
         if len(dropped):
             more = ", ..." if len(dropped) > 3 else ""
