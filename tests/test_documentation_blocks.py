@@ -55,6 +55,7 @@ TWO = {"style": "lora-8/checkpoint-270", "subject": "msplora-8-8-8/checkpoint-27
 PAIR = {"style-a": "lora-8/checkpoint-270", "style-b": "msplora-8-8-8/checkpoint-270"}
 ASSUMED: dict[str, dict[str, str]] = {
     "README.md": ADAPTERS | TWO | PAIR,
+    "card.md": ADAPTERS,
     "export.md": ADAPTERS,
     "figures.md": BOTH,
     "merge.md": TWO | {f"loras/{name}": place for name, place in TWO.items()},

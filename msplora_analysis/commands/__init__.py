@@ -3,5 +3,5 @@
 # The order of the help. A command that is not named here comes after these.
 ORDER = (
     "advise", "spectra", "figures", "redundancy", "relate", "compare", "diagnose", "report", "results", "export",
-    "check", "compress", "merge", "extract", "share", "watch",
+    "check", "compress", "merge", "extract", "share", "card", "watch",
 )  # fmt: skip

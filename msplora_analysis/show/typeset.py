@@ -71,12 +71,12 @@ def markdown(table: pd.DataFrame, caption: str) -> str:
     """GitHub's tables, one per model; the best of a column in bold."""
     parts = []
     for grid in grids(table):
-        lines = [f"**{_plain(grid.model)}**: {caption}", ""]
-        lines.append("| " + " | ".join(["method", "parameters", *map(_plain, grid.headers)]) + " |")
+        lines = [f"**{plain(grid.model)}**: {caption}", ""]
+        lines.append("| " + " | ".join(["method", "parameters", *map(plain, grid.headers)]) + " |")
         lines.append("|---|" + "---:|" * (1 + len(grid.headers)))
         for method, parameters, cells in grid.rows:
             texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
-            lines.append("| " + " | ".join([_plain(method), parameters, *texts]) + " |")
+            lines.append("| " + " | ".join([plain(method), parameters, *texts]) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -124,7 +124,7 @@ def _parameters(values: pd.Series) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     return text.replace("\n", " ").translate(_MARKDOWN)
 
 
