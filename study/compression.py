@@ -117,7 +117,7 @@ def _metric(base: Any, folder: Path, task: Any, batches: list[dict[str, Any]]) -
     from peft import PeftModel
     from transformers import EvalPrediction
 
-    from msplora_core.train.evaluation import metric_function
+    from msplora_core.data.evaluation import metric_function
 
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder).merge_and_unload().eval()
     with torch.inference_mode():

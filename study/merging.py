@@ -82,7 +82,7 @@ def evaluated(subject: Any, batches: Any, update: Any) -> float:
     """The task's metric with another update besides the adapter's own."""
     import torch
 
-    from msplora_core.train.evaluation import metric_value
+    from msplora_core.data.evaluation import metric_value
 
     with torch.no_grad(), added(subject.model, update):
         values = torch.cat([subject.model(**batch).logits for batch in batches]).float().numpy()

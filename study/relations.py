@@ -76,8 +76,8 @@ def measured(subject: Any, others: Mapping[str, Mapping[str, tuple[Any, Any]]]) 
     """A row for each other adapter: kl, loss and metric with it, those of A alone, and what gradients at A predict."""
     import torch
 
+    from msplora_core.data.evaluation import metric_value
     from msplora_core.measure.ablation import _against
-    from msplora_core.train.evaluation import metric_value
 
     batches = subject.batches("validation", examples=EXAMPLES, batch_size=AT_ONCE, by_length=True)
     labels = np.concatenate([batch["labels"].numpy() for batch in batches])

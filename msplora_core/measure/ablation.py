@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from msplora_core.data.evaluation import metric_value
 from msplora_core.data.instructions import IGNORED
 from msplora_core.errors import TrainingError
 from msplora_core.measure.cuts import Bases, Cut, layer_of, standard_cuts
 from msplora_core.measure.updates import Update, evaluating, updates_of
 from msplora_core.moments import Array, Moments
-from msplora_core.train.evaluation import metric_value
 
 if TYPE_CHECKING:
     import pandas as pd

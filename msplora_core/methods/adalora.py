@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msplora_core.methods.base import Training
-from msplora_core.methods.lora import Lora
+from msplora_core.methods.lora import LoraMethod
 from msplora_core.options import NOT_NEGATIVE, Option
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 @dataclass(frozen=True)
-class AdaLora(Lora):
+class AdaLora(LoraMethod):
     """singular values, pruned to --rank of them on average (arXiv 2303.10512)"""
 
     name = "adalora"

@@ -7,10 +7,11 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msplora_core.errors import TrainingError
-from msplora_core.options import COUNT, FROM_RECIPE, Option, check_ranges, options_of
+from msplora_core.options import COUNT, FROM_RECIPE, Option, check_ranges, one_of, options_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +36,19 @@ class Training:
     def after_update(self, step: int) -> None:
         """After the optimiser has changed the parameters, and before their gradients are cleared."""
 
+    def sees(self, batch: dict[str, torch.Tensor]) -> None:
+        """Before a batch is learnt from: several make a step where gradients are accumulated."""
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """After a step, when gradients are cleared; ``step``: how many are done. Returns what is to be logged."""
+        return {}
+
     def state(self) -> dict[str, Any] | None:
         """What continues the training besides the trained parameters. None: the checkpoint's own files do."""
         return None
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from ``state()``; the trained parameters are those of then."""
+        """Continue from ``state()``; the trained parameters come back to what they were just after it."""
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -185,6 +193,114 @@ class RankedMethod(TargetedMethod):
 
     def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
         return {**super().peft_options(base_model), "r": self.rank}
+
+
+def parse_falling(text: str) -> list[int]:
+    """Ranks from ``"32:8"``, or ``"32:16:8"``.
+
+    Raises:
+        TrainingError: not whole numbers of at least 1.
+    """
+    parts = text.split(":")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise TrainingError(f"anneal='{text}': expected ranks from the first to the last, such as 32:8 or 32:16:8")
+    return [int(part) for part in parts]
+
+
+def parse_when(text: str) -> list[float]:
+    """Steps, or parts of all steps, from ``"200"`` or ``"0.25,0.5"``.
+
+    Raises:
+        TrainingError: not numbers.
+    """
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        raise TrainingError(f"anneal_at='{text}': expected steps, or parts of all steps, such as 0.25,0.5") from None
+
+
+@dataclass(frozen=True)
+class AnnealedMethod(RankedMethod):
+    """A method whose rank may fall while it trains (LoRA-Squeeze, arXiv 2602.10993); docs/anneal.md.
+
+    :class:`msplora_core.train.annealing.Annealing` is then what it does while a model is trained.
+    """
+
+    anneal: Annotated[
+        list[int] | None,
+        Option(
+            "Lower the rank while training, as 32:8 or 32:16:8: each update is cut to its best of the next rank; "
+            "the last is the adapter's rank.",
+            parse=parse_falling,
+        ),
+    ] = None
+    anneal_at: Annotated[
+        list[float] | None,
+        Option(
+            "When: steps, or parts of all steps, such as 200 or 0.25,0.5.  [default: evenly in the first half]",
+            parse=parse_when,
+        ),
+    ] = None
+    anneal_by: Annotated[
+        str,
+        Option(
+            "What is best: plain, nearest to the update; task, nearest in what it does to the task, by the moments of "
+            "the last steps.",
+            one_of(("plain", "task")),
+        ),
+    ] = "plain"
+    anneal_optimizer: Annotated[
+        str,
+        Option(
+            "Averages of the optimiser: carry them into the new factors, or reset them.", one_of(("carry", "reset"))
+        ),
+    ] = "carry"
+
+    @classmethod
+    def from_options(cls, given: dict[str, Any]) -> Method:
+        alone = [name for name in ("anneal_at", "anneal_by", "anneal_optimizer") if name in given]
+        if alone and "anneal" in options_of(cls) and "anneal" not in given:
+            raise TrainingError(f"'{alone[0]}' needs 'anneal', which says the ranks, such as 32:8")
+        return super().from_options(given)
+
+    def filled(self, recipe: Recipe) -> Method:
+        if self.anneal is None:
+            return super().filled(recipe)
+        told = ":".join(map(str, self.anneal))
+        if len(self.anneal) < 2 or not all(a > b >= 1 for a, b in pairwise(self.anneal)):
+            raise TrainingError(f"anneal={told}: expected ranks that fall, the last at least 1, such as 32:8")
+        if self.rank not in (None, self.anneal[-1]):
+            raise TrainingError(f"anneal={told} ends at another rank than rank={self.rank}; leave 'rank' out")
+        if self.anneal_at is not None and len(self.anneal_at) != len(self.anneal) - 1:
+            raise TrainingError(f"anneal_at: expected {len(self.anneal) - 1} for anneal={told}, one for each cut")
+        return super(AnnealedMethod, replace(self, rank=self.anneal[-1])).filled(recipe)
+
+    def cuts(self, steps: int) -> dict[int, int]:
+        """After which steps the rank falls, and to what.
+
+        Args:
+            steps: How many the whole training has.
+
+        Raises:
+            TrainingError: a step that the training has not, or cuts that do not follow each other.
+        """
+        last = self.anneal[1:] if self.anneal else []
+        given = self.anneal_at or [0.5 * (i + 1) / len(last) for i in range(len(last))]
+        at = [round(when * steps) if isinstance(when, float) else when for when in given]
+        if not all(a < b for a, b in pairwise([0, *at, steps])):
+            raise TrainingError(
+                f"anneal_at={', '.join(map(str, given))}: steps {', '.join(map(str, at))} of {steps}; expected one "
+                "after the other, and before the last step: change 'anneal_at', or train longer"
+            )
+        return dict(zip(at, last, strict=True))
+
+    def ranks_at(self, rank: int) -> dict[str, int]:
+        """The rank of each scale where the method's is ``rank``."""
+        return {"layer": rank}
+
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
+        first = {"r": self.anneal[0]} if self.anneal else {}
+        return super().peft_options(base_model) | first
 
 
 def draw(seed: int, step: int, low: int, high: int) -> int:

@@ -1,9 +1,9 @@
 from typing import Any, ClassVar
 
-from msplora_core.methods.lora import Lora
+from msplora_core.methods.lora import LoraMethod
 
 
-class Dora(Lora):
+class Dora(LoraMethod):
     """LoRA, and the magnitudes of the weight's rows (arXiv 2402.09353)"""
 
     name = "dora"

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from msplora_core.methods.base import Training, draw
-from msplora_core.methods.lora import Lora
+from msplora_core.methods.lora import LoraMethod
 
 if TYPE_CHECKING:
     import torch
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class DyLora(Lora):
+class DyLora(LoraMethod):
     """LoRA of use at every rank up to --rank (arXiv 2210.07558)"""
 
     name = "dylora"

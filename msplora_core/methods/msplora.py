@@ -1,11 +1,18 @@
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msplora_core.errors import TrainingError
 from msplora_core.methods.base import Method
 from msplora_core.methods.lora import Lora
-from msplora_core.names import SCALES
+from msplora_core.names import RANK_DECAY, SCALES
 from msplora_core.options import Option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from msplora_core.data.tasks import Recipe
 
 
 def parse_ranks(text: str) -> dict[str, int]:
@@ -36,3 +43,25 @@ class MSPLora(Lora):
         if {"rank", "ranks"} <= given.keys():
             raise TrainingError("'rank' and 'ranks' (one for each scale) exclude each other: choose one")
         return super().from_options(given)
+
+    def filled(self, recipe: Recipe) -> Method:
+        if self.anneal and self.ranks:  # r is the rank of the most shared scale
+            last, first = self.anneal[-1], next(iter(self.ranks.values()))
+            if last != first:
+                raise TrainingError(f"anneal: ends at rank {last}, and the first of 'ranks' is {first}; give the same")
+        filled = super().filled(recipe)
+        for rank in self.anneal or ():
+            filled.ranks_at(rank)
+        return filled
+
+    def ranks_at(self, rank: int) -> dict[str, int]:
+        last = self.anneal[-1] if self.anneal else rank
+        ranks = self.ranks or {scale: last / divisor for scale, divisor in RANK_DECAY.items()}
+        found = {scale: of_scale * rank / last for scale, of_scale in ranks.items()}
+        if wrong := [f"{scale} {value:g}" for scale, value in found.items() if value % 1 or value < 1]:
+            raise TrainingError(f"anneal: at rank {rank} the scales keep their ratios, and {wrong[0]} is no rank")
+        return {scale: int(value) for scale, value in found.items()}
+
+    def peft_options(self, base_model: PreTrainedModel) -> dict[str, Any]:
+        first = {"ranks": self.ranks_at(self.anneal[0])} if self.anneal else {}
+        return super().peft_options(base_model) | first

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from msplora_core.methods.base import Training
-from msplora_core.methods.lora import Lora
+from msplora_core.methods.lora import LoraMethod
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-class Pissa(Lora):
+class Pissa(LoraMethod):
     """LoRA from the weight's largest singular values on (arXiv 2404.02948)"""
 
     name = "pissa"

@@ -4,14 +4,14 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from msplora_core.errors import TrainingError
-from msplora_core.methods.lora import Lora
+from msplora_core.methods.lora import LoraMethod
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-class QLora(Lora):
+class QLora(LoraMethod):
     """LoRA on a base model in 4 bits (arXiv 2305.14314)"""
 
     name = "qlora"

@@ -1,9 +1,9 @@
 from typing import Any, ClassVar
 
-from msplora_core.methods.lora import Lora
+from msplora_core.methods.lora import LoraMethod
 
 
-class RsLora(Lora):
+class RsLora(LoraMethod):
     """LoRA scaled by alpha / sqrt(rank) (arXiv 2312.03732)"""
 
     name = "rslora"

@@ -153,21 +153,13 @@ def describe_run(settings: Settings, source: ModelSource, splits: dict[str, Spli
     Args:
         model: The model to train; its parameters are counted once each, however many layers share them.
     """
-    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    head = sum(count for name, count in trainable.items() if is_head(name))
-    # two weights of 4 bits are one number of the quantised tensor
-    total = sum(math.prod((getattr(p, "quant_state", None) or p).shape) for p in model.parameters())
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     task = get_task(settings.task)
     return {
         "settings": settings.what_matters(),
         "metric": {"name": task.metric, "greater_is_better": task.greater_is_better},
         "model": {"name": source.name, "class": type(base_model).__name__, "weights_sha256": source.fingerprint()},
-        "parameters": {
-            "adapter": sum(trainable.values()) - head,
-            "head": head,
-            "base": total - sum(trainable.values()),
-        },
+        "parameters": parameters(model),
         "data": {
             name: {"source": split.source, "rows": len(split.rows), "sha256": split.fingerprint}
             for name, split in splits.items()
@@ -179,13 +171,27 @@ def describe_run(settings: Settings, source: ModelSource, splits: dict[str, Spli
     }
 
 
+def parameters(model: Any) -> dict[str, int]:
+    """How many parameters the adapter, the head and the frozen base have."""
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trainable.items() if is_head(name))
+    # two weights of 4 bits are one number of the quantised tensor
+    total = sum(math.prod((getattr(p, "quant_state", None) or p).shape) for p in model.parameters())
+    return {
+        "adapter": sum(trainable.values()) - head,
+        "head": head,
+        "base": total - sum(trainable.values()),
+    }
+
+
 def summary(run: dict[str, Any]) -> str:
     """One line about a run: method, model, task, parameter counts."""
     settings, parameters = run["settings"], run["parameters"]
     size = f" (bottleneck {settings['bottleneck']})" if settings["bottleneck"] else ""
     label = method_label(settings["method"], settings["ranks"] or settings["rank"])
+    annealed = f" (annealed {':'.join(map(str, settings['anneal']))})" if settings["anneal"] else ""
     return (
-        f"{label}{size} on {run['model']['name']}, task {settings['task']} "
+        f"{label}{size}{annealed} on {run['model']['name']}, task {settings['task']} "
         f"({run['data']['train']['rows']} + {run['data']['validation']['rows']} examples), seed {settings['seed']}: "
         f"{parameters['adapter']:,} trained parameters, {parameters['head']:,} in the head, "
         f"{parameters['base']:,} frozen"

@@ -31,6 +31,11 @@ class _EpochLines(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs.get("logs") or {}
         self.train_loss = logs.get("loss", self.train_loss)
+        if "anneal_to" in logs:
+            self.report(
+                f"step {state.global_step}: rank {logs['anneal_from']} cut to {logs['anneal_to']}, with "
+                f"{logs['anneal_kept']:.1%} of what the updates are worth"
+            )
         if f"eval_{self.task.metric}" in logs:
             epoch, epochs = round(state.epoch or 0), math.ceil(args.num_train_epochs)
             train_loss = "     -" if self.train_loss is None else f"{self.train_loss:.4f}"

@@ -110,10 +110,10 @@ class AdapterTrainer(Trainer):
         trained = self._trained()
         if unlike := sorted(trained.keys() ^ state["trained"].keys()):
             raise TrainingError(f"{path}: made for another model ({unlike[0]} is in one alone); give that 'model'")
+        self.method.load(state["method"])
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(state["trained"][name])
-        self.method.load(state["method"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.continuing(Path(str(checkpoint))):
@@ -182,6 +182,10 @@ class AdapterTrainer(Trainer):
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *others: Any) -> torch.Tensor:
+        self.method.sees({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return super().training_step(model, inputs, *others)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -244,6 +248,8 @@ class Recorder(TrainerCallback):
         self.trainer.method.after_update(state.global_step)
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if values := self.trainer.method.after_step(state.global_step, _bare(self.trainer.optimizer)):
+            self.trainer.log(values)
         # An epoch's end is saved once it has been evaluated.
         if self.save_steps and state.global_step % self.save_steps == 0 and not _ends_epoch(state.global_step, state):
             control.should_save = True
@@ -267,6 +273,11 @@ def set_order(sampler: LengthGroupedSampler | SeedableRandomSampler, *, seed: in
         sampler.generator = torch.Generator().manual_seed(seed + epoch)
     else:
         sampler.set_epoch(epoch)
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """Without what accelerate puts around it."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _publish(output_dir: Path, name: str) -> None:

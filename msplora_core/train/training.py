@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,12 +15,14 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from msplora_core.data.encoding import collator, encode
+from msplora_core.data.evaluation import metric_function, sum_token_losses
 from msplora_core.data.loading import load_splits
 from msplora_core.data.tasks import ClassificationTask, InstructionTask, Task, get_task
 from msplora_core.errors import TrainingError
+from msplora_core.methods.base import AnnealedMethod
 from msplora_core.models import find_model, load_model
 from msplora_core.run import checkpoints, distributed, record
-from msplora_core.train.evaluation import metric_function, sum_token_losses
+from msplora_core.train.annealing import Annealing
 from msplora_core.train.progress import show_progress
 from msplora_core.train.trainer import AdapterTrainer, Recorder
 
@@ -80,6 +83,7 @@ def _train(settings: Settings, report: Callable[[str], None], until_end: ExitSta
         report(f"model {source.name}: no folder here; asking the Hugging Face Hub")  # which may take a minute
     base_model, tokenizer = load_model(source, task, settings.model_dtype, method.quantization(settings.precision))
     encoded = {name: encode(split, task, tokenizer, settings.max_length) for name, split in splits.items()}
+    cuts = _cuts(settings, len(encoded["train"].examples))
     model = method.adapt(base_model, task.peft_task_type)
     run = distributed.by_writer(lambda: record.describe_run(settings, source, splits, model))
     notes = distributed.by_writer(lambda: record.notes_on_resuming(settings, run))
@@ -95,7 +99,7 @@ def _train(settings: Settings, report: Callable[[str], None], until_end: ExitSta
         data_collator=collator(task, tokenizer),
         compute_metrics=metric_function(task),
         preprocess_logits_for_metrics=sum_token_losses if isinstance(task, InstructionTask) else None,
-        method=method.training(model, settings.seed),
+        method=Annealing(model, method, cuts) if cuts else method.training(model, settings.seed),
         head_learning_rate=settings.head_learning_rate,
         weighs_rows=isinstance(task, ClassificationTask),
         base_is_sharded=settings.shard_base,
@@ -127,8 +131,25 @@ def _train(settings: Settings, report: Callable[[str], None], until_end: ExitSta
     results = _epoch_results(trainer.state.log_history, task)
     run["seconds"] = round(time.perf_counter() - started, 1)
     run["results"] = [asdict(result) for result in results]
+    if cuts:
+        run["cuts"] = [{"step": e["step"]} | _cut(e) for e in trainer.state.log_history if "anneal_to" in e]
+        run["parameters"] = record.parameters(model)  # of the last rank
     distributed.by_writer(lambda: record.write(settings.output_dir, run))
     return results
+
+
+def _cuts(settings: Settings, examples: int) -> dict[int, int]:
+    """After which steps the rank falls, and to what; empty where it does not."""
+    method = settings.method
+    if not isinstance(method, AnnealedMethod) or not method.anneal:
+        return {}
+    if distributed.process_count() > 1:  # DistributedDataParallel holds parameters of one shape
+        raise TrainingError("anneal: works in one process; start the training without torchrun or accelerate launch")
+    return method.cuts(settings.epochs * math.ceil(examples / settings.batch_size))
+
+
+def _cut(entry: dict[str, Any]) -> dict[str, float]:
+    return {name.removeprefix("anneal_"): value for name, value in entry.items() if name.startswith("anneal_")}
 
 
 class _InPlace(TrainingArguments):

@@ -14,13 +14,13 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import BertConfig, BertForSequenceClassification
 
 from msplora_core import MSPLoraConfig
+from msplora_core.data.evaluation import metric_value
 from msplora_core.errors import TrainingError
 from msplora_core.measure.ablation import ablate
 from msplora_core.measure.cuts import Bases, Closed, Cut
 from msplora_core.measure.recording import record_moments
 from msplora_core.measure.updates import updates_of
 from msplora_core.moments import ModuleMoments, Moments
-from msplora_core.train.evaluation import metric_value
 
 from .conftest import make_bert, make_gpt2, make_llama, make_t5
 

@@ -25,12 +25,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from msplora_core import models as base_models
 from msplora_core.cli import _print_results
 from msplora_core.data.encoding import encode
+from msplora_core.data.evaluation import metric_function, sum_token_losses
 from msplora_core.data.instructions import IGNORED, encode_instructions, hold_out, prompt
 from msplora_core.data.loading import load_splits
 from msplora_core.data.tasks import TASKS, InstructionTask
 from msplora_core.errors import TrainingError
 from msplora_core.run.settings import Settings, make_settings
-from msplora_core.train.evaluation import metric_function, sum_token_losses
 from msplora_core.train.trainer import set_order
 from msplora_core.train.training import EpochResult, train
 

@@ -26,6 +26,7 @@ from msplora_core import models as base_models
 from msplora_core import names
 from msplora_core.cli import app
 from msplora_core.data.encoding import tokenize
+from msplora_core.data.evaluation import metric_function
 from msplora_core.data.loading import load_splits
 from msplora_core.data.tasks import TASKS, get_task
 from msplora_core.errors import TrainingError
@@ -33,7 +34,6 @@ from msplora_core.methods import METHODS
 from msplora_core.methods.msplora import parse_ranks
 from msplora_core.run import record
 from msplora_core.run.settings import Settings, make_settings
-from msplora_core.train.evaluation import metric_function
 from msplora_core.train.trainer import AdapterTrainer
 from msplora_core.train.training import train
 
