@@ -3,7 +3,7 @@
 Both packages import them from here. Nothing heavy is imported.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 RECORD = "run.json"
 """The record of a run: settings, seed, versions, data, results."""
@@ -54,19 +54,26 @@ def halved_ranks(r: int) -> dict[str, int]:
     return {scale: r // divisor for scale, divisor in RANK_DECAY.items()}
 
 
-def method_label(method: str, ranks: int | str | Mapping[str, int | str] | None = None) -> str:
+def method_label(
+    method: str, ranks: int | str | Mapping[str, int | str] | None = None, anneal: Sequence[int] | None = None
+) -> str:
     """A method with its ranks, as a table's row or a figure's legend has it.
 
     Args:
         method: The method's name in ``--method``.
         ranks: One rank, such as 8 or "2–8", for MSPLoRA its r; or the rank of each scale. None: not told.
+        anneal: The ranks that it had one after the other while it was trained, if it had several.
 
     Example:
         >>> method_label("lora", 8), method_label("msplora", 8), method_label("bitfit")
         ('LoRA r=8', 'MSPLoRA 8/4/2', 'BitFit')
+        >>> method_label("lora", 8, [32, 8])
+        'LoRA r=8 from 32'
         >>> method_label("msplora", {"global": 8, "mid": "2–4"})
         'MSPLoRA 8/2–4 global+mid'
     """
+    if anneal:
+        return f"{method_label(method, ranks)} from {anneal[0]}"
     name = METHOD_NAMES.get(method, method)
     if ranks is None:
         return name

@@ -29,6 +29,7 @@ SETTINGS: Schema = {
     "seed?": int,
     "rank?": (int, None),
     "ranks?": ({...: int}, None),
+    "anneal?": ([int], None),
     "epochs?": float,
 }
 """What a run was trained with, as far as anybody else reads it."""
@@ -42,6 +43,7 @@ RESULT: Schema = {
 RUN_RECORD: Schema = {
     "settings": SETTINGS,
     "results?": ([RESULT], None),
+    "cuts?": ([{"step": int, ...: object}], None),
     "data?": {...: {"sha256": str}},
     "model?": {"weights_sha256?": {...: str}},
     "versions?": {...: (str, None)},

@@ -242,19 +242,20 @@ class AnnealedMethod(RankedMethod):
         ),
     ] = None
     anneal_by: Annotated[
-        str,
+        str | None,
         Option(
-            "What is best: plain, nearest to the update; task, nearest in what it does to the task, by the moments of "
-            "the last steps.",
+            "What is best: plain, nearest to the update; task, nearest in what it does to the task, by moments of the "
+            "last steps.  [default: plain]",
             one_of(("plain", "task")),
         ),
-    ] = "plain"
+    ] = None
     anneal_optimizer: Annotated[
-        str,
+        str | None,
         Option(
-            "Averages of the optimiser: carry them into the new factors, or reset them.", one_of(("carry", "reset"))
+            "Averages of the optimiser: carry them into the new factors, or reset them.  [default: carry]",
+            one_of(("carry", "reset")),
         ),
-    ] = "carry"
+    ] = None
 
     @classmethod
     def from_options(cls, given: dict[str, Any]) -> Method:
@@ -273,7 +274,8 @@ class AnnealedMethod(RankedMethod):
             raise TrainingError(f"anneal={told} ends at another rank than rank={self.rank}; leave 'rank' out")
         if self.anneal_at is not None and len(self.anneal_at) != len(self.anneal) - 1:
             raise TrainingError(f"anneal_at: expected {len(self.anneal) - 1} for anneal={told}, one for each cut")
-        return super(AnnealedMethod, replace(self, rank=self.anneal[-1])).filled(recipe)
+        how = {"anneal_by": self.anneal_by or "plain", "anneal_optimizer": self.anneal_optimizer or "carry"}
+        return super(AnnealedMethod, replace(self, rank=self.anneal[-1], **how)).filled(recipe)
 
     def cuts(self, steps: int) -> dict[int, int]:
         """After which steps the rank falls, and to what.

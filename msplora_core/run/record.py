@@ -188,10 +188,9 @@ def summary(run: dict[str, Any]) -> str:
     """One line about a run: method, model, task, parameter counts."""
     settings, parameters = run["settings"], run["parameters"]
     size = f" (bottleneck {settings['bottleneck']})" if settings["bottleneck"] else ""
-    label = method_label(settings["method"], settings["ranks"] or settings["rank"])
-    annealed = f" (annealed {':'.join(map(str, settings['anneal']))})" if settings["anneal"] else ""
+    label = method_label(settings["method"], settings["ranks"] or settings["rank"], settings["anneal"])
     return (
-        f"{label}{size}{annealed} on {run['model']['name']}, task {settings['task']} "
+        f"{label}{size} on {run['model']['name']}, task {settings['task']} "
         f"({run['data']['train']['rows']} + {run['data']['validation']['rows']} examples), seed {settings['seed']}: "
         f"{parameters['adapter']:,} trained parameters, {parameters['head']:,} in the head, "
         f"{parameters['base']:,} frozen"

@@ -1,8 +1,8 @@
 """Lower the rank of an adapter while it trains: the best update of a lower rank, from the factors, at stated steps.
 
 LoRA-Squeeze (Vulić et al. 2026, arXiv 2602.10993, abstract) trains at a high rank and compresses to the rank that is
-wanted, after training or gradually within it, by a randomised SVD of the whole update. Here the truncation is exact, and
-no update is ever multiplied out: B A becomes (B left)(right A) with the small matrices of
+wanted, after training or gradually within it, by a randomised SVD of the whole update. Here the truncation is exact,
+and no update is ever multiplied out: B A becomes (B left)(right A) with the small matrices of
 :func:`msplora_core.moments.directions`.
 """
 
@@ -152,11 +152,11 @@ class Annealing(Training):
                 of = [(moments[update.name], part) for update, part in pair.places]
                 weights = sum(m.s_a[part, part] for m, part in of), sum(m.s_b[part, part] for m, part in of)
             cut = best_cut(*pair.grams(), ranks[pair.scale], weights)
-            if self.method.anneal_optimizer == "carry":
-                carry(optimizer, pair, cut)
-            else:
+            if self.method.anneal_optimizer == "reset":
                 optimizer.state.pop(pair.a, None)
                 optimizer.state.pop(pair.b, None)
+            else:
+                carry(optimizer, pair, cut)
             a, b = exact(pair.a.detach().flatten(1)), exact(pair.b.detach().flatten(1))
             pair.set(torch.from_numpy(cut.down).to(a) @ a, b @ torch.from_numpy(cut.up).to(b))
             cuts.append(cut)

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from msplora_core.methods.base import Training
-from msplora_core.methods.lora import Lora
+from msplora_core.methods.lora import LoraMethod
 from msplora_core.options import POSITIVE, Option
 
 
 @dataclass(frozen=True)
-class SmallLora(Lora):
+class SmallLora(LoraMethod):
     """LoRA with a bound on B"""
 
     name = "small"

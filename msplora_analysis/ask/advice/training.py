@@ -11,6 +11,7 @@ from msplora_core.names import RECORD, STATE
 from msplora_core.records import TRAINER_STATE, Schema, fits
 
 _METRIC: Schema = {"name": str, "greater_is_better": bool}  # of a run.json, which may be another program's
+_STEP: Schema = {"step": float, ...: object}
 
 
 class Course(NamedTuple):
@@ -35,9 +36,15 @@ def course_of(adapter: Adapter) -> Course | None:
         AnalysisError: a JSON file beside the adapter is broken.
     """
     record = nearest_json(adapter.file, RECORD)
+<<<<<<< HEAD
     metric: dict[str, Any] = record["metric"] if fits(record.get("metric"), _METRIC) else {}
     name, greater = metric.get("name"), metric.get("greater_is_better", True)
     points = _points(record.get("results"), "metric")
+=======
+    metric = record.get("metric")
+    name, greater = (metric["name"], metric["greater_is_better"]) if fits(metric, _METRIC) else (None, True)
+    points = _points(_of_its_rank(record), "metric")
+>>>>>>> cd542c3 (Docs of --anneal; results and advise take no epoch of a higher rank; tests against dense decompositions, of resuming, and of what reads runs)
     if not points:
         log = nearest_json(adapter.file, STATE, TRAINER_STATE).get("log_history")
         name = _logged(log)
@@ -46,6 +53,15 @@ def course_of(adapter: Adapter) -> Course | None:
     if not points:
         return None
     return Course((name or "metric").replace("_", " ").capitalize(), greater, points)
+
+
+def _of_its_rank(record: dict[str, Any]) -> Any:
+    """The results of a run, without those between its first step and the last cut of its rank."""
+    results, cuts = record.get("results"), record.get("cuts")
+    if not cuts or not (fits(cuts, [_STEP]) and fits(results, [_STEP])):
+        return results
+    last = max(cut["step"] for cut in cuts)
+    return [result for result in results if result["step"] == 0 or result["step"] >= last]
 
 
 def _points(entries: Any, key: str) -> list[tuple[float, float]]:

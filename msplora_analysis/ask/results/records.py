@@ -83,15 +83,17 @@ def read_score(folder: Path, at: str) -> Score | None:
         return None
     metric = record.get("metric") or {"name": _METRICS.get(settings["task"], "accuracy"), "greater_is_better": True}
     sign = 1 if metric["greater_is_better"] else -1
-    # not before training: that is the base model's score
-    trained = [result for result in results if result["epoch"] > 0] or results
+    # not before training: that is the base model's score; and not at a higher rank than the run came to
+    cut = max((cut["step"] for cut in record.get("cuts") or ()), default=0)
+    trained = [result for result in results if result["epoch"] > 0 and result["step"] >= cut] or results
     chosen = trained[-1] if at == "last" else max(trained, key=lambda result: _rank(result["metric"], sign))
+    ranks = settings.get("ranks") or settings.get("rank")
     return Score(
         folder=folder,
         model=printable(record["model"]["name"]),
         task=printable(settings["task"]),
         seed=settings["seed"],
-        method=printable(method_label(settings["method"], settings.get("ranks") or settings.get("rank"))),
+        method=printable(method_label(settings["method"], ranks, settings.get("anneal"))),
         parameters=record["parameters"]["adapter"],
         settings=settings,
         metric=printable(metric["name"]),
