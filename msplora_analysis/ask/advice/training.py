@@ -36,15 +36,9 @@ def course_of(adapter: Adapter) -> Course | None:
         AnalysisError: a JSON file beside the adapter is broken.
     """
     record = nearest_json(adapter.file, RECORD)
-<<<<<<< HEAD
     metric: dict[str, Any] = record["metric"] if fits(record.get("metric"), _METRIC) else {}
     name, greater = metric.get("name"), metric.get("greater_is_better", True)
-    points = _points(record.get("results"), "metric")
-=======
-    metric = record.get("metric")
-    name, greater = (metric["name"], metric["greater_is_better"]) if fits(metric, _METRIC) else (None, True)
     points = _points(_of_its_rank(record), "metric")
->>>>>>> cd542c3 (Docs of --anneal; results and advise take no epoch of a higher rank; tests against dense decompositions, of resuming, and of what reads runs)
     if not points:
         log = nearest_json(adapter.file, STATE, TRAINER_STATE).get("log_history")
         name = _logged(log)
