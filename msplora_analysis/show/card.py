@@ -53,7 +53,9 @@ def write_card(adapter: StrPath, options: Options, execution: Execution) -> list
         raise AnalysisError(
             evidence.broken[0].message if evidence.broken else f"{file}: no low-rank factors; a card needs some"
         )
-    readme = file.parent / "README.md"
+    given = Path(adapter)
+    folder = given if given.is_dir() and given.resolve() == file.parent.resolve() else file.parent
+    readme = folder / "README.md"
     try:
         before = readme.read_text(encoding="utf-8") if readme.exists() else _new(found[0].config)
     except UnicodeDecodeError:
@@ -61,7 +63,7 @@ def write_card(adapter: StrPath, options: Options, execution: Execution) -> list
     from msplora_analysis.show.figures import draw_figures
 
     figure = next(iter(draw_figures(evidence.spectra, which="spectra_by_layer").values()))
-    picture = file.parent / FIGURE
+    picture = folder / FIGURE
     with replacing(picture) as beside:
         figure.savefig(beside, format="png", dpi=150)
     with replacing(readme) as beside:
