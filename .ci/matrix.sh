@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The wheel in fresh environments: .ci/matrix.sh [PYTHON], a line for each part, status 1 if one fails.
+#   packages           an sdist, the wheel made from it, and what the package index asks of both
 #   analysis, lowest   Python 3.10, the lowest versions that pyproject.toml claims, without torch and transformers
 #   training, lowest   the lowest transformers, PEFT, accelerate and datasets, with the torch of constraints.txt
 #   training, tested   the versions of constraints.txt
@@ -15,7 +16,15 @@ failed=0
 mkdir "$work/source" "$work/tests"
 git ls-files -zco --exclude-standard | grep -zE '^(msplora_|pyproject.toml|README.md|LICENSE)' | xargs -0 cp --parents -t "$work/source"
 cp -r tests examples pyproject.toml "$work/tests"
-"$python" -m pip wheel --quiet --no-deps --wheel-dir "$work" "$work/source" || exit 1
+if "$python" -m venv "$work/venv" && "$work/venv/bin/pip" install --quiet build twine >"$work/log" 2>&1 &&
+    "$work/venv/bin/python" -m build --outdir "$work" "$work/source" >>"$work/log" 2>&1 &&
+    "$work/venv/bin/twine" check --strict "$work"/*.whl "$work"/*.tar.gz >>"$work/log" 2>&1; then
+    echo "packages: made and checked, $SECONDS s"
+else
+    echo "packages: FAILED"
+    tail -40 "$work/log" | cut -c1-300
+    exit 1
+fi
 wheel=$(echo "$work"/*.whl)
 
 # "name==lowest" for each requirement of a list in pyproject.toml (project, or an extra) that states a lowest version.
@@ -38,7 +47,8 @@ part() { # TITLE PYTHON TESTS PACKAGES...
     # shellcheck disable=SC2086
     if "$base" -m venv "$work/venv" && "$bin/pip" install --quiet "$@" $tools >"$work/log" 2>&1 &&
         "$bin/pip" install --quiet --no-deps "$wheel" >>"$work/log" 2>&1 &&
-        (cd "$work/tests" && "$bin/python" -m pytest -p no:cacheprovider -m "not slow" --numprocesses 2 --dist worksteal $tests >>"$work/log" 2>&1); then
+        (cd "$work/tests" && "$bin/msplora-analyze" examples/runs >>"$work/log" 2>&1 &&
+            "$bin/python" -m pytest -p no:cacheprovider -m "not slow" --numprocesses 2 --dist worksteal $tests >>"$work/log" 2>&1); then
         echo "$title: $(grep -E '[0-9]+ passed' "$work/log" | tail -1 | tr -d '=' | xargs), $((SECONDS - start)) s in all"
     else
         failed=1
@@ -47,7 +57,7 @@ part() { # TITLE PYTHON TESTS PACKAGES...
     fi
 }
 
-analysis=$(for name in cli compare divergence engine figures files findings metrics overlap python_interface redundancy \
+analysis=$(for name in card cli compare divergence engine figures files findings metrics overlap python_interface redundancy \
     redundancy_figures report results tables truncated watch; do echo "tests/analysis/test_$name.py"; done)
 training="tests/core/test_method.py tests/core/test_pyramid.py tests/core/test_tuners.py
     tests/core/test_training.py::test_command_end_to_end"
