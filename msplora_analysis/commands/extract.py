@@ -9,12 +9,15 @@ import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Options
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from msplora_analysis.write.extract import Extracted
+
+_KEPT = "what is done is kept in {}; the same command goes on there"
 
 
 @command(
@@ -80,8 +83,12 @@ def extract(
     try:
         with terminal.progress_bar("Extracting", "tensors") as progress:
             done = extracted(model, out, Choice(energy, rank), names, dtype, device, overwrite, options, progress)
+    except AnalysisError as error:
+        if "out" in error.arguments and beside(out).is_dir():  # a full disk, say
+            raise AnalysisError(f"{error}; {_KEPT.format(beside(out))}", *error.arguments) from None
+        raise
     except KeyboardInterrupt:
-        print(f"interrupted: what is done is kept in {beside(out)}; the same command goes on there", file=sys.stderr)
+        print(f"interrupted: {_KEPT.format(beside(out))}", file=sys.stderr)
         raise SystemExit(130) from None
     with terminal.closed_pipe_ignored():
         _print(done)

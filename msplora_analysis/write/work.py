@@ -15,7 +15,7 @@ from typing import Any
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.write.write import Array, save_tensors
-from msplora_core.atomic import replacing
+from msplora_core.atomic import replacing, replacing_folder
 
 _ABOUT, _FACTS = "msplora_job.json", "msplora_part"
 
@@ -42,10 +42,9 @@ class Work:
             raise AnalysisError(f"{folder}: it is to hold what is finished, and holds something else; move it away")
         if mark.is_file() and mark.read_text(encoding="utf-8") != told:
             self.remove()
-        folder.mkdir(parents=True, exist_ok=True)
         if not mark.is_file():
-            with replacing(mark) as beside:
-                beside.write_text(told, encoding="utf-8")
+            with replacing_folder(folder) as beside:  # never without its mark
+                (beside / _ABOUT).write_text(told, encoding="utf-8")
         self.found = dict(map(_facts, sorted(folder.glob("*.safetensors"))))
         self._count = len(self.found)
 

@@ -87,11 +87,21 @@ def _deadline(seconds: int) -> Iterator[None]:
 
 @cache
 def _choices(kinds: Sequence[str], commands: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of each kind the commands that it goes to, each with how often: the dearer, the rarer."""
+    """Of each kind the commands that it goes to, each with how often: so that each takes the same time."""
     choices = {
-        kind: {name: COMMANDS[name][1] ** -0.75 for name in commands if name in _FOR.get(kind, _ANY)} for kind in kinds
+        kind: {name: 1 / COMMANDS[name][1] for name in commands if name in _FOR.get(kind, _ANY)} for kind in kinds
     }
     return {kind: of for kind, of in choices.items() if of}
+
+
+@cache
+def _shares(kinds: Sequence[str], commands: Sequence[str]) -> dict[str, float]:
+    """How often each kind is chosen: the dearer what it goes to is, the rarer, but by the root of that alone."""
+    return {kind: (sum(of.values()) / len(of)) ** 0.5 for kind, of in _choices(kinds, commands).items()}
+
+
+def _drawn(rng: random.Random, shares: dict[str, float]) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
 
 
 def run_one(rng: random.Random, root: Path, kinds: Sequence[str], commands: Sequence[str]) -> Outcome:
@@ -99,9 +109,9 @@ def run_one(rng: random.Random, root: Path, kinds: Sequence[str], commands: Sequ
     from msplora_analysis.errors import AnalysisError
     from msplora_core.errors import TrainingError
 
-    choices = _choices(tuple(kinds), tuple(commands))
-    kind = rng.choice(list(choices))
-    command = rng.choices(list(choices[kind]), list(choices[kind].values()))[0]
+    kinds, commands = tuple(kinds), tuple(commands)
+    kind = _drawn(rng, _shares(kinds, commands))
+    command = _drawn(rng, _choices(kinds, commands)[kind])
     tensors, config = rng.choice(SEEDS)
     run, out = root / "runs" / "run", root / "out"
     shutil.rmtree(root / "runs", ignore_errors=True)
