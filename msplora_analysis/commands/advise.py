@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
+from msplora_analysis.commands.shared.answers import print_advice
 from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.options import Execution, Options
 from msplora_core.records import text_of
-
-if TYPE_CHECKING:
-    from msplora_analysis.ask.advice.advise import RunAdvice
 
 
 @command(
@@ -55,24 +53,3 @@ def advise(
             for one in found:
                 print_advice(one)
             terminal.print_paths(written)
-
-
-def print_advice(advice: RunAdvice) -> None:
-    """A title, the answers, and the table of ranks."""
-    from rich.markup import escape
-    from rich.padding import Padding
-
-    from msplora_analysis.ask.advice.tell import RANK_HEADERS, rank_cells, title
-    from msplora_analysis.errors import printable
-
-    with terminal.printed_whole() as console:
-        console.print(f"[bold]{escape(title(advice))}[/bold]", end="\n\n")
-        for answer in advice.answers:
-            console.print(f"{escape(answer.question)} [bold]{escape(answer.answer)}[/bold]")
-            for line in (answer.evidence, answer.sure):
-                if line:
-                    console.print(Padding(f"[dim]{escape(line)}[/dim]", (0, 0, 0, 2)))
-            if answer.command:
-                console.print(f"  $ {escape(printable(answer.command))}", soft_wrap=True)
-            console.print()
-        console.print(terminal.plain_table(RANK_HEADERS, rank_cells(advice.ranks)), end="\n\n")

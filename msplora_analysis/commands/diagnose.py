@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
+from msplora_analysis.commands.shared.answers import print_answers
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.options import NO_MOMENTS, Execution, Options
+from msplora_analysis.options import Execution, Options
 from msplora_analysis.tables.rows import rows_of
 from msplora_core.records import text_of
 
@@ -21,7 +22,7 @@ _SHOWN = 4  # places named in full, of each finding
 
 
 @command(
-    "Say what deserves a look: faults, redundancy, unused rank.",
+    "Say what deserves a look: faults, redundancy, unused rank; and what to decide.",
     examples=(
         "msplora-analyze diagnose runs/cola",
         "msplora-analyze diagnose runs --json > findings.json",
@@ -30,7 +31,7 @@ _SHOWN = 4  # places named in full, of each finding
 )
 def diagnose(
     paths: arguments.Paths,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per finding and place.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: findings, one per place, and advice.")] = False,
     base: Annotated[
         str | None,
         typer.Option(
@@ -43,33 +44,37 @@ def diagnose(
     cache: arguments.UseCache = True,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Say what in the adapters deserves a look, with the evidence and what to try.
+    """Say what in the adapters deserves a look, with the evidence and what to try; then the answers of `advise`.
 
     Findings are evidence, not verdicts: a spectrum does not prove what rank a task needs. The exit
     status is 0 whatever is found.
     """
+    from msplora_analysis.ask.advice.gather import advise_known
+    from msplora_analysis.ask.advice.tell import as_object
     from msplora_analysis.ask.evidence import gather
     from msplora_analysis.ask.findings import diagnose as findings_of
 
     with terminal.progress_bar("Reading") as progress:
         execution = Execution(workers, cache=cache, progress=progress)
-        options = Options(ignore_unknown, moments=NO_MOMENTS)
-        found = findings_of(gather(paths, options, execution, model=base))
+        options = Options(ignore_unknown)
+        evidence = gather(paths, options, execution, model=base)
+        found, advice = findings_of(evidence), advise_known(evidence, options)
     with terminal.closed_pipe_ignored():
         if as_json:
-            print(text_of(as_objects(found)))
+            print(text_of({"findings": as_objects(found), "advice": [as_object(one) for one in advice]}))
         else:
             print_findings(found)
+            print_answers(advice)
 
 
-def as_objects(findings: pd.DataFrame) -> dict[str, object]:
-    """``findings``: a list of objects, empty cells null."""
+def as_objects(findings: pd.DataFrame) -> list[dict[str, object]]:
+    """One object per finding and place, empty cells null."""
     rows = rows_of(findings.astype(object).where(findings.notna(), None))
     for row in rows:
         row["details"] = json.loads(row["details"]) if row["details"] else {}
         for name in ("value", "threshold"):  # JSON has no infinity
             row[name] = None if row[name] in (float("inf"), float("-inf")) else row[name]
-    return {"findings": rows}
+    return rows
 
 
 def print_findings(findings: pd.DataFrame) -> None:

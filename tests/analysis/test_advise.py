@@ -75,6 +75,25 @@ def test_weights_alone_leave_the_rank_open_and_say_what_would_tell(tmp_path):
     assert advice.ranks["predicted_kl"].isna().all()
 
 
+def test_diagnose_gives_the_same_answers(measured, capsys):
+    folder, _, _ = measured
+    said = []
+    for command in ("advise", "diagnose"):
+        with pytest.raises(SystemExit):
+            app([command, str(folder), "--json"])
+        said.append(json.loads(capsys.readouterr().out)["advice"])
+    assert said[0] == said[1]
+
+
+def test_commands_have_paths_that_a_shell_takes(tmp_path, monkeypatch):
+    folder, _ = write_lora(tmp_path / "my run" / "checkpoint-10")
+    (advice,) = ma.advise(folder)
+    assert answer(advice, "What rank").command == f"msplora-measure moments '{folder}'"
+    monkeypatch.chdir(tmp_path)
+    (advice,) = ma.advise(folder)
+    assert answer(advice, "What rank").command == "msplora-measure moments 'my run/checkpoint-10'"
+
+
 def test_an_adapter_of_zeros_learned_nothing(tmp_path):
     tensors = lora_tensors(*NAMES)
     zeros = {name: value * (".lora_A." in name) for name, value in tensors.items()}

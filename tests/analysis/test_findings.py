@@ -281,12 +281,15 @@ def test_command(tmp_path: Path) -> None:
     assert "layer 2 query" in result.stdout
     assert "also layer 2 value" in result.stdout
     assert result.stdout.index("no-update") < result.stdout.index("norm-outlier") < result.stdout.index("rank-unused")
+    assert "What rank does it use? Weights alone do not tell." in result.stdout
+    assert result.stdout.count("$ msplora-measure moments") == 1  # two questions, one command
 
     result = CliRunner().invoke(app, ["diagnose", str(run), "--no-cache", "--json"])
     found = json.loads(result.stdout)
     ids = [row["id"] for row in found["findings"]]
     assert ids[:2] == ["no-update", "no-update"]
     assert found["findings"][0]["group"] == 2
+    assert found["advice"][0]["answers"][0]["question"] == "Did it learn anything?"
 
 
 @pytest.mark.slow

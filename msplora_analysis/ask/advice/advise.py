@@ -6,8 +6,11 @@ open, with the command that would tell it.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -288,4 +291,8 @@ def _moments_command(subject: Subject) -> str:
 
 
 def _path(subject: Subject) -> str:
-    return str(subject.adapter.file.parent)
+    """As a shell takes it: short where the adapter is below the working directory."""
+    folder = str(subject.adapter.file.parent)
+    with suppress(ValueError, OSError):
+        folder = str(Path(folder).relative_to(Path.cwd()))
+    return shlex.quote(folder)
