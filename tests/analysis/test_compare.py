@@ -157,6 +157,14 @@ def test_unequal_numbers_of_values_have_no_verdict() -> None:
     assert any(line.endswith("6 against 2 values") for line in forest(result))
 
 
+def test_updates_of_zero_have_no_place_on_the_plot() -> None:
+    zero, other = (table({f"{x}/seed-1": np.full((1, 4, 3), value)}) for x, value in (("a", 0.0), ("b", 1.0)))
+    result = compare(Side("A", zero), Side("B", other))
+    assert result.loc[result["question"] == "difference", "estimate"].isna().all()
+    assert "cannot decide" in verdict(result)
+    assert not any("○" in line or "●" in line for line in forest(result)[1:-1])
+
+
 def test_a_run_is_not_compared_with_itself() -> None:
     rng = np.random.default_rng(0)
     one, other = (random_spectra(rng, 1, 4, 3) for _ in range(2))

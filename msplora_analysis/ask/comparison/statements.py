@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from msplora_analysis.ask.comparison.uncertainty import LEVEL
 from msplora_analysis.tables.rows import rows_of
 
@@ -76,11 +74,12 @@ def forest(table: pd.DataFrame) -> list[str]:
     lines = [f"{'':29}{'A':>8}{'B':>8}{'A − B':>10}  {confidence + ' interval':^{_WIDTH}}"]
     for family in dict.fromkeys(row["measure"].split("_")[0] for row in rows):
         inside = [row for row in rows if row["measure"].split("_")[0] == family]
-        reach = np.nanmax([abs(row[name]) for row in inside for name in ("estimate", "low", "high")]) or 1.0
+        ends = [abs(row[name]) for row in inside for name in ("estimate", "low", "high") if row[name] == row[name]]
+        reach = max(ends, default=0.0) or 1.0
         for row in inside:
             label = f"{SHORT[row['measure']] if row['pairs'] == 'all' else '':18}{_SHORT_PAIRS[row['pairs']]:11}"
             values = f"{row['value_a']:8.4f}{row['value_b']:8.4f}{row['estimate']:+10.4f}"
-            axis = f"{row['k_a']} against {row['k_b']} values" if _unlike(row) else _axis(row, float(reach))
+            axis = f"{row['k_a']} against {row['k_b']} values" if _unlike(row) else _axis(row, reach)
             lines.append(f"{label}{values}  {axis}".rstrip())
         half = _WIDTH // 2
         lines.append(f"{'':57}{f'{-reach:.2g}':{half}}0{f'{reach:.2g}':>{half}}")
@@ -125,7 +124,8 @@ def _axis(row: dict[str, Any], reach: float) -> str:
     if row["low"] == row["low"]:
         for at in range(place(row["low"]), place(row["high"]) + 1):
             axis[at] = "─" if axis[at] == " " else "┼"
-    axis[place(row["estimate"])] = "●" if row["decided"] else "○"
+    if row["estimate"] == row["estimate"]:
+        axis[place(row["estimate"])] = "●" if row["decided"] else "○"
     return "".join(axis)
 
 
