@@ -1,0 +1,279 @@
+"""Does it pay to train at rank 32 and end at rank 8? Adapters of all-MiniLM-L6-v2, for docs/anneal.md.
+
+    python study/annealing.py train --data-dir glue --jobs 15      # two GPUs: --tasks cola rte, and --tasks stsb mrpc
+    python study/annealing.py tables
+
+All have equal steps: a step at rank 32 costs 3 % more floating-point operations than one at rank 8 (`cost`). They are
+
+    lora-8             LoRA r 8, trained so
+    lora-32            LoRA r 32: what the higher rank is worth, uncut
+    cut, cut-task      that, cut to rank 8 after training: plain, and by moments of 512 training examples
+    anneal             --anneal 32:8
+    anneal-reset       with the averages of the optimiser forgotten
+    anneal-task        by what the task asks
+    anneal-gradual     --anneal 32:16:8
+
+For each and each task the rates 3e-4, 1e-3 and 3e-3 are searched, and at most two more where the best of them is an
+edge: seeds 1 and 2 each hold out a tenth of at most 3,000 training rows, and the best mean decides. Then fresh seeds
+train at that rate on all of *train* and are scored once on the validation split, at the last epoch. It may be stopped
+and called again.
+
+Files in --folder: <task>.csv, a row a training, appended as it ends. `tables` writes annealing.csv and annealing.png of
+them: means, and the mean of paired differences to lora-8, with a 95 % interval by t over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from learning_rates import append_row, hold_out, read_rows
+
+TASKS = ("cola", "stsb", "mrpc", "rte")  # the longest first
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FIRST, MOST = (1e-3, 3e-4, 3e-3), 5
+SEARCH_SEEDS, SEARCH_ROWS = (1, 2), 3000
+RANK = 8
+TRAINED: dict[str, dict[str, Any]] = {
+    "lora-8": {"rank": RANK},
+    "lora-32": {"rank": 32},
+    "anneal": {"anneal": [32, RANK]},
+    "anneal-reset": {"anneal": [32, RANK], "anneal_optimizer": "reset"},
+    "anneal-task": {"anneal": [32, RANK], "anneal_by": "task"},
+    "anneal-gradual": {"anneal": [32, 16, RANK]},
+}
+COMPARED = {"lora-8": ("lora-8", "last"), "lora-32": ("lora-32", "last")}
+COMPARED |= {"cut": ("lora-32", "cut"), "cut-task": ("lora-32", "cut_task")}
+COMPARED |= {name: (name, "last") for name in TRAINED}
+"""What is compared: which training, and which column of its row."""
+Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    part: str
+    """``search`` or ``test``."""
+    trained: str
+    learning_rate: float
+    seed: int
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train what is not trained yet, the tasks in turn; after --minutes start none."""
+    rows = {task: {_run(row): row for row in read_rows(options.folder / f"{task}.csv")} for task in options.tasks}
+    for task in options.tasks:
+        for seed in SEARCH_SEEDS:
+            hold_out(task, seed, options, most=SEARCH_ROWS)
+    end = time.monotonic() + 60 * options.minutes
+    running: dict[Future[Row], tuple[str, Run]] = {}
+    failed: set[tuple[str, Run]] = set()
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["msplora_core.train.training"])  # imported once, for all of them
+    with ProcessPoolExecutor(options.jobs, processes) as pool:
+        while True:
+            for task in options.tasks if time.monotonic() < end else ():
+                for run in wanted(rows[task], options):
+                    taken = run in rows[task] or (task, run) in failed | set(running.values())
+                    if len(running) < options.jobs and not taken:
+                        running[pool.submit(train_one, task, run, options)] = task, run
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, run = running.pop(future)
+                if error := future.exception():
+                    failed.add((task, run))
+                    print(f"{task} {run}: failed: {' '.join(repr(error).split())[:500]}", flush=True)
+                else:
+                    rows[task][run] = future.result()
+                    append_row(rows[task][run], options.folder / f"{task}.csv")
+                    print(f"{task} {' '.join(map(str, run))}: {rows[task][run]['last']:.3f}", flush=True)
+
+
+def wanted(rows: dict[Run, Row], options: argparse.Namespace) -> Iterator[Run]:
+    """The searches of all, then a test seed of all after the other; what can be told by now."""
+    tests: dict[tuple[str, float], None] = {}
+    for trained, column in COMPARED.values():
+        rates, best = search(trained, column, rows)
+        yield from (Run("search", trained, rate, seed) for rate in rates for seed in SEARCH_SEEDS)
+        tests |= {(trained, best): None} if best is not None else {}
+    yield from (Run("test", *test, seed) for seed in options.seeds for test in tests)
+
+
+def search(trained: str, column: str, rows: dict[Run, Row]) -> tuple[list[float], float | None]:
+    """The rates to try, and when all are tried the best of them."""
+    rates = list(FIRST)
+    while all(Run("search", trained, rate, seed) in rows for rate in rates for seed in SEARCH_SEEDS):
+        scores = {rate: mean_score(trained, column, rate, rows) for rate in rates}
+        best = max(rates, key=lambda rate: scores[rate])
+        if len(rates) == MOST or min(rates) < best < max(rates):
+            return rates, best
+        rates.append(RATES[RATES.index(best) + (1 if best == max(rates) else -1)])
+    return rates, None
+
+
+def mean_score(trained: str, column: str, rate: float, rows: dict[Run, Row]) -> float:
+    """The mean metric of a rate; the loss decides between equals, and training that diverged is the worst."""
+    found = [rows[Run("search", trained, rate, seed)] for seed in SEARCH_SEEDS]
+    score = sum(float(row[column]) - 1e-6 * float(row["loss"]) for row in found) / len(found)
+    return score if math.isfinite(score) else -1.0
+
+
+def train_one(task: str, run: Run, options: argparse.Namespace) -> Row:
+    """Train one run in a folder that is removed; returns its row."""
+    import torch
+
+    from msplora_core.methods.lora import Lora
+    from msplora_core.run.settings import Settings
+    from msplora_core.train.training import train
+
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # TF32, on a GPU
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the last run of this process took: those beside it need room
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            model=options.model,
+            task=task,
+            method=Lora(**TRAINED[run.trained]),
+            output_dir=Path(folder) / "run",
+            data_dir=options.folder / "data" / f"seed-{run.seed}" if run.part == "search" else options.data_dir,
+            seed=run.seed,
+            epochs=options.epochs,
+            learning_rate=run.learning_rate,
+        )
+        results = train(settings, report=lambda line: None)
+        record = json.loads((settings.output_dir / "run.json").read_text())
+        cuts = cut_after(settings.output_dir) if run.trained == "lora-32" else {"cut": None, "cut_task": None}
+    return (
+        {"task": task}
+        | run._asdict()
+        | {"parameters": record["parameters"]["adapter"], "metric": record["metric"]["name"]}
+        | {"last": results[-1].metric, **cuts, "kept": " ".join(f"{cut['kept']:.4f}" for cut in record.get("cuts", []))}
+        | {"loss": results[-1].validation_loss, "train_loss": results[-1].train_loss}
+        | {f"{name}_rows": data["rows"] for name, data in record["data"].items()}
+        | {"epochs": results[-1].epoch, "seconds": record["seconds"], "device": record["device"]}
+    )
+
+
+def cut_after(run: Path) -> dict[str, float]:
+    """The metric of a run's last adapter cut to the lower rank, by the plain and by the task-weighted spectrum."""
+    from msplora_core.measure.ablation import ablate
+    from msplora_core.measure.cuts import standard_cuts
+    from msplora_core.measure.loading import load_subject
+    from msplora_core.measure.recording import record_moments
+    from msplora_core.measure.updates import updates_of
+
+    subject = load_subject(run)
+    moments = record_moments(subject.model, subject.batches("train", 512))
+    cuts = [cut for cut in standard_cuts(updates_of(subject.model), [RANK], task=True) if cut.cut.startswith("rank")]
+    found = ablate(subject.model, subject.batches("validation", by_length=True), cuts=cuts, moments=moments)
+    table = found.table(subject.task.metric).set_index("cut")["metric"]
+    return {"cut": float(table["rank"]), "cut_task": float(table["rank_task"])}
+
+
+def cost(options: argparse.Namespace) -> None:
+    """Print how many operations a step has more at rank 32 than at rank 8, as PyTorch counts them."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from msplora_core.data.tasks import get_task
+    from msplora_core.methods.lora import Lora
+    from msplora_core.models import find_model, load_model
+
+    counts = {}
+    for rank in (8, 32):
+        task = get_task("cola")
+        base, _ = load_model(find_model(options.model), task)
+        model = Lora(rank=rank, lora_alpha=16, lora_dropout=0.0).adapt(base, task.peft_task_type)
+        ids = torch.full((8, 32), 100)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=torch.zeros(8, dtype=torch.long)).loss.backward()
+        counts[rank] = counter.get_total_flops()
+    print(f"{counts}: {counts[32] / counts[8] - 1:.1%} more")
+
+
+def tables(options: argparse.Namespace) -> None:
+    """Write annealing.csv, a row for each task and what is compared, and draw it."""
+    import pandas as pd
+    from scipy.stats import t
+
+    found = []
+    for task in TASKS:
+        runs = {_run(row): row for row in read_rows(options.folder / f"{task}.csv")}
+        scores, about = {}, {}
+        for name, (trained, column) in COMPARED.items():
+            rates, rate = search(trained, column, runs)
+            own = {run.seed: row for run, row in runs.items() if run[:3] == ("test", trained, rate)}
+            scores[name] = pd.Series({seed: float(row[column]) for seed, row in own.items()}, dtype=float)
+            about[name] = {"learning_rate": rate, "edge": rate in (min(rates), max(rates))}
+        for name, own in scores.items():
+            paired = (own - scores["lora-8"]).dropna()
+            half = t.ppf(0.975, len(paired) - 1) * paired.std() / len(paired) ** 0.5
+            row = {"task": task, "compared": name} | about[name]
+            row |= {"seeds": len(own), "mean": own.mean(), "sd": own.std(), "to_lora_8": paired.mean()}
+            found.append(row | {"low": paired.mean() - half, "high": paired.mean() + half})
+    table = pd.DataFrame(found)
+    options.out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(options.out / "annealing.csv", index=False, float_format="%.4g", lineterminator="\n")
+    draw(table, options.out / "annealing.png")
+
+
+def draw(table: Any, path: Path) -> None:
+    """A panel a task: each difference to LoRA r 8, with its interval."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, table["task"].nunique(), figsize=(9, 2.8), sharey=True, layout="constrained")
+    names = [name for name in COMPARED if name != "lora-8"]
+    for axis, (task, rows) in zip(axes, table.groupby("task", sort=False), strict=True):
+        rows = rows.set_index("compared").loc[names] * 1
+        error = [100 * (rows["to_lora_8"] - rows["low"]), 100 * (rows["high"] - rows["to_lora_8"])]
+        colours = ["0.5" if name in ("lora-32", "cut", "cut-task") else "#0072b2" for name in names]
+        axis.errorbar(100 * rows["to_lora_8"], range(len(names)), xerr=error, fmt="none", ecolor=colours, capsize=2)
+        axis.scatter(100 * rows["to_lora_8"], range(len(names)), c=colours, s=18, zorder=3)
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set_title({"cola": "CoLA", "stsb": "STS-B", "mrpc": "MRPC", "rte": "RTE"}[task], fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    figure.supxlabel("metric × 100, difference to LoRA r = 8 (paired by seed, 95 % intervals)", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _run(row: Row) -> Run:
+    return Run(row["part"], row["trained"], float(row["learning_rate"]), int(row["seed"]))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).with_suffix(""), help="where the rows go")
+    parser.add_argument("--model", default="minilm", help="as msplora-train takes it (default: minilm)")
+    parts = parser.add_subparsers(dest="part", required=True)
+    training = parts.add_parser("train")
+    training.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
+    training.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    training.add_argument("--seeds", nargs="+", type=int, default=list(range(11, 16)), help="default: 11 to 15")
+    training.add_argument("--epochs", type=int, default=8)
+    training.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
+    parts.add_parser("cost")
+    drawing = parts.add_parser("tables")
+    drawing.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    given = _options()
+    {"train": train, "cost": cost, "tables": tables}[given.part](given)
