@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msplora_core.names import printable
 
-__all__ = ["AnalysisError", "ChangedError", "NotFiniteError", "printable"]
+__all__ = ["AnalysisError", "ChangedError", "NotFiniteError", "enter", "printable"]
 
 _LONGEST = 1500  # characters of a message
 
@@ -35,3 +35,10 @@ class NotFiniteError(AnalysisError):
 
 class ChangedError(AnalysisError):
     """A file that changed while it was read: what was read may be of the old content and of the new."""
+
+
+def enter(error: AnalysisError, failed: list[AnalysisError] | None) -> None:
+    """Enter an error in the list that a caller gave for those, to go on without what failed; raise it without one."""
+    if failed is None:
+        raise error
+    failed.append(error)

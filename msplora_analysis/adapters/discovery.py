@@ -2,8 +2,8 @@
 
 A path may be a folder that training left, an adapter's folder or file, or a folder of such at any
 depth, on disk or at an address such as ``hf://owner/name`` (see ``addresses``; ``layouts`` knows what
-training programs write). Nothing is read here but the small JSON files beside the weights, and the
-header of a .safetensors file whose name does not tell what it is.
+training programs write). Names decide: nothing is read here but the header of a file whose name does not tell what
+it is, and trainer_state.json where no name tells the step.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,31 @@ from msplora_analysis.adapters.layouts import (
     PEFT_NAMES,
     WEIGHTS_SUFFIXES,
     Saved,
+    Top,
     adapters_in,
     config_of,
     config_of_opendelta,
     config_of_verl,
     dangling,
     describe,
+    folder_of,
     missing_config,
+    number_of,
     without_copies,
 )
-from msplora_analysis.errors import AnalysisError, printable
+from msplora_analysis.errors import AnalysisError, enter, printable
 from msplora_analysis.files.addresses import (
+    At,
+    Folder,
     Place,
     StrPath,
+    as_place,
     identity,
     list_folder,
     natural_key,
     parse,
     parts,
     read_json,
-    same_folder,
     walk,
 )
 from msplora_analysis.files.opening import FULL_NAMES
@@ -57,22 +62,38 @@ _FEW = 6  # names that a message shows
 
 @dataclass(frozen=True)
 class Adapter:
-    """One saved adapter, or one full checkpoint.
+    """One saved adapter, or one full checkpoint. The small JSON files beside it are read when they are asked for.
 
     Attributes:
         run: Names its training.
         step: None where neither the names of the folder and the file nor a trainer_state.json tell it, as for the
             final adapter beside its checkpoints.
-        epoch: Likewise.
-        file: Its weights.
-        config: The parsed adapter_config.json, empty where there is none.
+        at: Where its weights are.
+        named_epoch: The epoch that the names tell.
+        state: How many folders above it the trainer_state.json stands that tells its epoch; None: there is none.
     """
 
     run: str
     step: int | None
-    epoch: int | float | None
-    file: Place
-    config: dict[str, Any] = field(repr=False)
+    at: At
+    named_epoch: int | None = field(default=None, repr=False)
+    state: int | None = field(default=None, repr=False)
+
+    @cached_property
+    def file(self) -> Place:
+        """Its weights."""
+        return as_place(self.at)
+
+    @cached_property
+    def epoch(self) -> int | float | None:
+        """None where neither a trainer_state.json nor names tell it. Raises AnalysisError if that cannot be read."""
+        told = None if self.state is None else number_of(self.file, self.state, "epoch")
+        return self.named_epoch if told is None else told
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed adapter_config.json, empty where there is none. Raises AnalysisError if it cannot be read."""
+        return read_config(self.file)
 
     @property
     def dated(self) -> bool:
@@ -92,56 +113,66 @@ def discover(
     Args:
         paths: Local paths, or addresses of fsspec (``hf://owner/name``, ``s3://...``, ``https://...``).
         full: Take full checkpoints too (model.safetensors, or the index of its parts), in folders without an adapter.
-        failed: Errors of adapters below the paths are entered here, and these left out, instead of raising.
+        failed: Errors of adapters below the paths, and of the JSON files beside them, are entered here, and these left
+            out, instead of raising.
 
     Raises:
         AnalysisError: A path holds no adapter, or one that is incomplete.
     """
-    found: dict[tuple[str, str], tuple[Saved, Place, dict[str, Any]]] = {}
+    found: dict[tuple[str, str], tuple[Saved, Top]] = {}
     visited: set[str] = set()
     for path in as_paths(paths):
         root = parse(path)
-        files: list[Place] = []
-        before = len(failed or ())
-        if _is_weights(root, full):
-            files = [root]
-        elif root.is_dir():
-            for folder in walk(root, visited):
-                with _left_out(failed):
-                    files += adapters_in(folder, full=full)
-        else:
-            raise _no_such(root, full)
-        for file in without_copies(files):
+        before = len(found), len(failed or ())
+        top = parts(root)
+        for folder, file in _files(root, visited, full, failed):
             # Copies of one adapter in another layout have a name of the same list.
-            name = PEFT_NAMES[0] if file.name in PEFT_NAMES else file.name
-            key = same_folder(file.parent), name
+            key = folder.identity, PEFT_NAMES[0] if file in PEFT_NAMES else file
             if key not in found:
-                with _left_out(failed):
-                    found[key] = describe(file), root, read_config(file)
-        if not files and len(failed or ()) == before:  # unless all of it was visited before
-            top = identity(root).rstrip("/")
-            if not any(f"{identity(item.file.parent)}/".startswith(f"{top}/") for item, *_ in found.values()):
+                try:
+                    found[key] = describe(folder, file), top
+                except AnalysisError as error:
+                    enter(error, failed)
+        if before == (len(found), len(failed or ())):  # unless all of it was visited before
+            inside = identity(root if root.is_dir() else root.parent).rstrip("/")
+            if not any(f"{place}/".startswith(f"{inside}/") for place, _ in found):
                 raise AnalysisError(f"{path}: no {_expected(full)}{_seen(root)}")
 
-    configs = [config for *_, config in found.values()]
-    items = _told_apart([(item, root) for item, root, _ in found.values()])
-    names = _run_names(items)
-    adapters = [
-        Adapter(names[item.run], item.step, item.epoch, item.file, config)
-        for (item, _), config in zip(items, configs, strict=True)
-    ]
-    return sorted(adapters, key=_order)
+    items = _told_apart(without_copies(list(found.values())))
+    names = _run_names({(item.run, top) for item, top in items})
+    adapters = [Adapter(names[item.run], item.step, item.at, item.epoch, item.state) for item, _ in items]
+    if failed is not None:
+        adapters = [adapter for adapter in adapters if _legible(adapter, failed)]
+    keys = {run: natural_key(run) for run in names.values()}
+    return sorted(adapters, key=lambda adapter: (keys[adapter.run], *_order(adapter)))
 
 
-@contextmanager
-def _left_out(failed: list[AnalysisError] | None) -> Iterator[None]:
-    """Enter an error, if there is a list for it."""
+def _files(
+    root: Place, visited: set[str], full: bool, failed: list[AnalysisError] | None
+) -> Iterator[tuple[Folder, str]]:
+    """The files of adapters at and under a place: the folder and the name of each."""
+    if _is_weights(root, full):
+        yield folder_of(root), root.name
+        return
+    if not root.is_dir():
+        raise _no_such(root, full)
+    for folder in walk(root, visited, failed):
+        try:
+            files = adapters_in(folder, full=full)
+        except AnalysisError as error:
+            enter(error, failed)
+            continue
+        for name in files:
+            yield folder, name
+
+
+def _legible(adapter: Adapter, failed: list[AnalysisError]) -> bool:
+    """Whether the files beside an adapter can be read; the error is entered if not."""
     try:
-        yield
+        return (adapter.epoch, adapter.config) is not None
     except AnalysisError as error:
-        if failed is None:
-            raise
         failed.append(error)
+        return False
 
 
 def as_paths(source: Any) -> list[StrPath]:
@@ -198,7 +229,7 @@ def _seen(root: Place) -> str:
     folder = list_folder(root)
     if lost := dangling(root):
         return f"; {lost[0]} in it is a link to a file that is not there: download it again"
-    names = [*sorted(folder.files, key=natural_key), *(f"{name}/" for name in folder.folders)]
+    names = [*sorted(folder.files, key=natural_key), *(f"{name}/" for name in sorted(folder.folders, key=natural_key))]
     return f"; it has {', '.join(names[:_FEW])}{', ...' if len(names) > _FEW else ''}" if names else "; it is empty"
 
 
@@ -216,29 +247,32 @@ def read_config(file: Place) -> dict[str, Any]:
     }
 
 
-def _order(adapter: Adapter) -> tuple[Any, ...]:
-    step, epoch = adapter.step, adapter.epoch
-    return natural_key(adapter.run), not adapter.dated, step is None, step or 0, epoch or 0
+def _order(adapter: Adapter) -> tuple[bool, bool, int, float]:
+    """Within a run, where steps and epochs of names do not occur twice."""
+    if adapter.step is not None:
+        return False, False, adapter.step, adapter.named_epoch or 0
+    return adapter.epoch is None, True, 0, adapter.epoch or 0
 
 
-def _told_apart(items: list[tuple[Saved, Place]]) -> list[tuple[Saved, Place]]:
+def _told_apart(items: list[tuple[Saved, Top]]) -> list[tuple[Saved, Top]]:
     """Adapters of one run, step and epoch are not of one run: each becomes a run with its own name."""
     counts = Counter((item.run, item.step, item.epoch) for item, _ in items)
+    if len(counts) == len(items):
+        return items
     return [
-        (replace(item, run=(*parts(item.file.parent), item.file.stem)), root)
+        (item._replace(run=(*item.path, os.path.splitext(item.name)[0])), top)
         if counts[item.run, item.step, item.epoch] > 1
-        else (item, root)
-        for item, root in items
+        else (item, top)
+        for item, top in items
     ]
 
 
-def _run_names(items: Iterable[tuple[Saved, Place]]) -> dict[tuple[str, ...], str]:
+def _run_names(runs: Iterable[tuple[tuple[str, ...], Top]]) -> dict[tuple[str, ...], str]:
     """Shortest distinct name of each run: its last folders, at least those inside the given path."""
     depths: dict[tuple[str, ...], int] = {}
-    for item, root in items:
-        top = parts(root)
-        inside = len(item.run) > len(top) and item.run[: len(top)] == top
-        depths[item.run] = max(len(item.run) - len(top) if inside else 1, depths.get(item.run, 0))
+    for run, top in runs:
+        inside = len(run) > len(top) and run[: len(top)] == top
+        depths[run] = max(len(run) - len(top) if inside else 1, depths.get(run, 0))
     while True:
         names = {run: "/".join(run[-depth:]) for run, depth in depths.items()}
         counts = Counter(names.values())

@@ -13,15 +13,27 @@ PyTorch's distributed ones (``.metadata`` and ``__0_0.distcp``), and verl's ``mo
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.files.addresses import Folder, Place, is_file, list_folder, natural_key, parts, read_json
+from msplora_analysis.files.addresses import (
+    At,
+    Folder,
+    Place,
+    as_at,
+    as_place,
+    identity,
+    is_file,
+    list_folder,
+    natural_key,
+    parts,
+    read_json,
+)
 from msplora_analysis.files.opening import FULL_NAMES, open_checkpoint, open_tensors
 from msplora_analysis.files.several import METADATA
 from msplora_analysis.formats import looks_like_adapter
@@ -35,6 +47,8 @@ PEFT_NAMES = (WEIGHTS, "adapter_model.bin", "adapter_model.pt")
 DIFFUSERS_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 # Of MLX-LM, AdapterHub and litgpt: names that say nothing of the run.
 _OTHERS = ("adapters.safetensors", "pytorch_adapter.bin", "adapter.safetensors", "lit_model.pth.lora")
+_SAYS_NOTHING = frozenset((*PEFT_NAMES, *DIFFUSERS_NAMES, *_OTHERS))
+_NAMED = frozenset((*PEFT_NAMES, *DIFFUSERS_NAMES, MOMENTS))
 # Without the configuration the scale of these is unknown; torchtune's .pt has none for some models.
 NEED_CONFIG = PEFT_NAMES[:2]
 
@@ -61,68 +75,83 @@ _PROMISING = re.compile("adapter|lora", re.IGNORECASE)
 _FEW = 4  # names that a message shows
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A file of weights, and what its place and the files beside it tell of it.
+Top = tuple[str, ...]
+"""The names that lead to a path that was given."""
+
+
+class Saved(NamedTuple):
+    """A file of weights, and what its place tells of it.
 
     Attributes:
-        file: The weights.
-        run: The names that lead to its run, from the root of the file system.
-        step: As the names and the state count it; None where they say nothing.
-        epoch: Likewise.
+        at: Where it is.
+        path: The names that lead to its folder, from the root of the file system.
+        name: Its own.
+        run: The names that lead to its run.
+        step: As the names count it, else the state; None where they say nothing.
+        epoch: As the names count it.
+        state: How many folders above it the trainer_state.json stands that tells its epoch; None: there is none.
     """
 
-    file: Place
+    at: At
+    path: tuple[str, ...]
+    name: str
     run: tuple[str, ...]
     step: int | None
-    epoch: int | float | None
+    epoch: int | None
+    state: int | None
 
 
-def adapters_in(folder: Folder, *, full: bool = False) -> list[Place]:
-    """The adapters of a folder, each once; with ``full``, of a folder without any the checkpoint of a whole model.
+def adapters_in(folder: Folder, *, full: bool = False) -> list[str]:
+    """The names of a folder's adapters, each once; with ``full``, of a folder without any that of a whole checkpoint.
 
     Raises:
         AnalysisError: An adapter is incomplete.
     """
-    place, files, _ = folder
-    peft = next((name for name in PEFT_NAMES if name in files), None)
+    files = folder.files
+    present = [name for name in PEFT_NAMES if name in files]
+    peft = present[0] if present else None
     if peft in NEED_CONFIG and CONFIG not in files:
-        raise missing_config(place / peft)
-    copies = [name for name in NEED_CONFIG if name in files]
-    if len(copies) > 1:
-        _check_copies(place / copies[0], place / copies[1])
-    found = [peft] if peft else []
+        raise missing_config(folder.file(peft))
+    if present[:2] == [*NEED_CONFIG]:
+        _check_copies(*map(folder.file, NEED_CONFIG))
+    found = present[:1]
     found += [name for name in DIFFUSERS_NAMES if name in files][:1]
-    numbered = sorted(filter(_NUMBERED.fullmatch, files), key=natural_key)
-    if not (peft and _CHECKPOINT.fullmatch(place.name)):  # there it is a copy in torchtune's own spelling
-        found += numbered
-    for name in sorted(files.difference(PEFT_NAMES, DIFFUSERS_NAMES, numbered, [MOMENTS]), key=natural_key):
-        if name.endswith(WEIGHTS_SUFFIXES) and not _OTHER.fullmatch(name) and _looks_like_adapter(place / name):
+    others = [name for name in files if name.endswith(WEIGHTS_SUFFIXES) and name not in _NAMED]
+    for name in sorted(others, key=natural_key) if others else ():
+        if _NUMBERED.fullmatch(name):
+            if not (peft and _CHECKPOINT.fullmatch(folder.parts[-1])):  # there it is a copy in torchtune's own spelling
+                found.append(name)
+        elif not _OTHER.fullmatch(name) and _looks_like_adapter(folder.file(name)):
             found.append(name)
     if not found:
         found = _whole(folder)
-    if CONFIG in files and not found and not _whole_inside(folder):
-        raise _no_weights(folder)
-    if full and not found:
-        found = [name for name in FULL_NAMES if name in files][:1]
-    return [place / name for name in found]
+        if CONFIG in files and not found and not _whole_inside(folder):
+            raise _no_weights(folder)
+        if full and not found:
+            found = [name for name in FULL_NAMES if name in files][:1]
+    return found
 
 
-def is_whole(file: Place) -> bool:
-    """Whether a file, by its name, is of a whole checkpoint, which may stand beside a file of its adapter alone."""
-    return _WHOLE.fullmatch(file.name) is not None
+def is_whole(name: str) -> bool:
+    """Whether a file of this name is of a whole checkpoint, which may stand beside a file of its adapter alone."""
+    return _WHOLE.fullmatch(name) is not None
 
 
-def without_copies(files: list[Place]) -> list[Place]:
-    """The files but those of whole checkpoints whose adapter stands in a file of its own: beside, or around theirs."""
-    if not any(map(is_whole, files)):
-        return files
-    alone = {str(file.parent) for file in files if not is_whole(file)}
+def without_copies(found: list[tuple[Saved, Top]]) -> list[tuple[Saved, Top]]:
+    """Without whole checkpoints whose adapter stands in a file of its own: beside, or around theirs.
+
+    A checkpoint that is itself a path that was given stays.
+    """
+    whole = [is_whole(saved.name) for saved, _ in found]
+    if not any(whole):
+        return found
+    alone = {saved.path for (saved, _), is_copy in zip(found, whole, strict=True) if not is_copy}
     return [
-        file
-        for file in files
-        if not is_whole(file)
-        or alone.isdisjoint((str(file.parent), str(file.parent.parent), str(file.parent / "lora_adapter")))
+        (saved, top)
+        for (saved, top), may_go in zip(found, whole, strict=True)
+        if not may_go
+        or top == (*saved.path, saved.name)
+        or alone.isdisjoint((saved.path, saved.path[:-1], (*saved.path, "lora_adapter")))
     ]
 
 
@@ -147,7 +176,7 @@ def _whole(folder: Folder) -> list[str]:
     for name in sorted(folder.files, key=natural_key):
         if _WHOLE.fullmatch(name):
             try:
-                with open_checkpoint(folder.place / name) as tensors:
+                with open_checkpoint(folder.file(name)) as tensors:
                     if any(_FACTORS.search(key) for key in tensors.shapes) and looks_like_adapter(tensors.shapes):
                         return [name]
             except AnalysisError:
@@ -158,7 +187,7 @@ def _whole(folder: Folder) -> list[str]:
 
 def _whole_inside(folder: Folder) -> bool:
     """Whether a folder of a checkpoint holds the weights, as DeepSpeed and accelerate have it."""
-    return any(name in _INSIDE or _checkpoint(folder.place / name) for name in folder.folders)
+    return any(name in _INSIDE for name in folder.folders) or _has_checkpoints(folder)
 
 
 def config_of(file: Place) -> Place | None:
@@ -167,7 +196,7 @@ def config_of(file: Place) -> Place | None:
     if is_file(beside):
         return beside
     around = file.parent.parent / CONFIG
-    return around if is_whole(file) and is_file(around) else None
+    return around if is_whole(file.name) and is_file(around) else None
 
 
 def config_of_verl(file: Place) -> dict[str, Any]:
@@ -194,7 +223,7 @@ def missing_config(file: Place) -> AnalysisError:
 
 def _no_weights(folder: Folder) -> AnalysisError:
     """The error of a configuration alone: what stands beside it may be the weights under a name that says nothing."""
-    config = folder.place / CONFIG
+    config = folder.file(CONFIG)
     others = sorted(folder.files - {CONFIG}, key=natural_key)
     expected = f"no weights of an adapter beside it; expected {' or '.join(NEED_CONFIG)}"
     if lost := dangling(folder.place):
@@ -228,74 +257,93 @@ def _check_copies(first: Place, second: Place) -> None:
         raise AnalysisError(f"{first}: {second.name} beside it has other tensors; keep the one that is meant")
 
 
-def describe(file: Place) -> Saved:
-    """Run, step and epoch of a file, from the names of its folders, trainer_state.json, and its own name."""
-    folder = checkpoint = file.parent
-    path = parts(folder)
-    run, own_folder = path, folder.name
+def describe(folder: Folder, file: str) -> Saved:
+    """Run, step and epoch of a file, from the names of its folders and its own; only where they tell no step is
+    trainer_state.json read.
+
+    Args:
+        folder: Where it is.
+        file: Its name.
+    """
+    path, at = folder.parts, folder.inside(file)
+    run = path
     step: int | None = None
-    epoch: int | float | None = None
+    epoch: int | None = None
     # The checkpoint is the file's folder, or the one above it: PEFT saves an adapter that is not called "default" in a
     # folder of its own. DeepSpeed has a global_step<n> in a checkpoint-<n>.
-    matches = [_checkpoint(folder), _checkpoint(folder.parent)]
-    for up, found in enumerate(matches, 1):
+    own_folder, above = _checkpoint(folder, 1), _checkpoint(folder, 2)
+    for up, found in enumerate((own_folder, above), 1):
         if found:
             run = path[:-up]
             if found[1] == "epoch":
                 epoch = int(found[2])
             elif step is None:
                 step = int(found[2])
-    match = any(matches)
-    if matches[1]:
-        checkpoint = folder.parent
-        if not matches[0] and own_folder not in _INSIDE:
-            run = (*run, own_folder)
+    if above and not own_folder and path[-1] not in _INSIDE:
+        run = (*run, path[-1])
     name_step, name_epoch, own = _from_name(file)
     step = name_step if step is None else step
     epoch = name_epoch if epoch is None else epoch
+    if own is not None:
+        return Saved(at, path, file, (*run, own), step, epoch, None)
 
-    state = (checkpoint if match else folder) / STATE
+    state: int | None = 2 if above else 1
+    is_there = is_file(_state_of(as_place(at), 2)) if above else STATE in folder.files
     # Beside checkpoints, the state of a run's folder is that of its end: it belongs to the last of them.
-    if own is None and is_file(state) and (match or not _has_checkpoints(folder)):
-        content = read_json(state, TRAINER_STATE)
-        known = _number(state, content, "epoch")
-        epoch = epoch if known is None else known
-        if step is None:
-            steps = _number(state, content, "global_step")
-            step = None if steps is None else int(steps)
-    return Saved(file, run if own is None else (*run, own), step, epoch)
+    if not is_there or not (own_folder or above or not _has_checkpoints(list_folder(folder.place))):
+        state = None
+    if step is None and state:
+        steps = number_of(as_place(at), state, "global_step")
+        step = None if steps is None else int(steps)
+    return Saved(at, path, file, run, step, epoch, state)
 
 
-def _from_name(file: Place) -> tuple[int | None, int | None, str | None]:
+def folder_of(file: Place) -> Folder:
+    """The folder of a file that is given, as far as ``describe`` asks for it."""
+    files = {name for name in (file.name, STATE) if is_file(file.parent / name)}
+    return Folder(as_at(file.parent), files, [], parts(file.parent), identity(file.parent))
+
+
+def _from_name(name: str) -> tuple[int | None, int | None, str | None]:
     """Step and epoch that a file's own name tells, and the name of its run where several may share the folder."""
-    if file.name in (*PEFT_NAMES, *DIFFUSERS_NAMES, *_OTHERS) or is_whole(file):
+    if name in _SAYS_NOTHING or is_whole(name):
         return None, None, None
-    if match := _NUMBERED.fullmatch(file.name):
+    if match := _NUMBERED.fullmatch(name):
         return None, int(match[1]), None
-    if match := _LIGHTNING.fullmatch(file.stem):
+    stem = os.path.splitext(name)[0]
+    if match := _LIGHTNING.fullmatch(stem):
         return int(match[3]), int(match[2]), match[1]
-    if match := _MLX.fullmatch(file.stem):
+    if match := _MLX.fullmatch(stem):
         return int(match[1]), None, None
-    if match := _KOHYA.fullmatch(file.stem):
+    if match := _KOHYA.fullmatch(stem):
         return int(match[2]) if match[2] else None, int(match[3]) if match[3] else None, match[1]
-    return None, None, file.stem
+    return None, None, stem
 
 
-def _checkpoint(folder: Place) -> re.Match[str] | None:
-    """What the name of a folder says of step (or epoch) and its number; None if it is no checkpoint's.
+def _checkpoint(folder: Folder, up: int) -> re.Match[str] | None:
+    """What the name of a folder (``up`` 1), or of the one above (2), says of step or epoch, and its number.
 
     A number alone is one where numbers of its length begin with zeros: 0500 beside 1000.
     """
-    name = folder.name
-    if name.isascii() and name.isdigit() and len(name) > 1:
-        beside = [name] if name[0] == "0" or not isinstance(folder, Path) else list_folder(folder.parent).folders
-        if any(len(other) == len(name) and other.isdigit() and other[0] == "0" for other in beside):
-            return re.fullmatch("()([0-9]{1,18})", name)
-    return _CHECKPOINT.fullmatch(name)
+    name = folder.parts[-up] if len(folder.parts) >= up else ""
+    if not (name.isdigit() and name.isascii() and len(name) > 1):
+        return _CHECKPOINT.fullmatch(name)
+    beside = [name]
+    if name[0] != "0" and isinstance(folder.at, str):
+        beside = list_folder(Path(folder.at).parents[up - 1]).folders
+    return re.fullmatch("()([0-9]{1,18})", name) if any(_padded(other, name) for other in beside) else None
 
 
-def _has_checkpoints(folder: Place) -> bool:
-    return any(_checkpoint(folder / name) for name in list_folder(folder).folders)
+def _padded(name: str, like: str) -> bool:
+    return len(name) == len(like) and name.isdigit() and name[0] == "0"
+
+
+def _has_checkpoints(folder: Folder) -> bool:
+    return any(
+        _CHECKPOINT.fullmatch(name)
+        or (len(name) > 1 and name.isdigit() and any(_padded(other, name) for other in folder.folders))
+        for name in folder.folders
+    )
 
 
 def _looks_like_adapter(file: Place) -> bool:
@@ -309,12 +357,27 @@ def _looks_like_adapter(file: Place) -> bool:
         return False
 
 
-def _number(path: Place, content: dict[str, Any], key: str) -> int | float | None:
-    value: int | float | None = content.get(key)
+def _state_of(file: Place, up: int) -> Place:
+    return (file.parent if up == 1 else file.parent.parent) / STATE
+
+
+def number_of(file: Place, up: int, key: str) -> int | float | None:
+    """What a trainer_state.json says under a key; None if nothing.
+
+    Args:
+        file: The weights.
+        up: How many folders above them it stands.
+        key: ``epoch``, say.
+
+    Raises:
+        AnalysisError: The file cannot be read, or does not hold a number there.
+    """
+    state = _state_of(file, up)
+    value: int | float | None = read_json(state, TRAINER_STATE).get(key)
     if value is None:
         return None
     if not abs(value) < 2**63:  # the tables hold whole numbers as int64; NaN compares false
-        raise AnalysisError(f"{path}: {key} must be a number, got {shown(value)}")
+        raise AnalysisError(f"{state}: {key} must be a number, got {shown(value)}")
     return int(value) if value == int(value) else value
 
 

@@ -32,9 +32,10 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
         AnalysisError: the content is not understood; the message names the file.
         ChangedError: at the end, if what was read is not of one moment.
     """
+    config = adapter.config  # its errors name its own file
     with open_adapter(adapter, options) as file:
         try:
-            contents = read_contents(adapter.config, file, options)
+            contents = read_contents(config, file, options)
             notes = [*contents.notes, *(_base_notes(adapter, file, options) if base_notes else ())]
         except AnalysisError as error:
             raise AnalysisError(f"{adapter.file}: {error}", *error.arguments) from None
@@ -50,8 +51,8 @@ def opened(adapter: Adapter, options: Options, *, base_notes: bool = True) -> It
             )
         yield file, contents._replace(notes=notes)
         file.check_unchanged()
-    # Its configuration was read long before, with all others.
-    if isinstance(adapter.file, Path) and repr(read_config(adapter.file)) != repr(adapter.config):
+    # Its configuration was read before the file, perhaps long before.
+    if isinstance(adapter.file, Path) and repr(read_config(adapter.file)) != repr(config):
         raise ChangedError(f"{adapter.file}: the configuration beside it changed while it was read; try again")
 
 

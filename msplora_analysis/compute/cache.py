@@ -92,8 +92,8 @@ class Cache:
         identity = _identity(adapter, options)
         if identity is None:
             return None
-        key = _key(identity, adapter, options)
         try:
+            key = _key(identity, adapter, options)
             asked = "SELECT rows, sigma, used, digest FROM spectra WHERE key = ?"
             found = self._database.execute(asked, (key,)).fetchone()
             if found is None or found[3] != _digest(key, *found[:2]):
@@ -108,7 +108,7 @@ class Cache:
             ends = np.cumsum(lengths)
             if abs(time.time() - found[2]) > _KEPT / 10:
                 self._write("UPDATE spectra SET used = ? WHERE key = ?", int(time.time()), key)
-        except (sqlite3.Error, ValueError, TypeError, zlib.error):
+        except (sqlite3.Error, ValueError, TypeError, zlib.error):  # or a configuration that cannot be read
             return None
         spectra = np.split(values, ends[:-1])
         sigma, task = spectra[: len(rows)], spectra[len(rows) :]

@@ -7,16 +7,17 @@ Hub; ``s3://``, ``gs://``, ``https://``, ``github://``, ``memory://`` and others
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from msplora_analysis.errors import AnalysisError
+from msplora_analysis.errors import AnalysisError, enter
 from msplora_analysis.files.remote import Remote, RemoteFile
 from msplora_core.names import PARTIAL
 from msplora_core.records import MOST_BYTES, RecordError, Schema, check
@@ -29,12 +30,46 @@ _KEPT_JSON = 2**15  # bytes
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:// is a drive
 
 
-class Folder(NamedTuple):
-    """A folder, the names of its files, and of its folders in natural order."""
+At = str | Remote
+"""A place, where there may be ten thousand: a text is made in a tenth of the time of a Path."""
 
-    place: Place
+
+class Folder(NamedTuple):
+    """A folder, and the names of its files and of its folders, symbolic links last.
+
+    Attributes:
+        at: Where it is.
+        parts: The names that lead to it, from the root of its file system.
+        identity: The same text for every way to name it.
+    """
+
+    at: At
     files: set[str]
     folders: list[str]
+    parts: tuple[str, ...]
+    identity: str
+
+    @property
+    def place(self) -> Place:
+        return as_place(self.at)
+
+    def inside(self, name: str) -> At:
+        """Where what has this name in it is."""
+        return f"{self.at}/{name}" if isinstance(self.at, str) else self.at / name
+
+    def file(self, name: str) -> Place:
+        """The place of a file in it."""
+        return as_place(self.inside(name))
+
+
+def as_place(at: At) -> Place:
+    return Path(at) if isinstance(at, str) else at
+
+
+def as_at(place: Place) -> At:
+    if not isinstance(place, Path):
+        return place
+    return str(place) if place.name else f"{place}."  # so that /name, not //name, stands in the root
 
 
 def parse(address: StrPath) -> Place:
@@ -64,17 +99,6 @@ def parts(place: Place) -> tuple[str, ...]:
     return (place.parts[1:] or place.parts) if isinstance(place, Path) else place.parts
 
 
-def same_folder(folder: Place) -> str:
-    """The same text for every way to name one folder that is there, in far less time than ``identity``."""
-    if not isinstance(folder, Path):
-        return str(folder)
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        raise AnalysisError(f"{folder}: cannot be listed: {error.strerror}") from None
-    return f"{status.st_dev}:{status.st_ino}"
-
-
 def is_file(place: Place) -> bool:
     """Whether a file is there."""
     return os.path.isfile(place) if isinstance(place, Path) else place.is_file()
@@ -83,50 +107,61 @@ def is_file(place: Place) -> bool:
 def list_folder(folder: Place) -> Folder:
     """Raises AnalysisError if the folder cannot be listed."""
     if not isinstance(folder, Path):
-        files, folders = folder.names()
-        return Folder(folder, files, sorted(folders, key=natural_key))
-    try:
-        with os.scandir(folder) as entries:
-            return Folder(folder, *_split(entries))
-    except OSError as error:
-        raise AnalysisError(f"{folder}: cannot be listed: {error.strerror}") from None
+        files, below = folder.names()
+        return Folder(folder, files, sorted(below), folder.parts, identity(folder))
+    files, folders = _scan(str(folder))
+    return Folder(as_at(folder), files, [name for _, name in folders], parts(folder), identity(folder))
 
 
-def walk(root: Place, visited: set[str]) -> Iterator[Folder]:
-    """The folder ``root`` and all under it, but for those ``visited``, to which each is added."""
-    if isinstance(root, Path):
-        pending = [root]
-        while pending:
-            folder = pending.pop()
-            if _first_time(folder, visited):  # not given twice, nor a loop of symbolic links
-                found = list_folder(folder)
-                yield found
-                pending += [folder / name for name in reversed(found.folders) if name != PARTIAL]
-    else:
-        for place, (files, folders) in sorted(root.tree().items(), key=lambda item: natural_key(str(item[0]))):
-            if PARTIAL not in parts(place) and _first_time(place, visited):
-                yield Folder(place, files, sorted(folders, key=natural_key))
+def walk(root: Place, visited: set[str], failed: list[AnalysisError] | None = None) -> Iterator[Folder]:
+    """The folder ``root`` and all under it, in no order, but for those ``visited``, to which each is added.
 
-
-def _first_time(folder: Place, visited: set[str]) -> bool:
-    name = same_folder(folder)
-    known = name in visited
-    visited.add(name)
-    return not known
-
-
-def _split(entries: Iterable[os.DirEntry[str]]) -> tuple[set[str], list[str]]:
-    """File names, and folder names in natural order with symbolic links last."""
-    files, folders = set(), []
-    for entry in entries:
-        try:
-            if entry.is_dir():
-                folders.append((entry.is_symlink(), natural_key(entry.name), entry.name))
-            elif entry.is_file():
-                files.add(entry.name)
-        except OSError:  # a link that leads to itself
+    Errors of folders that cannot be listed are entered into ``failed``, instead of raising.
+    """
+    if not isinstance(root, Path):
+        for place, (files, below) in sorted(root.tree().items(), key=lambda item: str(item[0])):
+            if PARTIAL not in place.parts and str(place) not in visited:
+                visited.add(str(place))
+                yield Folder(place, files, sorted(below), place.parts, str(place))
+        return
+    pending = [(str(as_at(root)), parts(root), identity(root))]
+    while pending:
+        path, names, real = pending.pop()
+        if real in visited:  # given twice, or a loop of symbolic links
             continue
-    return files, [name for *_, name in sorted(folders)]
+        visited.add(real)
+        try:
+            files, folders = _scan(path)
+        except AnalysisError as error:
+            enter(error, failed)
+            continue
+        yield Folder(path, files, [name for _, name in folders], names, real)
+        for is_link, name in reversed(folders):
+            if name != PARTIAL:
+                inside = f"{path}/{name}"
+                # The real path of what is no link need not be asked for.
+                pending.append((inside, (*names, name), os.path.realpath(inside) if is_link else f"{real}/{name}"))
+
+
+def _scan(path: str) -> tuple[set[str], list[tuple[bool, str]]]:
+    """File names, and folder names with whether each is a symbolic link; those come last."""
+    files, folders = set(), []
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                try:
+                    if entry.is_dir():
+                        folders.append((entry.is_symlink(), entry.name))
+                    elif entry.is_file():
+                        files.add(entry.name)
+                except OSError as error:
+                    if error.errno != errno.ELOOP:  # a link that leads to itself
+                        raise
+    except OSError as error:
+        raise AnalysisError(
+            f"{path}: cannot be listed: {error.strerror}; make it readable, or give other paths"
+        ) from None
+    return files, sorted(folders)
 
 
 def open_binary(place: Place) -> io.RawIOBase:

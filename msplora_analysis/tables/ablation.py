@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msplora_analysis.adapters.discovery import as_paths
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.files.addresses import StrPath, parse, read_json, walk
+from msplora_analysis.files.addresses import StrPath, natural_key, parse, read_json, walk
 from msplora_analysis.tables.files import FORMATS, read_table
 from msplora_core.names import ABLATION
 
@@ -73,10 +73,12 @@ def ablations_at(paths: Iterable[StrPath]) -> Iterator[Path]:
         if not isinstance(path, Path):
             continue
         if path.is_dir():
+            found = {}
             for folder in walk(path, visited):
-                names = [name for suffix in FORMATS if (name := f"{ABLATION}.{suffix}") in folder.files]
-                if names:
-                    yield Path(str(folder.place), names[0])
+                if names := [name for suffix in FORMATS if (name := f"{ABLATION}.{suffix}") in folder.files]:
+                    found[folder.parts] = Path(str(folder.place), names[0])
+            for parts in sorted(found, key=lambda names: [*map(natural_key, names)]):
+                yield found[parts]
         elif path.stem == ABLATION and path.suffix[1:] in FORMATS:
             yield path
 

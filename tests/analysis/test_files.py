@@ -308,7 +308,7 @@ def test_run_name_that_is_not_valid_text_becomes_valid(tmp_path):
 
 def error(*paths) -> str:
     with pytest.raises(AnalysisError) as caught:
-        discover(paths)
+        [(adapter.epoch, adapter.config) for adapter in discover(paths)]
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -448,3 +448,30 @@ def test_epoch_that_is_no_number(tmp_path, epoch):
 def test_natural_order():
     names = ["a.10", "a.9", "b", "a.9.x2", "a.9.x10", "10", "9", "1" * 5000]
     assert sorted(names, key=natural_key)[:4] == ["9", "10", "1" * 5000, "a.9"]
+
+
+def test_folders_that_may_not_be_listed_are_errors_by_name(tmp_path):
+    write_adapter(tmp_path / "good")
+    write_adapter(tmp_path / "secret" / "bad")
+    (tmp_path / "secret").chmod(0)
+    if os.access(tmp_path / "secret", os.R_OK):
+        pytest.skip("this user may list every folder")
+    expected = f"{tmp_path}/secret: cannot be listed: Permission denied; make it readable, or give other paths"
+    try:
+        assert error(tmp_path) == expected
+        failed: list[AnalysisError] = []
+        assert [adapter.run for adapter in discover(tmp_path, failed=failed)] == ["good"]
+        assert [str(one) for one in failed] == [expected]
+    finally:
+        (tmp_path / "secret").chmod(0o700)
+
+
+def test_finding_reads_nothing_where_names_tell_all(tmp_path):
+    folder = write_adapter(tmp_path / "run" / "checkpoint-5")
+    for name in ("adapter_config.json", "trainer_state.json"):
+        (folder / name).write_text("not read")
+    (adapter,) = discover(tmp_path)
+    assert (adapter.run, adapter.step) == ("run", 5)
+    failed: list[AnalysisError] = []
+    assert discover(tmp_path, failed=failed) == []
+    assert [str(one).partition(": ")[0] for one in failed] == [str(folder / "trainer_state.json")]

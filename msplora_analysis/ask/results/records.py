@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from msplora_analysis.errors import AnalysisError, printable
-from msplora_analysis.files.addresses import read_json, walk
+from msplora_analysis.files.addresses import natural_key, read_json, walk
 from msplora_core.names import RECORD, method_label
 from msplora_core.records import SCORED_RUN
 
@@ -62,9 +62,10 @@ def find_records(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise AnalysisError(f"{path}: no such folder; give run folders of msplora-train, or folders of such")
-        found = [Path(place) for place, files, _ in walk(path, set()) if RECORD in files]
+        found = [Path(str(folder.place)) for folder in walk(path, set()) if RECORD in folder.files]
         if not found:
             raise AnalysisError(f"{path}: no {RECORD} in it or below; give run folders of msplora-train")
+        found.sort(key=lambda folder: [*map(natural_key, folder.parts)])
         folders |= {folder.resolve(): folder for folder in found}  # the same run may be given twice
     return list(folders.values())
 

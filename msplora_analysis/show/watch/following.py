@@ -16,7 +16,7 @@ from msplora_analysis.compute.measures.registry import columns, measures
 from msplora_analysis.compute.results import Failure, Spectra
 from msplora_analysis.compute.tasks import compute
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import Folder, Place, read_json, walk
+from msplora_analysis.files.addresses import Folder, parts, read_json, walk
 from msplora_analysis.options import NO_MOMENTS, Execution, Options
 from msplora_core.names import RECORD, STATE
 from msplora_core.records import TRAINER_STATE
@@ -155,8 +155,10 @@ class Run:
             self.writing.append(self._name(place))
             return []
         try:
-            found = list(adapters_in(Folder(place, files, [])))
-            adapters = [adapter for file in found for adapter in discover(file)]
+            folder = Folder(str(place), files, [], parts(place), str(place))
+            found = adapters_in(folder)
+            adapters = [adapter for name in found for adapter in discover(place / name)]
+            _ = [(adapter.epoch, adapter.config) for adapter in adapters]  # read, while errors are caught
             if found and STATE in files:
                 self._read_state(place / STATE)
         except AnalysisError as error:
@@ -164,8 +166,8 @@ class Run:
             return []
         if not adapters:  # other files than adapters
             self._known[place] = signature
-        for file in found:
-            self._check_one_run(file)
+        for name in found:
+            self._check_one_run(describe(folder, name).run)
         return adapters
 
     def _read_state(self, file: Path) -> None:
@@ -194,8 +196,7 @@ class Run:
         others = [p for p in self.points if _order(p.adapter) != _order(point.adapter)]
         self.points = sorted([*others, point], key=lambda p: _order(p.adapter))
 
-    def _check_one_run(self, file: Place) -> None:
-        run = describe(file).run
+    def _check_one_run(self, run: tuple[str, ...]) -> None:
         self._run = self._run or run
         if run != self._run:
             names = " and ".join("/".join(each[-2:]) for each in (self._run, run))
