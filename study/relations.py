@@ -5,8 +5,9 @@
 
 `measure` takes the MiniLM runs of study/calibration.py. To each adapter A of LoRA rank 8 it adds the update of every
 other adapter B of MEASURED, with the head of A, and measures on the first EXAMPLES validation examples of A's task the
-KL of the outputs against those of A alone, and the loss. One file an A, so that a call goes on where another ended.
-`tables` joins that with what `ma.relate` says of the pairs.
+KL of the outputs against those of A alone, and the loss; and it predicts that from the first PREDICTED_ON training
+examples, as `msplora-measure added` does. Files of each A are its own, so that a call goes on where another ended.
+`tables` joins all that with what `ma.relate` says of the pairs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ TASKS = ("cola", "stsb", "mrpc", "rte")
 MEASURED = ("lora-8", "msplora-8-8-8")
 SEEDS = (0, 1, 2)
 EXAMPLES, AT_ONCE = 256, 64
+PREDICTED_ON = 512  # training examples
 
 
 def adapters(folder: Path, methods: tuple[str, ...] = MEASURED) -> dict[str, Path]:
@@ -42,19 +44,22 @@ def adapters(folder: Path, methods: tuple[str, ...] = MEASURED) -> dict[str, Pat
 def measure(calibration: Path, data_dir: Path, out: Path, seeds: tuple[int, ...]) -> None:
     import torch
 
+    from msplora_core.measure.adding import record_added
     from msplora_core.measure.loading import load_subject
 
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     others = {name: factors_of(path) for name, path in adapters(calibration).items()}
     for name, path in adapters(calibration, ("lora-8",)).items():
-        file = out / f"{name.replace('/', '_')}.csv"
-        if file.is_file() or int(name[-1]) not in seeds:
+        rows, prediction = (out / f"{name.replace('/', '_')}.{kind}" for kind in ("csv", "json"))
+        if int(name[-1]) not in seeds or (rows.is_file() and prediction.is_file()):
             continue
         subject = load_subject(path, data_dir=data_dir, model=str(calibration / "models" / "minilm"))
         own = {other: of for other, of in others.items() if other != name}
-        table = pd.DataFrame(measured(subject, own)).assign(a=name)
-        table.to_csv(file, index=False)
+        if not prediction.is_file():
+            record_added(subject.model, subject.batches("train", PREDICTED_ON), own).save(prediction)
+        if not rows.is_file():
+            pd.DataFrame(measured(subject, own)).assign(a=name).to_csv(rows, index=False)
         print(name, flush=True)
 
 
@@ -73,7 +78,7 @@ def factors_of(path: Path) -> dict[str, tuple[Any, Any]]:
 
 
 def measured(subject: Any, others: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> Iterator[dict[str, Any]]:
-    """A row for each other adapter: kl, loss and metric with it, those of A alone, and what gradients at A predict."""
+    """A row for each other adapter: kl, loss and metric with it, and those of A alone."""
     import torch
 
     from msplora_core.data.evaluation import metric_value
@@ -92,9 +97,7 @@ def measured(subject: Any, others: Mapping[str, Mapping[str, tuple[Any, Any]]]) 
         return float(kl.mean()), float(loss.mean()), float(np.asarray(metric).ravel()[0])
 
     _, loss, metric = outputs({})
-    fisher, slope = gradients(subject, batches, others)
-    regression = subject.task.metric == "pearson"  # scores predict half of the mean squared difference
-    for i, (name, update) in enumerate(others.items()):
+    for name, update in others.items():
         kl, loss_with, metric_with = outputs(update)
         yield {
             "b": name,
@@ -103,70 +106,7 @@ def measured(subject: Any, others: Mapping[str, Mapping[str, tuple[Any, Any]]]) 
             "loss_with": loss_with,
             "metric": metric,
             "metric_with": metric_with,
-            "predicted_kl": (1.0 if regression else 0.5) * float(np.mean(fisher[:, i] ** 2)),
-            "slope": float(np.mean(slope[:, i])),
         }
-
-
-def gradients(subject: Any, batches: Any, others: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Each example's gradient at a gate on each other update, (rows, others): of sampled labels, and of the given."""
-    import torch
-
-    from msplora_core.measure.logits import Drawing, outputs_of
-    from msplora_core.measure.tokens import prepared
-
-    base, names = subject.model.get_base_model(), list(others)
-    modules = dict(named_layers(subject.model))
-    stacked = {}
-    for module in modules:
-        known = [name for name in names if module in others[name]]
-        ranks = [len(others[name][module][0]) for name in known]
-        gather = torch.zeros(sum(ranks), len(names))
-        rows = np.repeat([names.index(name) for name in known], ranks)
-        gather[torch.arange(sum(ranks)), torch.from_numpy(rows)] = 1
-        a = torch.cat([others[name][module][0] for name in known])
-        b = torch.cat([others[name][module][1] for name in known], dim=1)
-        stacked[module] = a, b, gather
-    found: dict[str, list[Any]] = {"sampled": [], "given": []}
-    for kind, rows_of in found.items():
-        drawing = Drawing(kind, None, 0, EXAMPLES)
-        for batch in batches:
-            inputs, tokens = prepared(batch, base)
-            scores = torch.zeros(len(batch["labels"]), len(names))
-            hooks = []
-            for module, layer in modules.items():
-                hooks.append(layer.register_forward_hook(_scoring(stacked[module], scores, inputs["attention_mask"])))
-            logits = subject.model(**inputs).logits
-            outputs = outputs_of(base, logits, batch, tokens)
-            draws = drawing.settled(outputs)
-            for draw in range(draws):
-                scores.zero_()
-                torch.autograd.backward(
-                    outputs.values, drawing.gradient(outputs, 0, draw), retain_graph=draw + 1 < draws
-                )
-                rows_of.append(scores.clone().numpy())
-            for hook in hooks:
-                hook.remove()
-    return tuple(np.concatenate(rows).astype(np.float64) for rows in found.values())
-
-
-def _scoring(factors: Any, scores: Any, mask: Any) -> Any:
-    import torch
-
-    a, b, gather = factors
-
-    def hook(module: Any, inputs: Any, output: Any) -> Any:
-        if not output.requires_grad:
-            output = output + torch.zeros((), requires_grad=True)
-        hidden = inputs[0].detach() @ a.T * mask[..., None]
-
-        def score(gradient: Any) -> None:
-            scores.add_((hidden * (gradient @ b)).sum(1) @ gather)
-
-        output.register_hook(score)
-        return output
-
-    return hook
 
 
 def named_layers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -211,7 +151,7 @@ def tables(calibration: Path, measured: Path, out: Path) -> None:
         ranks, n = rankdata(pairs[name]), same.sum()
         auc = (ranks[same].sum() - n * (n + 1) / 2) / n / (~same).sum()
         predictors.append({"question": "same task (AUC)", "by": name, "pairs": len(pairs), "value": auc})
-    added = _joined(pairs, pd.concat([pd.read_csv(file) for file in sorted(measured.glob("*.csv"))]))
+    added = _joined(pairs, _measured(measured))
     added.round(6).to_csv(out / "added.csv", index=False)
     for what, target in (("KL", added["kl"]), ("change of the loss", added["loss_with"] - added["loss"])):
         for name in ("predicted_kl", "norm_b", "cosine", "overlap_in", "overlap_out", "energy_b_in_a"):
@@ -224,6 +164,19 @@ def tables(calibration: Path, measured: Path, out: Path) -> None:
     pd.DataFrame(predictors).round(3).to_csv(out / "predictors.csv", index=False)
     _draw(added, out / "added.png")
     print(pd.DataFrame(predictors).round(3).to_string(index=False))
+
+
+def _measured(folder: Path) -> pd.DataFrame:
+    """What adding costs, measured and predicted."""
+    from msplora_core.added import read_added
+
+    rows = pd.concat([pd.read_csv(file) for file in sorted(folder.glob("*.csv"))], ignore_index=True)
+    predicted = {
+        (a, other.adapter): other.predicted_kl
+        for a in rows["a"].unique()
+        for other in read_added(folder / f"{a.replace('/', '_')}.json").others
+    }
+    return rows.assign(predicted_kl=[predicted[pair] for pair in zip(rows["a"], rows["b"], strict=True)])
 
 
 def _joined(pairs: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:

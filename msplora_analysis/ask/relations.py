@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msplora_analysis.tables.added import SIDES
 from msplora_analysis.tables.relations import ALL
 from msplora_analysis.tables.rows import rows_of
 
@@ -14,18 +15,23 @@ if TYPE_CHECKING:
 
 ALIKE = 0.05
 """A cosine from here on is one of adapters of the same task: our choice, by the runs of docs/relate.md."""
+LITTLE = 0.05
+"""Nats an example, up to which predictions hold (docs/calibration.md)."""
 _INSIDE = 3.0  # so many times what chance gives counts as shared directions
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
-    """One sentence for two adapters; for more, one each on the most alike two and on the groups.
+    """Of two adapters how they relate; of more, the most alike two and the groups. Then what adding costs, if known.
 
     Args:
         table: Of ``relate``.
     """
     whole = table[table["module"] == ALL]
-    if len(whole) == 1:
-        return [_of_two(rows_of(whole)[0])]
+    geometry = [_of_two(rows_of(whole)[0])] if len(whole) == 1 else _of_many(whole)
+    return geometry + _costs(table)
+
+
+def _of_many(whole: pd.DataFrame) -> list[str]:
     known = whole.dropna(subset=["cosine"])
     if known.empty:
         return ["nothing can be said: all updates but one are zero, or only parts of them are known"]
@@ -38,7 +44,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
     several = [group for group in together if len(group) > 1]
     if len(together) > 1 and several:
         listed = "; ".join(", ".join(group[:6]) + (", ..." if len(group) > 6 else "") for group in several[:6])
-        found.append(f"{len(several)} groups of mean cosine above {ALIKE:g}: {listed}")
+        found.append(f"these belong together, by a mean cosine above {ALIKE:g}: {listed}")
     elif not several:
         found.append(f"no two have a cosine above {ALIKE:g}: none is like another")
     else:
@@ -46,8 +52,8 @@ def sentences(table: pd.DataFrame) -> list[str]:
     return found
 
 
-def _of_two(row: dict[str, object]) -> str:
-    cosine, a, b, both = (float(row[name]) for name in ("cosine", "norm_a", "norm_b", "norm_sum"))  # type: ignore[arg-type]
+def _of_two(row: dict[str, Any]) -> str:
+    cosine, a, b, both = (float(row[name]) for name in ("cosine", "norm_a", "norm_b", "norm_sum"))
     if np.isnan(cosine):
         empty = [str(row[side]) for side, norm in (("a", a), ("b", b)) if norm == 0]
         return f"the update of {' and of '.join(empty)} is zero" if empty else "only parts of the updates are known"
@@ -56,10 +62,41 @@ def _of_two(row: dict[str, object]) -> str:
     text = f"{row['a']} and {row['b']} {verdict}: cosine {cosine:.3f}, norms {a:.3g} and {b:.3g}, of the sum {both:.3g}"
     if cosine >= ALIKE:
         text += "; together they are a larger dose of what they share, so lower the weights"
-    overlaps = [(side, float(row[f"overlap_{side}"]), float(row[f"expected_{side}"])) for side in ("in", "out")]  # type: ignore[arg-type]
+    overlaps = [(side, float(row[f"overlap_{side}"]), float(row[f"expected_{side}"])) for side in ("in", "out")]
     shared = [f"{side}puts {overlap:.2g} (chance {chance:.2g})" for side, overlap, chance in overlaps]
     more = any(overlap > _INSIDE * chance for _, overlap, chance in overlaps)
     return f"{text}. Overlap of {' and '.join(shared)}: {'more than' if more else 'about'} what unrelated ones have"
+
+
+def _costs(table: pd.DataFrame) -> list[str]:
+    """What adding one to another is predicted to cost the task of that; of many, the least and the most."""
+    losses = table.attrs.get("losses", {})
+    found = []
+    for label, loss in losses.items():
+        costs = {
+            (row[other], row["name"]): float(row[f"predicted_kl_{side}"])
+            for side, other in SIDES
+            for row in rows_of(table[table[side] == label].dropna(subset=[f"predicted_kl_{side}"]))
+        }
+        of_all = {other: cost for (other, name), cost in costs.items() if not name}
+        if not of_all:
+            continue
+        unit = "mean squared difference" if loss == "regression" else "nats an example"
+        least, most = min(of_all, key=lambda o: of_all[o]), max(of_all, key=lambda o: of_all[o])
+        if len(of_all) > 1:
+            found.append(
+                f"added to {label}, by prediction: {least} costs its task least ({of_all[least]:.2g} {unit}), {most} "
+                f"most ({of_all[most]:.2g})"
+            )
+            continue
+        where = max((cost, name) for (_, name), cost in costs.items() if name)[1]
+        text = (
+            f"added to {label}, {most} is predicted to change its outputs by {of_all[most]:.2g} {unit}, most by {where}"
+        )
+        if loss != "regression" and of_all[most] > LITTLE:
+            text += f"; at a weight of {(LITTLE / of_all[most]) ** 0.5:.2g} by {LITTLE:g}"
+        found.append(text)
+    return found
 
 
 def linkage(whole: pd.DataFrame) -> tuple[list[str], np.ndarray]:

@@ -26,6 +26,7 @@ _COLUMNS = {  # of two adapters; of many the first and the last three
     "overlap_out": "overlap\nout",
     "expected_in": "by\nchance",
 }
+_COSTS = {"predicted_kl_a": "cost\nto a", "predicted_kl_b": "cost\nto b"}  # where they are known
 _OF_MANY = ("cosine", "overlap_in", "overlap_out", "expected_in")
 
 
@@ -71,7 +72,8 @@ def relate(
 
     Prints in a sentence whether two add to each other, fight, or hardly touch; the modules with the
     largest cosines, of either sign; and what has no counterpart. Of more than two: which are most alike,
-    and which belong together. DIR/relations.FORMAT has a row for each module of each two.
+    and which belong together. After msplora-measure added, also what adding one costs the task of another.
+    DIR/relations.FORMAT has a row for each module of each two.
     """
     if style is not None:
         from msplora_analysis.show.drawing.venues import style_of
@@ -110,7 +112,10 @@ def _print(table: pd.DataFrame) -> None:
     two = len(whole) == 1
     rows = table[table["module"] != ALL] if two else whole
     first = rows_of(rows.reindex(rows["cosine"].abs().sort_values(ascending=False).index[:_SHOWN]))
-    shown = list(_COLUMNS if two else _OF_MANY)
+    shown = [
+        *(_COLUMNS if two else _OF_MANY),
+        *(name for name in _COSTS if name in whole and whole[name].notna().any()),
+    ]
     if two:
         names = [[name] for name in [*_without_common_start([row["name"] for row in first]), ALL]]
         first += rows_of(whole)
@@ -120,9 +125,9 @@ def _print(table: pd.DataFrame) -> None:
         [*own, *("-" if math.isnan(row[name]) else f"{row[name]:.3g}" for name in shown)]
         for own, row in zip(names, first, strict=True)
     ]
-    headers = ["module"] if two else ["a", "b"]
+    headers = [*(["module"] if two else ["a", "b"]), *((_COLUMNS | _COSTS)[name] for name in shown)]
     with terminal.printed_whole() as console:
-        console.print(terminal.plain_table([*headers, *(_COLUMNS[name] for name in shown)], cells), end="\n\n")
+        console.print(terminal.plain_table(headers, cells), end="\n\n")
     if len(rows) > _SHOWN:
         what = "modules" if two else "pairs"
         terminal.say(f"the {_SHOWN} {what} of largest cosine, of {len(rows)}; all are in the table")

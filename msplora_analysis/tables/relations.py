@@ -28,6 +28,7 @@ from msplora_analysis.formats.matching import matched
 from msplora_analysis.formats.names import module_of
 from msplora_analysis.formats.updates import Matrix
 from msplora_analysis.options import Options, Progress
+from msplora_analysis.tables.added import added_beside, predicted
 from msplora_analysis.tables.checkpoints import newest
 from msplora_analysis.tables.labels import when
 
@@ -80,7 +81,10 @@ def relate(
         overlap_in, overlap_out (of the first k input and output directions), expected_in, expected_out (of random
         spaces), k, energy_a_in_b (share of a's squared norm in the column and row spaces of b), energy_b_in_a,
         norm_sum, norm_difference (of a + b, a - b), rank_a, rank_b, rank_sum. Rows with the module "all" are of each
-        two as one; ``attrs["unmatched"]``: label to the modules that no other adapter has.
+        two as one; ``attrs["unmatched"]``: label to the modules that no other adapter has. Where ``msplora-measure
+        added`` has left its file beside an adapter, also predicted_kl_a (what adding b costs the task of a: nats an
+        example, of a regression the mean squared difference) and predicted_kl_b; ``attrs["losses"]``: label to the
+        loss of the task.
 
     Raises:
         AnalysisError: There are fewer than two adapters, they share no module, or sizes differ.
@@ -153,6 +157,13 @@ def related(adapters: Sequence[Named], options: Options, progress: Progress | No
     table = table.sort_values(["a", "b"], key=lambda column: column.map(order), kind="stable")
     types: dict[str, Any] = dict.fromkeys(_FLOATS, "float64") | dict.fromkeys(_COUNTS, "Int64")
     table = table[list(_ORDER)].astype(types).reset_index(drop=True)
+    if files := {label: (one.file.parent, of) for one, label in adapters if (of := added_beside(one))}:
+        names = {
+            label: {name: of[i][1].name for name, of in shared.items() if i in of}
+            for i, (_, label) in enumerate(adapters)
+        }
+        table = table.assign(**predicted(table, files, names))
+        table.attrs["losses"] = {label: of.about.get("loss") for label, (_, of) in files.items()}
     table.attrs["unmatched"] = {
         label: alone
         for i, (_, label) in enumerate(adapters)

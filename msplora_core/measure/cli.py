@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from msplora_core.measure.commands import ablate, moments
+from msplora_core.measure.commands import ablate, added, moments
 from msplora_core.run.console import Version, make_app, run
 
-COMMANDS = (moments, ablate)
+COMMANDS = (moments, ablate, added)
 """The modules of ``msplora_core.measure.commands``, in the order of the help; each has a function of its own name."""
 
 app = make_app()

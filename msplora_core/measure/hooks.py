@@ -57,6 +57,23 @@ def hooked(update: Update, take: Took) -> Any:
     return layer.lora_A[adapter].register_forward_hook(partial(_inside, take))
 
 
+def beside(name: str, layer: nn.Module, a: torch.Tensor, b: torch.Tensor, take: Took) -> Any:
+    """Have ``take`` called with A x and Bᵀ g of an update that a linear module does not apply; see ``hooked``.
+
+    Args:
+        name: The module's, for the error.
+        layer: The module, with an adapter of its own or without.
+        a: (R, in). ``b``: (out, R).
+    """
+
+    def down(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point() or x.shape[-1] != a.shape[1]:
+            raise TrainingError(f"{name}: an update of {len(b)} × {a.shape[1]} does not fit; expected linear modules")
+        return linear(x.to(a.dtype), a)
+
+    return layer.register_forward_hook(partial(_outside, take, down, b))
+
+
 def exact(tensor: torch.Tensor) -> torch.Tensor:
     """In float64, where the device has it."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,14 @@ class Subject:
 
         device = self.model.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16" and device == "cuda")
+
+    def without_adapter(self) -> Any:
+        """The base model, from which the adapter is taken; this subject is of no use then, but for ``with_adapter``."""
+        return self.model.unload()
+
+    def with_adapter(self) -> Subject:
+        """The same once more, its adapter and head read again."""
+        return replace(self, model=_with_adapter(self.model.get_base_model(), self.adapter, self.task))
 
     @property
     def micro_batch_size(self) -> int:

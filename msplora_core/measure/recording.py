@@ -88,7 +88,6 @@ def record_moments(
     if not sum(examples):
         raise TrainingError("batches: there is no example in them")
     distributed.join()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = range(distributed.process_index(), len(batches), distributed.process_count())
     recorder = Recorder(updates, sum(examples[number] for number in own))
     drawing = Drawing(labels, draws, seed, sum(examples))
@@ -96,28 +95,16 @@ def record_moments(
     try:
         with differentiated(model), recorder.watching():
             for number in tqdm(own, desc="moments", unit="batch", disable=not progress):
-                _forward_and_backward(model, base, batches[number], recorder, drawing, sum(examples[:number]))
+                forward_and_backward(model, batches[number], recorder, drawing, sum(examples[:number]))
     except TrainingError as error:
         failure = str(error)
     distributed.raise_first(failure)
     modules = scored(updates, recorder, keep_cores=bool(keep_cores))
     shares = gathered((drawing.loss, drawing.draws, drawing.exact, recorder.tokens, set(recorder.sums)))
-    loss, drawn, without_noise, _, _ = next(share for share in shares if share[0] is not None)
+    drawing.loss, drawing.draws, drawing.exact, _, _ = next(share for share in shares if share[0] is not None)
     unseen = [name for name in updates if not any(name in share[-1] for share in shares)]
-    known = {
-        "model": getattr(base.config, "name_or_path", "") or type(base).__name__,
-        "task": None,
-        "data": None,
-        "examples": sum(examples),
-        "draws": drawn,
-        "exact": without_noise,
-        "tokens": sum(share[3] for share in shares),
-        "labels": labels,
-        "loss": loss,
-        "seed": seed,
-        "versions": {"msplora": __version__} | {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "notes": notes(updates.values()) + [f"{name}: no token of the examples came there" for name in unseen],
-    }
+    known = what_was_measured(model, drawing, sum(examples), sum(share[3] for share in shares))
+    known["notes"] = notes(updates.values()) + [f"{name}: no token of the examples came there" for name in unseen]
     return Moments(modules, known | dict(about or {}))
 
 
@@ -131,12 +118,33 @@ def check_labels(labels: str) -> None:
         raise TrainingError(f"labels={labels!r}: expected one of {', '.join(LABELS)}")
 
 
-def _forward_and_backward(
-    model: Any, base: Any, batch: Batch, recorder: Recorder, drawing: Drawing, first: int
-) -> None:
+def what_was_measured(model: Any, drawing: Drawing, examples: int, tokens: int) -> dict[str, Any]:
+    """What the files of a measurement say of it, as far as it is known without the task."""
+    base = _base(model)
+    return {
+        "model": getattr(base.config, "name_or_path", "") or type(base).__name__,
+        "task": None,
+        "data": None,
+        "examples": examples,
+        "draws": drawing.draws,
+        "exact": drawing.exact,
+        "tokens": tokens,
+        "labels": "given" if drawing.given else "sampled",
+        "loss": drawing.loss,
+        "seed": drawing.seed,
+        "versions": {"msplora": __version__} | {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
+
+
+def forward_and_backward(model: Any, batch: Batch, recorder: Recorder, drawing: Drawing, first: int) -> None:
+    """Run a batch through, and back once for each draw; ``first``: the number of its first example among all."""
+    base = _base(model)
     inputs, tokens = prepared(batch, base)
-    outputs = outputs_of(base, _logits(model, base, inputs), batch, tokens)
-    recorder.record(outputs, tokens, drawing, first)
+    recorder.record(outputs_of(base, _logits(model, base, inputs), batch, tokens), tokens, drawing, first)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _logits(model: Any, base: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from msplora_core.errors import TrainingError
-from msplora_core.measure.commands.shared import Adapter, BatchSize, DataDir, Model, Task
-from msplora_core.run.console import quiet_libraries, stopped
+from msplora_core.measure.commands.shared import Adapter, BatchSize, DataDir, Model, Task, measuring
 from msplora_core.run.distributed import by_writer, is_writer, leave
 
 EXAMPLES = (
@@ -49,8 +48,7 @@ def moments(
     """
     from msplora_core.moments import MOMENTS
 
-    quiet_libraries()
-    try:
+    with measuring(batch_size):
         from msplora_core.measure.loading import find_adapter, load_subject
         from msplora_core.measure.recording import check_labels, record_moments
 
@@ -72,14 +70,6 @@ def moments(
                 about=subject.about("train"),
             )
         by_writer(lambda: found.save(path))
-    except ModuleNotFoundError as error:
-        raise TrainingError(f"measuring needs the package {error.name}; run: pip install 'msplora[train]'") from error
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        raise TrainingError(f"batch_size={batch_size or 'default'}: too much for the GPU's memory; lower it") from error
-    except KeyboardInterrupt as stop:
-        raise stopped(stop, "nothing was written") from None
     if is_writer():
         about = found.about
         print(
