@@ -71,6 +71,8 @@ calibration: $(VENV)/.test
 	$(BIN)/python study/calibration.py train --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
 	$(BIN)/python study/calibration.py measure --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
 	$(BIN)/python study/calibration.py examples --seeds 0 --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
+	$(BIN)/python study/calibration.py steps --models minilm --tasks cola --methods lora-8 --seeds 0 --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
+	$(BIN)/python study/calibration.py cores --models minilm --tasks rte --methods lora-8 --seeds 0 --folder $(CALIBRATION) $(if $(GLUE),--data-dir $(GLUE)) $(CALIBRATION_ARGS)
 	$(BIN)/python study/calibration_tables.py --folder $(CALIBRATION) --out $(CALIBRATION)/tables
 
 # The simulations of docs/statistics.md: how often verdicts of `compare` err. STATISTICS_ARGS: see `python study/verdicts.py --help`.

@@ -4,9 +4,10 @@
     python study/calibration.py measure --data-dir glue --jobs 8
     python study/calibration.py examples --data-dir glue --jobs 8 --seeds 0
     python study/calibration.py cores --data-dir glue --jobs 8 --models minilm --methods lora-8 --seeds 0
+    python study/calibration.py steps --data-dir glue --jobs 8 --models minilm --methods lora-8 --seeds 0
     python study/calibration_tables.py                  # tables and figures of what was measured
 
-`train` makes the runs, `measure` cuts their adapters and measures what each cut costs, `examples` asks how
+`train` makes the runs, `measure` cuts their adapters and measures what each cut costs, `examples` and `steps` ask how
 many examples the predictions need, `cores` whether exact Fisher information chooses better directions. Call any of them
 again to go on: complete runs are skipped, runs that were cut off continue from their newest epoch. One seed of all
 comes after the other, the longest runs of a seed first. A run that fails is told, with its reason, and the next call
@@ -17,6 +18,7 @@ tries it again.
     FOLDER/measured/<model>/<task>/<method>/seed-<n>.csv    a row a cut: its cost, and what each measure says of it
     FOLDER/examples/<model>/<task>/<method>/seed-<n>.csv    the same cuts, predicted from fewer or more examples
     FOLDER/cores/<model>/<task>/<method>/seed-<n>.csv       cuts to few directions, chosen in several ways
+    FOLDER/steps/<model>/<task>/<method>/seed-<n>.csv       predictions from 32 to 4,096 examples, of one recording
 
 Kept of a run are its record, the checkpoint before training and the last one, each with the adapter and its head.
 
@@ -227,6 +229,13 @@ def compare_cores(run: Run, options: argparse.Namespace) -> str:
     return _measured(run, "cores", measuring.by_cores, options)
 
 
+def step_examples(run: Run, options: argparse.Namespace) -> str:
+    """What 32 to 4,096 examples predict, sampled and given labels."""
+    import calibration_cores as measuring
+
+    return _measured(run, "steps", measuring.by_steps, options)
+
+
 def _measured(run: Run, table: str, measure: Callable[[Any, int], Any], options: argparse.Namespace) -> str:
     from calibration_measure import load, write
 
@@ -249,6 +258,7 @@ PARTS = {
     "measure": Part(trained, measure_one, lambda run, options: run.table("measured", options).is_file()),
     "examples": Part(trained, compare_examples, lambda run, options: run.table("examples", options).is_file()),
     "cores": Part(trained, compare_cores, lambda run, options: run.table("cores", options).is_file()),
+    "steps": Part(trained, step_examples, lambda run, options: run.table("steps", options).is_file()),
 }
 
 

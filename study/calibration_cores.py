@@ -1,6 +1,6 @@
 """Directions by the exact Fisher information of each module's core, beside the task-weighted ones of its moments.
 
-The part `cores` of study/calibration.py. A cut of a module is B M A with M of rank k. Moments choose M as
+The parts `cores` and `steps` of study/calibration.py. A cut of a module is B M A with M of rank k. Moments choose M as
 if inputs and gradients were independent; here M makes ½ mean ⟨core, M − I⟩² least, each example's core its r × r
 gradient. There is no closed form: left and right factor are solved for in turn, from the task-weighted cut on.
 ``fisher λ``: the share λ of the information is that of the moments, as 512 examples do not determine r² × r² numbers.
@@ -10,11 +10,13 @@ interactions counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-from calibration_measure import EXAMPLES, RANKS, batches, recorded, to_rank
+from calibration_measure import EXAMPLES, RANKS, all_cuts, batches, recorded, to_rank
 
 from msplora_analysis.compute.choose import below_kl
 from msplora_core.measure.ablation import measure, summed_up
@@ -26,6 +28,7 @@ from msplora_core.moments import Array, ModuleMoments, Moments, directions
 SHARES = (0.0, 0.1, 0.5)
 KL = (0.003, 0.01, 0.03)
 TURNS = 40
+STEPPED = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def by_cores(subject: Subject, seed: int) -> pd.DataFrame:
@@ -46,6 +49,44 @@ def by_cores(subject: Subject, seed: int) -> pd.DataFrame:
     return summed_up(cuts, bases, parts).table(subject.task.metric, draws=1000)
 
 
+def by_steps(subject: Subject, seed: int) -> pd.DataFrame:
+    """What 32 to 4,096 examples predict, given their labels or not, from one recording: moments are means, cores rows.
+
+    Columns labels, examples, cut, what, rank, predicted_kl; of cuts to task-weighted directions that these examples
+    choose also priced_kl: what all examples together predict that they cost.
+    """
+    updates = updates_of(subject.model)
+    cuts = [cut for cut in all_cuts(updates, seed) if {of.basis for of in cut.closed.values()} == {"plain"}]
+    chosen = [Cut("rank_task", rank=k, closed=to_rank(updates, k, "task")) for k in RANKS]
+    rows, most = [], min(STEPPED[-1], len(subject.splits["train"].rows))
+    steps = [0, *(n for n in STEPPED if n < most), most]
+    judge = None
+    for labels in ("sampled", "given"):
+        pieces = [recorded(subject, end, labels, first=first, cores=True) for first, end in pairwise(steps)]
+        judge = judge or _Chosen(updates, _pooled(pieces))
+        for end in range(1, len(steps)):
+            bases = _Chosen(updates, _pooled(pieces[:end]))
+            for cut in [*cuts, *chosen]:
+                row = {"labels": labels, "examples": steps[end], "cut": cut.cut, "what": cut.what, "rank": cut.rank}
+                row["predicted_kl"] = bases.predicted(cut)
+                if cut.cut == "rank_task":
+                    row["priced_kl"] = judge.predicted(cut, chosen_by=bases)
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _pooled(pieces: Sequence[Moments]) -> Moments:
+    """The moments of all pieces' examples together."""
+    tokens = [piece.about["tokens"] for piece in pieces]
+    modules = {}
+    for name, one in pieces[0].modules.items():
+        own = [piece.modules[name] for piece in pieces]
+        s_a, s_b = (np.average([getattr(of, side) for of in own], axis=0, weights=tokens) for side in ("s_a", "s_b"))
+        cores = np.concatenate([of.cores for of in own if of.cores is not None])
+        modules[name] = replace(one, s_a=s_a, s_b=s_b, cores=cores, scores={})
+    return Moments(modules, pieces[0].about)
+
+
 class _Chosen(Bases):
     """Bases that know the cuts of this study too."""
 
@@ -61,11 +102,11 @@ class _Chosen(Bases):
         left, right, _, _ = self._terms[name]
         return left @ self._middle(name, closed) @ right
 
-    def predicted(self, cut: Cut) -> float:
+    def predicted(self, cut: Cut, *, chosen_by: Bases | None = None) -> float:
         lost: Array | float = 0.0
         for name, closed in cut.closed.items():
             whole = len(set(closed.places)) == self.updates[name].rank
-            core = np.zeros((self.updates[name].rank,) * 2) if whole else self.core(name, closed)
+            core = np.zeros((self.updates[name].rank,) * 2) if whole else (chosen_by or self).core(name, closed)
             cores = self.modules[name].cores
             assert cores is not None
             lost = lost + np.einsum("nij,ij->n", cores.astype(np.float64), np.eye(len(core)) - core)

@@ -80,8 +80,11 @@ def _by_examples(subject: Subject, seed: int) -> Iterator[dict[str, Any]]:
             yield about | {name: row[name] for name in ("cut", "what", "rank", "predicted_kl", "kl")}
 
 
-def recorded(subject: Subject, examples: int, labels: str = "sampled", *, cores: bool = False) -> Moments:
-    some = Split(subject.splits["train"].rows[:examples], subject.splits["train"].source)
+def recorded(
+    subject: Subject, examples: int, labels: str = "sampled", *, first: int = 0, cores: bool = False
+) -> Moments:
+    """Moments of training examples, in the order of the file from ``first`` up to ``examples``."""
+    some = Split(subject.splits["train"].rows[first:examples], subject.splits["train"].source)
     own = replace(subject, splits={"train": _by_length(some, subject)})
     of = own.batches("train", batch_size=RECORDED_AT_ONCE)
     return record_moments(subject.model, of, labels=labels, keep_cores=cores)

@@ -41,7 +41,7 @@ REGRESSIONS = ("stsb",)
 
 def main() -> None:
     options = _options()
-    tables = {name: _all(options, name) for name in ("measured", "examples", "cores")}
+    tables = {name: _all(options, name) for name in ("measured", "examples", "cores", "steps")}
     runs = options.folder / "runs"
     if runs.is_dir():
         scores(runs).to_csv(options.out / "runs.csv", index=False, float_format="%.6g", lineterminator="\n")
@@ -49,7 +49,7 @@ def main() -> None:
         plot.write(options.out, options.formats)
 
 
-def plots(measured: pd.DataFrame, examples: pd.DataFrame, cores: pd.DataFrame) -> Iterator[Plot]:
+def plots(measured: pd.DataFrame, examples: pd.DataFrame, cores: pd.DataFrame, steps: pd.DataFrame) -> Iterator[Plot]:
     """Every table, with its figure if it has one."""
     yield Plot("correlations", correlations(measured), draw_correlations)
     yield Plot("ratios", ratios(measured))
@@ -60,6 +60,7 @@ def plots(measured: pd.DataFrame, examples: pd.DataFrame, cores: pd.DataFrame) -
     yield Plot("scales", scales(measured), draw_scales)
     yield Plot("examples", by_examples(measured, examples))
     yield Plot("cores", by_cores(cores))
+    yield Plot("steps", by_steps(measured, steps))
 
 
 def cuts(measured: pd.DataFrame) -> pd.DataFrame:
@@ -235,6 +236,25 @@ def by_cores(cores: pd.DataFrame) -> pd.DataFrame:
     grouped = of.groupby(["model", "cut", "rank"])
     found = grouped["relative"].agg(runs="count", median="median", least="min", most="max")
     return found.join(grouped["predicted"].median()).round(3).reset_index()
+
+
+def by_steps(measured: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """Predictions from 32 to 4,096 examples: their ratio and correlation, and what the cut to 2 that they choose costs.
+
+    ``chosen_rank_2``: what all examples predict of that cut, over what they predict of the one that all of them choose.
+    """
+    true = measured[[*RUN, *CUT, "kl"]].drop_duplicates([*RUN, *CUT])
+    joined = steps[steps["cut"] != "rank_task"].merge(true, on=[*RUN, *CUT])
+    joined = joined.assign(ratio=joined["kl"] / joined["predicted_kl"])
+    keys = ["task", "labels", "examples"]
+    found = joined[joined["kl"].between(1e-6, SMALL)].groupby(keys)["ratio"].agg(cuts="count", **_quantiles(10, 50, 90))
+    modules = joined[joined["cut"] == "module"].groupby([*keys, *RUN[:1], *RUN[2:]])[["predicted_kl", "kl"]]
+    found["spearman"] = modules.apply(lambda of: of.corr("spearman").iloc[0, 1]).groupby(keys).median()
+    chosen = steps[(steps["cut"] == "rank_task") & (steps["rank"] == 2)]
+    best = chosen[chosen["labels"] == "sampled"].sort_values("examples").groupby(RUN)["priced_kl"].last().rename("best")
+    chosen = chosen.join(best, on=RUN)
+    found["chosen_rank_2"] = (chosen["priced_kl"] / chosen["best"]).groupby([chosen[name] for name in keys]).median()
+    return found.round(3).reset_index()
 
 
 def scores(runs: Path) -> pd.DataFrame:
