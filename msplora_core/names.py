@@ -30,7 +30,7 @@ TOTAL = "total"
 METHOD_NAMES = {
     "fft": "Full fine-tuning", "bitfit": "BitFit", "adapterdrop": "AdapterDrop", "lora": "LoRA", "rslora": "rsLoRA",
     "dora": "DoRA", "adalora": "AdaLoRA", "dylora": "DyLoRA", "pissa": "PiSSA", "qlora": "QLoRA", "lily": "Lily",
-    "msplora": "MSPLoRA",
+    "msplora": "MSPLoRA", "sora": "SoRA",
 }  # fmt: skip
 """How a method is written in text, where not as in ``--method``; a new one needs no entry."""
 

@@ -33,7 +33,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     modules, unknown = group_parts(shapes, config, _PARTS)
     matrices, active = [], {}
     for unit, parts in modules.items():
-        name = unit.removesuffix(".lora")  # OpenDelta puts a module of this name into the one that it adapts
+        name = unit.removesuffix(".lora").removesuffix(".sora_pair")  # of OpenDelta, and of msplora-train
         a, b, gate = (parts[part] for part in _PARTS)
         rank, cols = expect_shape(shapes, a, None, None)
         rows, _ = expect_shape(shapes, b, None, rank)
@@ -60,8 +60,9 @@ def _active(ranks: dict[str, tuple[int, int]]) -> str:
 FORMAT = Format(
     name="SoRA",
     read=read,
+    peft_types=("SORA",),  # of msplora-train
     lone=_has_gates,
-    recognises=lambda config, file: not config.get("peft_type") and _has_gates(file.shapes),
+    recognises=lambda config, file: (config.get("peft_type") or "SORA") == "SORA" and _has_gates(file.shapes),
     why_no_lora=why_unscaled,
     reads_values=True,
     priority=1,  # before loralib, whose names are the same

@@ -30,6 +30,9 @@ class Training:
     def begin(self, steps: int) -> None:
         """Before the first step; ``steps``: how many the whole training has."""
 
+    def arrange(self, optimizer: torch.optim.Optimizer) -> None:
+        """Once the optimiser is made: give parameters a learning rate or a weight decay of their own."""
+
     def before_step(self, step: int) -> None:
         """Before a step; the first has the number 0."""
 

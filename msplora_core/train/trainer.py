@@ -65,6 +65,7 @@ class AdapterTrainer(Trainer):
             if in_head:
                 group["params"] = [p for p in group["params"] if id(p) not in head]
                 optimizer.add_param_group({**group, "params": in_head, "lr": self.head_learning_rate})
+        self.method.arrange(optimizer)
         return optimizer
 
     # --- Checkpoints. Trainer has no hook before one is written or loaded: the next are functions of its own. ---

@@ -8,7 +8,7 @@ import importlib
 
 from peft.utils import PeftType
 
-METHODS = ("msplora", "bitfit", "bottleneck")
+METHODS = ("msplora", "bitfit", "bottleneck", "sora")
 
 
 def _add_to_peft_types(name: str) -> None:

@@ -65,6 +65,7 @@ ON_ROBERTA_BASE = {
     "dora": ({}, 24 * (8 * PAIR + WIDTH), 313_344),
     "adalora": ({}, 24 * 12 * (PAIR + 1), 442_656),  # 12 = 1.5 * 8 singular values each before pruning
     "dylora": ({}, 24 * 8 * PAIR, 294_912),
+    "sora": ({}, 24 * (8 * PAIR + 8), 295_104),
     "pissa": ({}, 24 * 8 * PAIR, 294_912),
     "qlora": ({}, 24 * 8 * PAIR, 294_912),
     "lily": ({}, 2 * (3 + 3) * 32 * WIDTH + 24 * 32 * 3, 297_216),

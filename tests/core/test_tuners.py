@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertForSequenceClassification
 
+import msplora_analysis as ma
 from msplora_core.methods.adapterdrop import LayerDropper
 from msplora_core.methods.base import draw
 from msplora_core.methods.dylora import RankSampler
 from msplora_core.methods.pissa import InitialFactors
+from msplora_core.methods.sora import ProximalStep
 from msplora_core.tuners.bitfit import BitFitConfig, BitFitLayer
 from msplora_core.tuners.bottleneck import BottleneckConfig, BottleneckLinear
+from msplora_core.tuners.sora import SoraConfig
 
 from .conftest import make_bert, make_gpt2, make_llama, run_model
 
@@ -74,6 +77,51 @@ def test_dylora_trains_a_lora_of_the_sampled_rank(b: int) -> None:
 
     # evaluation has the full rank
     torch.testing.assert_close(model.eval()(x), layer.base_layer(x) + 6 / 4 * x @ A.T @ B.T)
+
+
+# --- SoRA ---
+
+
+def test_sora_is_written_out() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), SoraConfig(r=4, lora_alpha=6, target_modules=["0"])).double()
+    fill(model, "lora_B")
+    layer: Any = model.base_model.model[0]
+    pair = layer.sora_pair["default"]
+    x = torch.randn(3, 6, dtype=torch.float64)
+    update = 6 / 4 * pair.lora_B @ torch.diag(pair.gate[0]) @ pair.lora_A
+    torch.testing.assert_close(model(x), layer.base_layer(x) + x @ update.T)
+    torch.testing.assert_close(layer.get_delta_weight("default"), update)
+    before = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), before)
+
+
+def test_sora_s_gates_close_and_are_told(tmp_path: Path) -> None:
+    """A gate is what AdamW makes of it, pulled to zero by the threshold; the analysis reads which are closed."""
+    model: Any = get_peft_model(make_bert(layers=2), SoraConfig(r=3, task_type="SEQ_CLS"))
+    gates = [parameter for name, parameter in model.named_parameters() if name.endswith(".gate")]
+    with torch.no_grad():
+        for gate in gates:
+            gate.copy_(torch.tensor([[0.5, -0.2, 0.05]]))
+    fill(model, "lora_B")
+    step = ProximalStep(model, 0.1)
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
+    step.arrange(adam)
+    decays = {id(p): group["weight_decay"] for group in adam.param_groups for p in group["params"]}
+    assert [decays[id(gate)] for gate in gates] == [0.0] * len(gates)
+    assert list(decays.values()).count(0.1) == len(decays) - len(gates)
+    step.after_update(0)
+    for gate in gates:
+        torch.testing.assert_close(gate.data, torch.tensor([[0.4, -0.1, 0.0]]))
+
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="SoRA: 8 of 12 ranks are active"):
+        spectra = ma.load_spectra(tmp_path, cache=False)
+    name = "bert.encoder.layer.1.attention.self.value"
+    sigma = spectra[spectra["name"] == name]["sigma"]
+    update = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach().double()
+    torch.testing.assert_close(torch.tensor(sigma.to_numpy()), torch.linalg.svdvals(update)[:3], rtol=1e-5, atol=1e-7)
+    assert sigma.iloc[2] < 1e-12
 
 
 # --- BitFit ---
