@@ -130,6 +130,13 @@ def test_figure3_shows_the_top_8_of_a_high_rank():
     assert meshes(figure)[0].axes.get_title() == "global (rank 16)"
 
 
+def test_figure3_of_a_scale_with_one_epoch_is_drawn():
+    spectra = spectra_of("msplora", (8, 4, 2))
+    last = spectra["epoch"].max()
+    figure = figure3(spectra[(spectra["scale"] != "mid") | (spectra["epoch"] == last)])
+    assert [np.asarray(mesh.get_array()).shape[1] for mesh in meshes(figure)][1] == 1
+
+
 def test_figure3_uses_the_epochs_that_all_runs_share():
     short = spectra_of("msplora", (8, 4, 2), tasks=["mrpc"], epochs=(0, 1, 2))
     with pytest.warns(UserWarning, match=r"MSPLoRA 8/4/2: its 4 runs have different epochs; .* 2 epochs .*\(1 to 2\)"):

@@ -138,6 +138,24 @@ def test_the_command_prints_where_the_table_is(run, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.strip().endswith("ablation.parquet")
 
 
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+@pytest.mark.parametrize("command", ["moments", "ablate"])
+def test_a_really_full_disk(run, small_disk, monkeypatch, capsys, command):
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2**16 - 2**13))
+    out = small_disk / "out"
+    few = ["--examples", "5"] if command == "moments" else ["--ranks", "1"]
+    monkeypatch.setattr(sys, "argv", ["msplora-measure", command, str(run[0]), "--out", str(out), *few])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    error = capsys.readouterr().err.splitlines()[-1]  # in this process the libraries may show their bars
+    assert stop.value.code == 1
+    assert error.startswith("error: ")
+    assert str(out) in error
+    assert "No space left on device" in error
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == [filler]
+
+
 @pytest.mark.parametrize("spoiled", ["a zip of a later version", "lists in each other"])
 def test_what_nobody_wrote_is_measured_anew(tmp_path: Path, spoiled: str) -> None:
     from msplora_core.measure.ablation_folder import _known

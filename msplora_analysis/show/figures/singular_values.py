@@ -93,6 +93,8 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
 
 
 def _midpoints(centres: Array) -> Array:
-    """Edges half-way between the epochs."""
+    """Edges half-way between the epochs; a scale may have one alone."""
+    if len(centres) == 1:
+        return centres[0] + np.array([-0.5, 0.5])
     middle = (centres[1:] + centres[:-1]) / 2
     return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
