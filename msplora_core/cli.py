@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from shlex import quote
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,10 +115,10 @@ def _print_results(results: list[EpochResult], settings: Settings) -> None:
     console = Console()
     console.print(table)
     console.print(f"Best {metric} {best.metric:.4f} in epoch {best.epoch} (checkpoint-{best.step}).", highlight=False)
-    run, how = settings.output_dir, settings.method.spectra
+    run, how = quote(str(settings.output_dir)), settings.method.spectra
     if how is not None:
         command = f"msplora-analyze spectra {run}{how.format(run=run)} --out {run}/analysis"
-        console.print(f"Next: {command}", highlight=False)
+        console.print(f"Next: {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 
 import numpy as np
 import pandas as pd
@@ -154,7 +155,7 @@ def test_a_scale_that_moves_no_output_does_not_earn_its_parameters(tmp_path):
 
 
 def test_strange_names_and_records_of_other_programs_are_no_failure(tmp_path):
-    folder, _ = write_lora(tmp_path / os.fsdecode(b"caf\xe9") / "checkpoint-1")
+    folder, _ = write_lora(tmp_path / os.fsdecode(b"caf\xe9; rm x") / "checkpoint-1")
     results = [{"epoch": epoch, "metric": 0.1} for epoch in (0, 1)]
     (folder / "run.json").write_text(json.dumps({"metric": {"name": 7, "greater_is_better": True}, "results": results}))
     with pytest.raises(SystemExit) as end:
@@ -162,6 +163,9 @@ def test_strange_names_and_records_of_other_programs_are_no_failure(tmp_path):
     assert not end.value.code
     (found,) = json.loads((tmp_path / "out" / "advice.json").read_text())["advice"]
     assert "caf\\udce9" in found["file"]
+    commands = [shlex.split(one["command"]) for one in found["answers"] if one["command"]]
+    assert commands  # each takes the path as one word, for they are copied into a shell
+    assert all(any("caf" in word and word.endswith("checkpoint-1") for word in words) for words in commands)
 
 
 def test_the_command_prints_answers_or_json_and_writes_files(measured, tmp_path, capsys):

@@ -299,6 +299,17 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert run(capsys, monkeypatch, tmp_path / "nothing")[0] == 1
 
 
+def test_names_that_would_harm_a_terminal_or_a_shell(tmp_path, capsys, monkeypatch):
+    ranks = {f"layers.{i}.{kind}": 2 for i, kind in enumerate(["x\x1b[31m", "y\u202ez"])}
+    path = write_adapter(tmp_path / "a; rm x", ranked(ranks), lora_config())
+    for arguments in ((), ("--json", "--sarif", tmp_path / "x.sarif")):
+        out = run(capsys, monkeypatch, path, *arguments)[1]
+        assert out.replace("\n", "").isprintable()
+        assert "u202e" in out
+    assert (tmp_path / "x.sarif").read_text().replace("\n", "").isprintable()
+    assert all("; rm" not in one.remedy or f"'{path}'" in one.remedy for one in found(path))
+
+
 def test_sarif(tmp_path, capsys, monkeypatch):
     """The fields that SARIF 2.1.0 requires, § 3.13 to 3.49 of the OASIS standard."""
     path = peft(tmp_path, use_rslora=True, use_dora=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from msplora_analysis.adapters.discovery import Adapter
@@ -55,7 +56,7 @@ class Facts:
     """What an adapter is.
 
     Attributes:
-        place: Its folder or file, as commands take it.
+        place: Its folder or file, as a shell takes it in a command.
         layout: A key of LAYOUTS.
         method: peft_type, or "LORA" of other layouts.
         config: adapter_config.json; empty where there is none.
@@ -164,7 +165,7 @@ def _facts(
         if not values.any():
             zero.append(module.name)
     return Facts(
-        place=place or str(adapter.file.parent if layout in ("peft", "mlx") else adapter.file),
+        place=quote(place or str(adapter.file.parent if layout in ("peft", "mlx") else adapter.file)),
         layout=layout,
         method=method,
         config=adapter.config,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from msplora_analysis.errors import AnalysisError, printable
 
@@ -121,10 +121,18 @@ def print_paths(paths: Iterable[Path]) -> None:
 
 @contextmanager
 def printed_whole() -> Iterator[Console]:
-    """A console of rich, printed when the block ends: rich itself would end the program at a closed pipe."""
-    from rich.console import Console
+    """A console of rich, printed when the block ends: rich itself would end the program at a closed pipe.
 
-    console = Console(highlight=False)
+    Whatever text it is given, what a terminal would act on in it is written as escapes.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class Harmless(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+    console = Harmless(highlight=False)
     with console.capture() as capture:
         yield console
     # rich fills lines up with blanks
