@@ -17,6 +17,7 @@ from msplora_analysis.options import Options
         "msplora-analyze merge style subject --out both --method cat        # the exact sum",
         "msplora-analyze merge style subject --out both --weight 1 --weight 0.6 --rank 32",
         "msplora-analyze merge loras/* --out all --method knots --density 0.3",
+        "msplora-analyze merge runs/cola runs/mrpc --out small --method cat --kl 0.01    # with moments beside each",
     ),
 )
 def merge(
@@ -43,6 +44,15 @@ def merge(
         float | None,
         typer.Option(metavar="E", help="Share of the result's sum of sigma² that is kept.", show_default=False),
     ] = None,
+    kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="With --method cat: the fewest parameters whose predicted KL from the exact sum stays below, on the "
+            "task of each adapter, by the moments beside each.",
+            show_default=False,
+        ),
+    ] = None,
     density: Annotated[
         float, typer.Option(metavar="D", help="Of ties, dare and knots: the share of entries that is kept.")
     ] = 0.5,
@@ -62,7 +72,7 @@ def merge(
     from msplora_analysis.errors import AnalysisError
     from msplora_analysis.write.merge import merged
 
-    options, settings = Options(ignore_unknown, semantics.value), Settings(rank, energy, density, seed)
+    options, settings = Options(ignore_unknown, semantics.value), Settings(rank, energy, density, seed, kl)
     with terminal.progress_bar("Merging") as progress:
         try:
             done = merged(adapters, out, method, weight or None, settings, dtype, overwrite, options, progress)
@@ -86,4 +96,6 @@ def merge(
         some = int((table["adapters"] < len(done.sources)).sum())
         if some:
             terminal.say(f"modules that not all {len(done.sources)} adapters have: {some} of {len(table)}")
+        for source, nats in zip(done.sources, table.attrs.get("predicted_kl", []), strict=False):
+            terminal.say(f"predicted KL on the task of {source.adapter.run}: {nats:.3g} nats an example")
         terminal.print_paths([out])

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.adapters.moments import moments_file, open_moments
+from msplora_analysis.compute.choose import Cut, below_kl
 from msplora_analysis.compute.linalg.core_space import core_space
 from msplora_analysis.compute.linalg.spectra import Array, adapter_spectra
 from msplora_analysis.compute.weighted import Weights, fitting
@@ -205,3 +206,16 @@ def predicted_kl(ranking: Ranking, ranks: Sequence[int]) -> float | None:
     cuts = zip(ranking.modules, scores, ranks, strict=True)
     closed = [of[:, k:].sum(axis=1, dtype=np.float64) for one, of, k in cuts if k < one.rank]
     return Moments.predicted_kl(np.sum(closed, axis=0)) if closed else 0.0
+
+
+def chosen_by_kl(ranking: Ranking, kl: float, source: Source, weight: float = 1.0) -> Cut:
+    """The cut with the fewest parameters whose predicted KL is at most ``kl``, of an adapter at some weight.
+
+    Raises:
+        AnalysisError: it has no scores that tell.
+    """
+    scores = ranking.scores()
+    if not scores:
+        what = "moments without scores" if any(one.weights for one in ranking.modules) else "no moments"
+        raise AnalysisError(f"{source.adapter.file}: kl={kl:g} needs scores, and it has {what}; {RECORD}", "kl")
+    return below_kl([weight * of for of in scores], [one.cost for one in ranking.modules], kl, ranking.draws)

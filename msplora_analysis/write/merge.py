@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from msplora_analysis.compute.choose import Cut
 from msplora_analysis.compute.linalg.core_space import Array, core_space
 from msplora_analysis.compute.measures.rank_needed import energy_rank
 from msplora_analysis.compute.merging import find_method
@@ -18,6 +19,7 @@ from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.formats.matching import matched
 from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.options import Options, Progress
+from msplora_analysis.write.directions import Ranked, chosen_by_kl, cut, ranked
 from msplora_analysis.write.names import Module
 from msplora_analysis.write.source import Source, factors, find_adapter, open_source, warn_of
 from msplora_analysis.write.write import as_pair, check_dtype, new_folder, write_adapter
@@ -34,6 +36,7 @@ def merge(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    kl: float | None = None,
     density: float = 0.5,
     seed: int = 0,
     dtype: str | None = None,
@@ -52,6 +55,8 @@ def merge(
         weights: Of each adapter; None: 1 each.
         rank: The rank of the result, at most. None: what the method gives.
         energy: In its place, the share of the sum of sigma² of the result that is kept, in (0, 1].
+        kl: In their place, of "cat": the fewest parameters whose predicted KL from the exact sum stays below so many
+            nats an example, on the task of each adapter; each needs moments with scores.
         density: Of ties, dare and knots: the share of entries that is kept.
         seed: Of dare and lego.
         dtype: Of the factors, as for ``export``; None: float32.
@@ -61,7 +66,8 @@ def merge(
         progress: Called after each module.
 
     Returns:
-        One row per module: name, module, layer, rows, cols, adapters (that have it), rank, norm, parameters.
+        One row per module: name, module, layer, rows, cols, adapters (that have it), rank, norm, parameters. With
+        ``kl``, ``attrs["predicted_kl"]``: what is predicted of each adapter's task, in their order.
 
     Raises:
         AnalysisError: The adapters have no low-rank form or do not fit each other, nothing is left of them, or ``out``
@@ -70,7 +76,7 @@ def merge(
     Example:
         >>> ma.merge(["style", "subject"], "both", method="svd", weights=[1.0, 0.7], rank=32)
     """
-    settings = Settings(rank, energy, density, seed)
+    settings = Settings(rank, energy, density, seed, kl)
     options = Options(ignore_unknown, semantics)
     return merged(adapters, out, method, weights, settings, dtype, overwrite, options, progress).table
 
@@ -97,7 +103,7 @@ def merged(
     check_dtype(dtype)
     chosen, known = dtype or "float32", find_method(method)
     shares = [1.0] * len(adapters) if weights is None else list(weights)
-    _check(adapters, shares, settings)
+    _check(adapters, shares, method, settings)
     found = [find_adapter(path) for path in adapters]
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(out, found[0].file, overwrite))
@@ -107,9 +113,10 @@ def merged(
             raise AnalysisError(
                 f"{found[1].file}: shares no module with {found[0].file}; expected adapters of one base model"
             )
+        cuts = [_cut_by_kl(*each, settings.kl, options) for each in zip(sources, shares, strict=True)]
         pairs, rows = [], []
         for done, (name, of) in enumerate(modules.items()):
-            parts = [_part(sources[i], module, shares[i]) for i, module in of.items()]
+            parts = [_part(sources[i], module, shares[i], cuts[i]) for i, module in of.items()]
             a, b = known.merge(parts, settings)
             if not known.cuts and (settings.rank or settings.energy):
                 a, b = _cut(a, b, settings)
@@ -125,6 +132,8 @@ def merged(
         if not pairs:
             raise AnalysisError(f"{found[0].file}: nothing is left of the merged adapters: every update is zero")
         table = _table(rows)
+        if settings.kl is not None:
+            table.attrs["predicted_kl"] = [cut_.by_kl.predicted for cut_ in cuts if cut_]
         _tell_of_heads(sources)
         write_adapter(folder, pairs, chosen, sources[0], table)
     for source in sources:
@@ -132,7 +141,7 @@ def merged(
     return Merged(table, sources)
 
 
-def _check(adapters: Sequence[StrPath], weights: Sequence[float], settings: Settings) -> None:
+def _check(adapters: Sequence[StrPath], weights: Sequence[float], method: str, settings: Settings) -> None:
     if isinstance(adapters, str) or len(adapters) < 2:
         raise AnalysisError("expected two adapters or more to merge, as a list")
     if len(weights) != len(adapters):
@@ -141,8 +150,12 @@ def _check(adapters: Sequence[StrPath], weights: Sequence[float], settings: Sett
         )
     if not np.isfinite(weights).all() or not any(weights):
         raise AnalysisError(f"weights={list(weights)}: expected finite numbers, not all 0", "weights")
-    if settings.rank is not None and settings.energy is not None:
-        raise AnalysisError("give one of rank= and energy=", "rank", "energy")
+    if sum(choice is not None for choice in (settings.rank, settings.energy, settings.kl)) > 1:
+        raise AnalysisError("give one of rank=, energy= and kl=", "rank", "energy", "kl")
+    if settings.kl is not None and method != "cat":
+        raise AnalysisError(f"kl={settings.kl:g} is of the exact sum: give method=cat with it", "kl", "method")
+    if settings.kl is not None and not 0 < settings.kl < np.inf:
+        raise AnalysisError(f"kl={settings.kl:g}: expected a number of nats above 0", "kl")
     if settings.rank is not None and settings.rank < 1:
         raise AnalysisError(f"rank={settings.rank}: expected a whole number of at least 1", "rank")
     for name in ("energy", "density"):
@@ -169,8 +182,28 @@ def _modules(sources: Sequence[Source]) -> dict[str, dict[int, Module]]:
     return found
 
 
-def _part(source: Source, module: Module, weight: float) -> Part:
+class _CutByKl(NamedTuple):
+    """What is kept of an adapter: the directions and the rank of each module, by name."""
+
+    by_kl: Cut
+    kept: dict[str, tuple[Ranked, int]]
+
+
+def _cut_by_kl(source: Source, weight: float, kl: float | None, options: Options) -> _CutByKl | None:
+    if kl is None:
+        return None
+    ranking = ranked(source, None, options)
+    by_kl = chosen_by_kl(ranking, kl, source, weight)
+    kept = {one.module.name: (one, k) for one, k in zip(ranking.modules, by_kl.ranks, strict=True)}
+    return _CutByKl(by_kl, kept)
+
+
+def _part(source: Source, module: Module, weight: float, cuts: _CutByKl | None) -> Part:
     a, b = (of.copy() for of in factors(source, module))
+    if cuts:
+        one, k = cuts.kept[module.name]
+        a, b, *_ = cut(one, a, b, k, by_task=True)
+        return Part(a, b, weight, np.ones(len(a)))
     products = module.update.products
     return Part(a, b, weight, np.repeat([one.scaling for one in products], [one.rank for one in products]))
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from msplora_analysis.compute.choose import Choice, Cut, below_kl
+from msplora_analysis.compute.choose import Choice, Cut
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Options
-from msplora_analysis.write.directions import RECORD, Kept, Ranking, cut, predicted_kl, ranked
+from msplora_analysis.write.directions import Kept, Ranking, chosen_by_kl, cut, predicted_kl, ranked
 from msplora_analysis.write.source import Source, factors, find_adapter, open_source, warn_of
 from msplora_analysis.write.write import (
     as_pair,
@@ -111,7 +111,7 @@ def compressed(
     found = find_adapter(adapter)
     with new_folder(out, found.file, overwrite) as folder, open_source(found, options) as source:
         ranking = ranked(source, weights, options)
-        by_kl = _below_kl(ranking, choice.kl, source) if choice.kl is not None else None
+        by_kl = chosen_by_kl(ranking, choice.kl, source) if choice.kl is not None else None
         costs, full = ([getattr(one, name) for one in ranking.modules] for name in ("cost", "rank"))
         ranks = by_kl.ranks if by_kl else choice.ranks(ranking.counted(), full, costs)
         if not any(ranks):
@@ -133,14 +133,6 @@ def compressed(
         write_adapter(folder, pairs, chosen, source, table)
     warn_of(source)
     return Compressed(table, source, chosen, ranking.by_task, by_kl, ranking.regression)
-
-
-def _below_kl(ranking: Ranking, kl: float, source: Source) -> Cut:
-    scores = ranking.scores()
-    if scores is None or not scores:
-        what = "moments without scores" if any(one.weights for one in ranking.modules) else "no moments"
-        raise AnalysisError(f"{source.adapter.file}: kl={kl:g} needs scores, and it has {what}; {RECORD}", "kl")
-    return below_kl(scores, [one.cost for one in ranking.modules], kl, ranking.draws)
 
 
 def _table(ranking: Ranking, kept: list[Kept]) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from adapters import lora_config, lora_tensors, write_adapter
+from moment_cases import lora_factors, random_tokens, write_moments
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -177,3 +178,41 @@ def test_the_command_merges_and_says_what(three, tmp_path):
     assert str(tmp_path / "out") in done.stdout
     expected = sum(w * dense(path, 2.0) for w, path in zip([1, 0.5, 2], three, strict=True))
     np.testing.assert_allclose(dense(tmp_path / "out"), expected, atol=1e-4)
+
+
+def test_kl_cuts_each_part_by_its_own_task(tmp_path):
+    paths, names = [], ("layer.0.query", "layer.1.query")
+    for seed in (1, 2):
+        tensors = lora_tensors(*names, rank=3, rows=9, cols=8, seed=seed)
+        folder = write_adapter(tmp_path / f"{seed}", tensors, lora_config(r=3, lora_alpha=6))
+        tokens = {name: random_tokens(9, 8, seed=10 * seed + i) for i, name in enumerate(names)}
+        write_moments(folder, lora_factors(tensors), tokens)
+        paths.append(folder)
+    kl = 0.2 * ma.compress(paths[0], tmp_path / "least", rank=1).attrs["predicted_kl"]
+    table = ma.merge(paths, tmp_path / "out", method="cat", weights=[1, 0.5], kl=kl)
+    assert max(table.attrs["predicted_kl"]) <= kl
+    assert table["rank"].sum() < 12
+    # a half of an adapter costs a quarter
+    cuts = [ma.compress(path, tmp_path / f"cut{i}", kl=kl * 4**i) for i, path in enumerate(paths)]
+    assert table["rank"].sum() == sum(cut["rank"].sum() for cut in cuts)
+    np.testing.assert_allclose(
+        table.attrs["predicted_kl"], [cut.attrs["predicted_kl"] / 4**i for i, cut in enumerate(cuts)], rtol=1e-6
+    )
+    ma.merge([tmp_path / "cut0", tmp_path / "cut1"], tmp_path / "both", method="cat", weights=[1, 0.5])
+    whole = tmp_path / "both", tmp_path / "out"
+    for name in names:
+        assert ma.relate(*whole).set_index("name").loc[name, "norm_difference"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "cat", "kl": 0.1}, "/0/adapter_model.*kl=0.1 needs scores, and it has no moments.*msplora-measure"),
+        ({"method": "svd", "kl": 0.1}, "give method=cat"),
+        ({"method": "cat", "kl": 0.0}, "above 0"),
+        ({"method": "cat", "kl": 0.1, "rank": 2}, "give one of"),
+    ],
+)
+def test_kl_says_what_it_needs(three, settings, told):
+    with pytest.raises(ma.AnalysisError, match=told):
+        merged(three, **settings)

@@ -21,12 +21,16 @@ class Part(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """rank, energy: of the result. density: the share of entries that is kept. seed: of what is drawn."""
+    """rank, energy: of the result. density: the share of entries that is kept. seed: of what is drawn.
+
+    kl: what each part's task may lose; the parts are cut by it before they are merged.
+    """
 
     rank: int | None = None
     energy: float | None = None
     density: float = 0.5
     seed: int = 0
+    kl: float | None = None
 
 
 class Method(NamedTuple):
