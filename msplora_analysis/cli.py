@@ -13,11 +13,16 @@ from typer.core import TyperGroup
 
 from msplora_analysis.commands.shared.declaring import all_commands
 from msplora_analysis.commands.shared.terminal import end_cleanly, with_options
+from msplora_analysis.commands.shared.values import without_pydantic
 from msplora_analysis.errors import AnalysisError, printable
 
 
 class _Commands(TyperGroup):
     """The commands; a path in the place of a command is one to advise on."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        without_pydantic(self.get_params(ctx))
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         first = args[0]
@@ -59,8 +64,7 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         no_args_is_help=True,
-        # Without a value here, `COMMAND --help` makes typer import pydantic to check that none is given.
-        context_settings={"default_map": {"help": False}, "token_normalize_func": _with_dashes},
+        context_settings={"token_normalize_func": _with_dashes},
         callback=_options,
     )
     for command in all_commands():

@@ -6,10 +6,10 @@ from enum import Enum
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.commands.shared.values import PlainCommand
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import NO_MOMENTS, Execution, Options
 
@@ -24,7 +24,7 @@ class Claim(str, Enum):
     tasks = "tasks"
 
 
-class _Several(TyperCommand):
+class _Several(PlainCommand):
     """``--with`` takes all paths up to the next option, so that a shell's pattern may stand there."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

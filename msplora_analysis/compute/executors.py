@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,8 @@ def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
             finally:
                 executor.shutdown(wait=False)  # the cluster forgets what is not done
     elif workers > 1:
+        from concurrent.futures import ProcessPoolExecutor  # one process needs none of it
+
         # A copy of this process starts at once, but only one without threads may be copied.
         method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
         context = multiprocessing.get_context(method)

@@ -11,8 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -155,7 +154,7 @@ def _in_order(
 def _result(pieces: list[Piece], future: Future[Results[T]]) -> Iterator[tuple[Piece, T | Failure]]:
     try:
         yield from zip(pieces, future.result(), strict=True)
-    except BrokenProcessPool:
+    except BrokenExecutor:
         message = "a worker process died (out of memory?); workers=1 needs the least memory"
         raise AnalysisError(message, "workers") from None
 

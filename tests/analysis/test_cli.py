@@ -67,7 +67,7 @@ def imported(code: str, names: str, *args: object) -> str:
 
 
 def test_the_package_and_help_import_nothing_heavy():
-    names = f"{HEAVY} {LIGHT}"
+    names = f"{HEAVY} {LIGHT} pydantic"
     assert imported("import msplora_analysis", names) == ""
     assert imported("import msplora_analysis.cli", names) == ""
     for command in ([], ["spectra"], ["figures"]):
@@ -76,7 +76,24 @@ def test_the_package_and_help_import_nothing_heavy():
 
 def test_spectra_imports_neither_torch_nor_plots(runs, tmp_path):
     for options in ([], ["--format", "csv"], ["--workers", 2]):
-        assert imported(MAIN, f"{HEAVY} pandas", "spectra", runs, "--out", tmp_path / "out", *options) == ""
+        assert imported(MAIN, f"{HEAVY} pandas pydantic", "spectra", runs, "--out", tmp_path / "out", *options) == ""
+
+
+def test_check_of_one_adapter_imports_no_library_but_numpy_and_rich(tmp_path):
+    adapter = write_adapter(tmp_path / "a", lora_tensors("layer.0.q"))
+    names = f"{HEAVY} pandas pyarrow safetensors pydantic"
+    assert imported(MAIN, names, "check", adapter, "--for", "peft") == ""
+
+
+def test_values_that_typer_itself_must_look_at_are_still_refused(runs, tmp_path, capsys, monkeypatch):
+    for option, value, words in (
+        ("--format", "xls", "'xls' is not one of"),
+        ("--workers", "0", "greater than or equal to 1"),
+        ("--workers", "two", "valid integer"),
+        ("--top-k", "-3", "greater than or equal to 1"),
+    ):
+        status, _, stderr = run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "out", option, value)
+        assert (status, words in stderr, option in stderr) == (2, True, True)
 
 
 def test_lazy_names():

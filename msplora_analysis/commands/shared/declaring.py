@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
 from msplora_analysis import commands
+from msplora_analysis.commands.shared.values import PlainCommand
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
@@ -21,7 +21,7 @@ class Command(NamedTuple):
     function: Callable[..., None]
     summary: str
     examples: tuple[str, ...]
-    kind: type[TyperCommand] | None
+    kind: type[PlainCommand]
 
     def add_to(self, app: typer.Typer) -> None:
         examples = "".join(f"  {example}\n" for example in self.examples)
@@ -33,7 +33,7 @@ _DECLARED: dict[str, Command] = {}  # module -> its command
 
 
 def command(
-    summary: str, *, examples: tuple[str, ...], kind: type[TyperCommand] | None = None
+    summary: str, *, examples: tuple[str, ...], kind: type[PlainCommand] = PlainCommand
 ) -> Callable[[_Function], _Function]:
     """Make a function the command of its module.
 
