@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/msplora-analyze spectra $(DEMO)/runs --out $(DEMO)/tables --format csv
 	$(BIN)/msplora-analyze figures $(DEMO)/runs --out $(DEMO)/figures
 	$(BIN)/msplora-measure moments $(DEMO)/runs/lora-8 --examples 256
-	$(BIN)/msplora-measure ablate $(DEMO)/runs/lora-8 --out $(DEMO)/runs/lora-8/checkpoint-270
+	$(BIN)/msplora-measure ablate $(DEMO)/runs/lora-8
 	$(BIN)/msplora-analyze advise $(DEMO)/runs/lora-8
 	@echo "Figures: $(abspath $(DEMO))/figures   Tables: $(abspath $(DEMO))/tables"
 

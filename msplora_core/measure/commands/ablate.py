@@ -13,7 +13,7 @@ from msplora_core.measure.commands.shared import Adapter, BatchSize, DataDir, Mo
 from msplora_core.run.console import quiet_libraries, stopped
 
 EXAMPLES = (
-    "msplora-measure ablate runs/cola/checkpoint-2144 --out runs/cola/checkpoint-2144",
+    "msplora-measure ablate runs/cola",
     "msplora-measure ablate runs/cola --ranks 1,2,4,8 --out ablation --format csv",
     "msplora-measure ablate adapter --model FacebookAI/roberta-base --task mrpc --data-dir glue --out ablation",
 )
@@ -21,9 +21,7 @@ EXAMPLES = (
 
 def ablate(
     adapter: Adapter,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the table; the adapter's own, for figures and advise to find it.")
-    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the table.  [default: the adapter's own]")] = None,
     data_dir: DataDir = None,
     model: Model = None,
     task: Task = None,
@@ -47,7 +45,7 @@ def ablate(
 
         if format not in FORMATS:
             raise TrainingError(f"format={format}: expected one of {', '.join(FORMATS)}")
-        if out.exists() and not out.is_dir():
+        if out is not None and out.exists() and not out.is_dir():
             raise TrainingError(f"out={out}: is a file; expected a folder")
         subject = load_subject(adapter, data_dir=data_dir, model=model, task=task)
         with tqdm(desc="Ablating", unit="pass", disable=not sys.stderr.isatty()) as bar:
@@ -57,7 +55,7 @@ def ablate(
                 bar.update(done - bar.n)
 
             path = ablate_to(
-                out,
+                out or subject.adapter,
                 subject,
                 ranks=chosen,
                 format=format,
@@ -68,7 +66,7 @@ def ablate(
     except ModuleNotFoundError as error:
         raise TrainingError(f"measuring needs the package {error.name}; run: pip install 'msplora[train]'") from error
     except KeyboardInterrupt as stop:
-        raise stopped(stop, f"the same command goes on from what is measured in {out}") from None
+        raise stopped(stop, "the same command goes on from what was measured") from None
     print(path)
 
 
