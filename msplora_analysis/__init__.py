@@ -24,6 +24,7 @@ from msplora_core.version import __version__ as __version__
 
 # For type checkers, and below for Python: a new name needs a line in both, which a test compares.
 if _typing.TYPE_CHECKING:
+    from msplora_analysis.ask.nulls import load_nulls as load_nulls
     from msplora_analysis.ask.results.summary import load_results as load_results
     from msplora_analysis.interface import advise as advise
     from msplora_analysis.interface import compare as compare
@@ -31,8 +32,10 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.live.callback import SpectraCallback as SpectraCallback
     from msplora_analysis.show.figures import draw_figures as draw_figures
     from msplora_analysis.show.figures import write_figures as write_figures
+    from msplora_analysis.show.figures.joint_basis import plot_joint_basis as plot_joint_basis
     from msplora_analysis.show.figures.layers_share import plot_layers_share as plot_layers_share
     from msplora_analysis.show.figures.metric_against_rank import plot_metric_against_rank as plot_metric_against_rank
+    from msplora_analysis.show.figures.nulls import plot_nulls as plot_nulls
     from msplora_analysis.show.figures.predicted_against_measured import (
         plot_predicted_against_measured as plot_predicted_against_measured,
     )
@@ -65,6 +68,7 @@ _MODULES = {
     "extract": "write.extract",
     "load_ablation": "tables.ablation",
     "load_metrics": "tables.load",
+    "load_nulls": "ask.nulls",
     "load_pairs": "tables.pairs",
     "load_redundancy": "tables.pairs",
     "load_results": "ask.results.summary",
@@ -72,6 +76,8 @@ _MODULES = {
     "load_spectra": "tables.load",
     "load_tables": "tables.load",
     "plot_layers_share": "show.figures.layers_share",
+    "plot_joint_basis": "show.figures.joint_basis",
+    "plot_nulls": "show.figures.nulls",
     "merge": "write.merge",
     "plot_metric_against_rank": "show.figures.metric_against_rank",
     "plot_predicted_against_measured": "show.figures.predicted_against_measured",

@@ -26,11 +26,15 @@ _SHOWN = {  # column -> its header on the terminal
 }
 
 
+_KINDS = ("adjacent", "across", "same_layer")
+
+
 @command(
     "Write tables: what layers share (spectra, directions), and how decoupled scales are.",
     examples=(
         "msplora-analyze redundancy runs/cola --out tables",
         "msplora-analyze redundancy runs --out tables --top-k 4 --format csv",
+        "msplora-analyze redundancy runs/cola/lora-8 --out tables --nulls --figure png    # of three seeds or more",
     ),
 )
 def redundancy(
@@ -49,6 +53,17 @@ def redundancy(
         bool,
         typer.Option("--details", help="Add columns: places, K, and chance on either side with its deviation."),
     ] = False,
+    nulls: Annotated[
+        bool,
+        typer.Option(
+            "--nulls", help="Beside null models too: other seeds, random directions, layers rotated at random."
+        ),
+    ] = False,
+    figure: Annotated[
+        list[arguments.FigureFormat] | None,
+        typer.Option(metavar="pdf|png|svg", help="Also draw the null models; may be repeated.", show_default=False),
+    ] = None,
+    style: arguments.StyleOption = None,
     format: arguments.Format = arguments.TableFormat.parquet,
     workers: arguments.Workers = None,
     dask: arguments.Dask = None,
@@ -61,8 +76,17 @@ def redundancy(
 
     Makes DIR/pairs.FORMAT (one row per pair of layers: divergences of their spectra, overlap of their singular
     directions beside what chance gives, cosine) and, for MSPLoRA, DIR/scales.FORMAT (one row per layer and pair of
-    scales); prints means of the last checkpoint of each run.
+    scales); prints means of the last checkpoint of each run. With --nulls, are layers redundant? It holds what they
+    share against runs of another seed, at the last checkpoints, and makes DIR/nulls, nulls_pairs and joint.FORMAT.
     """
+    if figure and not nulls:
+        raise AnalysisError("--figure draws the null models: add --nulls")
+    if style is not None:
+        from msplora_analysis.show.drawing.venues import style_of
+
+        style_of(style)
+        if not figure:
+            raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
     arguments.make_folder(out)
     from msplora_analysis.tables.files import write_table
     from msplora_analysis.tables.pair_means import summary
@@ -79,8 +103,25 @@ def redundancy(
     written = [out / f"{name}.{format.value}" for name in Tables._fields]
     for table, path in zip(tables, written, strict=True):
         write_table(table, path)
+    found = None
+    if nulls:
+        from msplora_analysis.ask.nulls import read_nulls
+
+        with terminal.progress_bar("Null models") as progress:
+            found = read_nulls(paths, options, progress)
+        for table, name in zip(found, ("nulls", "nulls_pairs", "joint"), strict=True):
+            written.append(out / f"{name}.{format.value}")
+            write_table(table, written[-1])
+        if figure:
+            from msplora_analysis.show.figures import joint_basis
+            from msplora_analysis.show.figures import nulls as null_models
+
+            for plot in (*null_models.plots(found.summary), *joint_basis.plots(found.joint)):
+                written += plot.write(out, [kind.value for kind in figure], style)
     with terminal.closed_pipe_ignored():
         _print(summary(tables.pairs, tables.scales))
+        if found is not None:
+            _print_nulls(found.summary, found.joint)
         terminal.print_paths(written)
 
 
@@ -98,3 +139,32 @@ def _print(means: pd.DataFrame) -> None:
                 for row in rows_of(rows)
             ]
             console.print(terminal.plain_table(["between", "pairs", *_SHOWN.values()], cells), end="\n\n")
+
+
+def _print_nulls(table: pd.DataFrame, joint: pd.DataFrame) -> None:
+    from rich.markup import escape
+
+    heads = ("part", "measure", "neighbours,\none run", "neighbours,\ntwo runs", "one layer,\ntwo runs", "by\nchance")
+    with terminal.printed_whole() as console:
+        for method, rows in table.groupby("method", sort=False):
+            first = rows_of(rows)[0]
+            console.print(f"[bold]{escape(str(method))}[/bold]: {first['runs']} runs, tasks: {first['tasks']}")
+            cells = []
+            for row in rows_of(rows):
+                values = ["-" if math.isnan(row[n]) else f"{row[n]:.3f}" for n in (*_KINDS, "chance", "normalised")]
+                if not math.isnan(row["low"]):
+                    values[-1] += f" ({row['low']:.2f}, {row['high']:.2f})"
+                cells.append([row["part"], row["measure"], *values])
+            console.print(terminal.plain_table([*heads, "of what one\nlayer shares"], cells), end="\n\n")
+            mine = joint[joint["method"] == method].groupby(["part", "energy"], sort=False)
+            sums = rows_of(mine[["joint", "rotated", "separate"]].sum().reset_index())
+            cells = [
+                [
+                    row["part"],
+                    f"{row['energy']:.0%}",
+                    *(f"{row['joint'] / row[n]:.3f}" for n in ("rotated", "separate")),
+                ]
+                for row in sums
+            ]
+            by = ["part", "energy", "one basis /\nrotated layers", "one basis /\na pair each"]
+            console.print(terminal.plain_table(by, cells), end="\n\n")

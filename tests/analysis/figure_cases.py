@@ -123,7 +123,7 @@ KINDS = {
     "metric_against_rank": lambda layers: partial(figures.plot_metric_against_rank, ablation_of(layers)),
     "predicted_against_measured": lambda layers: partial(figures.plot_predicted_against_measured, ablation_of(layers)),
     "relations": lambda layers: partial(figures.plot_relations, relations_of(layers)),
-    "comparison": lambda layers: partial(figures.comparison_with_intervals, comparison_table()),
+    "comparison": lambda layers: partial(figures.plot_comparison, comparison_table()),
 }
 
 

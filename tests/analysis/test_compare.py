@@ -20,7 +20,7 @@ from msplora_analysis.ask.comparison.uncertainty import adjacent_test
 from msplora_analysis.cli import app
 from msplora_analysis.compute.measures.divergence import jensen_shannon, kl
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.show.figures.comparison import comparison_with_intervals
+from msplora_analysis.show.figures.comparison import plot_comparison
 from msplora_analysis.show.figures.rank_needed import plots, rank_needed_map
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.matrices import prepare
@@ -140,7 +140,7 @@ def test_few_runs_cannot_decide_and_say_so_in_one_line() -> None:
         expected = f"A − B, {what}: so few cannot decide. Six pairs of runs can: train more seeds of both."
         assert verdict(result) == expected
         assert "cannot decide whether it is more than chance" in next(sentences(result))
-        comparison_with_intervals(result)
+        plot_comparison(result)
 
 
 def test_unequal_numbers_of_values_have_no_verdict() -> None:
@@ -386,13 +386,13 @@ def test_figures_of_a_comparison(stored: Path) -> None:
     spectra = pd.read_csv(stored)
     parts = [spectra[spectra["run"].str.contains(f"/{name}/")] for name in ("msplora", "lora")]
     result = compare(Side("A", parts[0]), Side("B", parts[1]))
-    ax, _ = comparison_with_intervals(result).axes
+    ax, _ = plot_comparison(result).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["KL, as Figure 4", "KL, ranks matched"]
     ends = sorted(float(x) for line in ax.lines for x in line.get_xdata() if len(line.get_xdata()) == 2)
     shown = result[(result["question"] == "difference") & result["measure"].str.startswith("kl")]
     assert set(shown["low"]) | set(shown["high"]) <= set(ends)
     with pytest.raises(AnalysisError, match="no differences"):
-        comparison_with_intervals(result[result["question"] != "difference"])
+        plot_comparison(result[result["question"] != "difference"])
 
 
 @pytest.mark.parametrize("layers", [6, 32])

@@ -20,6 +20,7 @@ from msplora_analysis.tables.files import read_spectra
 from msplora_analysis.tables.gather import stored_pairs, table_at
 from msplora_analysis.tables.load import read_tables
 from msplora_analysis.tables.matrices import method_labels, prepare
+from msplora_analysis.tables.nulls import read_run, same_layer
 from msplora_analysis.tables.pairs import redundancy_of
 
 
@@ -45,7 +46,7 @@ def load_sides(
     for side, adapters in loaded:
         if adapters:
             pairs, _ = redundancy_of(adapters_at(adapters, epoch), reading, quietly, details=True, say=False)
-            side = replace(side, pairs=pairs)
+            side = replace(side, pairs=pairs, same_layer=_same_layer(side, adapters_at(adapters, epoch), reading))
         sides.append(side)
     if (sides[0].pairs is None) != (sides[1].pairs is None):
         warnings.warn("subspaces are not compared: one of the two is a table without a pairs table", stacklevel=2)
@@ -89,6 +90,8 @@ def told_apart(a: Side, b: Side, called_a: str, called_b: str) -> tuple[Side, Si
     """Both, with what they are called after a label that both have."""
     if a.label != b.label:
         return a, b
+    if called_a == called_b:
+        called_a, called_b = "a", "b"
     return replace(a, label=f"{a.label} ({called_a})"), replace(b, label=f"{b.label} ({called_b})")
 
 
@@ -107,6 +110,21 @@ def _load(
     side = side_of(spectra, method, str(paths[0]), adapters=adapters)
     runs = set(side.spectra["run"])
     return side, [adapter for adapter in adapters if adapter.run in runs]
+
+
+def _same_layer(side: Side, adapters: Sequence[Adapter], options: Options) -> dict[str, float]:
+    """Overlap less chance of one layer in two runs of a task, mean over tasks; empty where that is not known."""
+    task_of = {unit.run: unit.task for unit in side.units or ()}
+    found: dict[str, list[float]] = {}
+    for task in dict.fromkeys(task_of.values()):
+        members = [adapter for adapter in adapters if task_of.get(adapter.run) == task]
+        try:
+            runs = [read_run(adapter, None, options) for adapter in members] if len(members) > 1 else []
+        except AnalysisError:  # an update that is no product of factors
+            return {}
+        for name, value in same_layer(runs, options.top_k).items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _rank(spectra: pd.DataFrame) -> int:

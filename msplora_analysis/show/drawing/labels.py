@@ -17,6 +17,8 @@ LABELS = {one.name: one.axis for one in measures("metrics")} | {
     "overlap": "subspace overlap",
     "overlap_in": "overlap, input side",
     "overlap_out": "overlap, output side",
+    "shared_in": "shared energy, input side",
+    "shared_out": "shared energy, output side",
     "overlap_difference": "difference of overlap beyond chance",
     "cosine": "cosine of updates",
     "effective_rank_over_r": "effective rank / rank",

@@ -13,6 +13,7 @@ from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
+from msplora_analysis.tables.matrices import choose
 from msplora_analysis.tables.rows import rows_of
 
 _NAMES = {"kl": "KL, as Figure 4"} | {name: LABELS[name] for name in ("kl_matched", "js", "overlap_in", "overlap_out")}
@@ -24,17 +25,25 @@ _FAMILIES = {
 _PAIRS = {"all": ("all pairs", "o"), "adjacent": ("adjacent layers", "s")}
 
 
-def comparison_with_intervals(comparison: pd.DataFrame, *, style: str | None = None) -> Figure:
+def plot_comparison(
+    comparison: pd.DataFrame, *, family: str | None = None, ax: Axes | None = None, style: str | None = None
+) -> Axes | Figure:
     """Difference between two methods of each measure, a − b, with its interval; filled where the data decide.
 
-    `comparison` is the table of `msplora_analysis.compare`. Divergences and overlaps have an axis each.
+    `comparison` is the table of `msplora_analysis.compare`. KL, JS and overlaps have a panel each. With `ax`, that of
+    one `family` ("kl", "js" or "overlap") is drawn there, and `ax` returned.
     """
     for plot in plots(comparison, None):
-        return draw(plot.numbers, style)
+        if ax is None:
+            return draw(plot.numbers, style)
+        there = [name for name in _FAMILIES if plot.numbers["measure"].str.startswith(name).any()]
+        family = choose("family", family, there)
+        _panel(ax, plot.numbers[plot.numbers["measure"].str.startswith(family)], _FAMILIES[family])
+        return ax
     raise AnalysisError("the comparison table holds no differences: pass what compare returns")
 
 
-@plots_of(comparison_with_intervals, order=10, needs="comparison", name="comparison")
+@plots_of(plot_comparison, order=10, needs="comparison", name="comparison")
 def plots(comparison: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     rows = comparison[comparison["question"] == "difference"]
     if rows["k_a"].eq(rows["k_b"]).all():
