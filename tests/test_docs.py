@@ -18,11 +18,13 @@ import msplora_analysis.cli
 import msplora_core
 import msplora_core.cli
 import msplora_core.measure.cli
+from msplora_analysis.ask import nulls
 from msplora_analysis.ask.comparison import compare
 from msplora_analysis.ask.findings import KINDS, base
 from msplora_analysis.ask.results import summary
 from msplora_analysis.compute.measures import registry
 from msplora_analysis.tables import columns as spectra_columns
+from msplora_analysis.tables import nulls as null_tables
 from msplora_analysis.tables import pairs as load
 from msplora_analysis.write import share
 from msplora_core.measure.ablation import ablate
@@ -193,6 +195,12 @@ def test_pairs_and_scales_are_documented(redundancy: Any) -> None:
     assert documented("scales").keys() == load.SCALES.keys() | load.SCALES_TASK.keys() | load.DETAILS.keys()
 
 
+def test_null_models_are_documented() -> None:
+    assert documented("nulls") == nulls.COLUMNS
+    assert documented("nulls_pairs") == null_tables.PAIRS
+    assert documented("joint") == null_tables.JOINT
+
+
 def test_comparison_findings_and_results_are_documented() -> None:
     assert documented("comparison") == compare.COLUMNS
     assert documented("findings") == {name: {"Float64": "Int64"}.get(kind, kind) for name, kind in base.COLUMNS.items()}
@@ -243,7 +251,7 @@ def test_numbers_of_figures_are_documented(redundancy: Any, ablation: pd.DataFra
         )
         seen.add(files)
         assert set(re.findall(r"`(\w+)`", rows[files])) == {*plot.numbers.columns} - common, plot.stem
-    assert {files for files in rows if not re.search("comparison|layers_share", files)} == seen
+    assert {files for files in rows if not re.search("comparison|layers_share|nulls|joint", files)} == seen
 
 
 # What the pages say of the code
