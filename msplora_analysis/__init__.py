@@ -29,6 +29,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.interface import advise as advise
     from msplora_analysis.interface import compare as compare
     from msplora_analysis.interface import diagnose as diagnose
+    from msplora_analysis.interface import load_ablation as load_ablation
     from msplora_analysis.live.callback import SpectraCallback as SpectraCallback
     from msplora_analysis.show.figures import draw_figures as draw_figures
     from msplora_analysis.show.figures import write_figures as write_figures
@@ -42,7 +43,6 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.show.figures.relations import plot_relations as plot_relations
     from msplora_analysis.show.figures.what_carries import plot_what_carries as plot_what_carries
     from msplora_analysis.show.report import report as report
-    from msplora_analysis.tables.ablation import load_ablation as load_ablation
     from msplora_analysis.tables.files import read_spectra as read_spectra
     from msplora_analysis.tables.load import load_metrics as load_metrics
     from msplora_analysis.tables.load import load_spectra as load_spectra
@@ -66,7 +66,7 @@ _MODULES = {
     "draw_figures": "show.figures",
     "export": "write.concatenate",
     "extract": "write.extract",
-    "load_ablation": "tables.ablation",
+    "load_ablation": "interface",
     "load_metrics": "tables.load",
     "load_nulls": "ask.nulls",
     "load_pairs": "tables.pairs",

@@ -21,8 +21,7 @@ from msplora_analysis.options import NO_MOMENTS, Execution, Options, Progress, c
 if TYPE_CHECKING:
     import pandas as pd
 
-    from msplora_analysis.ask.advice.advise import RunAdvice
-    from msplora_analysis.show.notebook import Comparison, Findings
+    from msplora_analysis.show.notebook import Ablation, Advice, Comparison, Findings
 
     Source: TypeAlias = StrPath | Iterable[StrPath] | pd.DataFrame
 
@@ -88,7 +87,7 @@ def advise(
     workers: int | None = 1,
     cache: bool = True,
     progress: Progress | None = None,
-) -> list[RunAdvice]:
+) -> Advice:
     """What to decide on the last checkpoint of each run: did it learn, what rank does it use, which scales to keep?
 
     Args:
@@ -96,9 +95,9 @@ def advise(
         moments: See ``load_tables``, as for all keywords here. Without moments most stays open; the answers say so.
 
     Returns:
-        One for each run: ``answers`` (question, answer, evidence, sure, command, value), the table ``ranks`` (rank,
-        parameters, megabytes, energy, task_energy, predicted_kl, kl, metric, metric_change, low, high), the table
-        ``scales``, the ``rank`` that is enough (None: not known), ``config`` (to paste, or None).
+        A list, one for each run: ``answers`` (question, answer, evidence, sure, command, value), the table ``ranks``
+        (rank, parameters, megabytes, energy, task_energy, predicted_kl, kl, metric, metric_change, low, high), a table
+        ``scales``, and the ``rank`` that is enough (None: not known).
 
     Raises:
         AnalysisError: the input cannot be used.
@@ -108,9 +107,33 @@ def advise(
         >>> advice.rank, advice.ranks[["rank", "predicted_kl"]]
     """
     from msplora_analysis.ask.advice.gather import advise_all
+    from msplora_analysis.show.notebook import Advice
 
     options = Options(ignore_unknown, semantics, moments=moments)
-    return advise_all(as_paths(paths), options, Execution(workers, None, cache, progress))
+    return Advice(advise_all(as_paths(paths), options, Execution(workers, None, cache, progress)))
+
+
+def load_ablation(paths: StrPath | Iterable[StrPath]) -> Ablation:
+    """The tables of ``msplora-measure ablate`` at and under ``paths``, one row for each cut.
+
+    Args:
+        paths: Files ``ablation.parquet`` or ``ablation.csv``, or folders that hold some at any depth, such as runs.
+
+    Returns:
+        Columns run, step, task, metric_name (of what: from ablation.json beside the table; step, task and metric_name
+        are empty without it); cut, what, rank, parameters, metric, metric_change, low, high, kl, predicted_kl, loss.
+
+    Raises:
+        AnalysisError: there is none, or one is something else.
+
+    Example:
+        >>> ablation = ma.load_ablation("runs/cola")
+        >>> ablation[ablation["cut"] == "layer"].nlargest(3, "kl")
+    """
+    from msplora_analysis.show.notebook import Ablation
+    from msplora_analysis.tables.ablation import load_ablation
+
+    return Ablation(load_ablation(paths))
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""What Jupyter shows: findings by kind, a comparison in sentences.
+"""What Jupyter shows: findings by kind, a comparison in sentences, advice as answers, an ablation cut by cut.
 
 The tables are pandas DataFrames. A selection of rows shows itself in the same way; one of columns as any table does.
 """
@@ -11,11 +11,15 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
+from msplora_analysis.ask.advice.advise import Answer, RunAdvice
+from msplora_analysis.ask.advice.tell import RANK_HEADERS, rank_cells, title
 from msplora_analysis.errors import printable
+from msplora_analysis.tables.ablation import each_adapter
 from msplora_analysis.tables.labels import when, where
 from msplora_analysis.tables.rows import rows_of
 
 _PLACES = 3  # of each kind of finding, that are shown
+_CUTS = 6  # of each kind, that are shown
 _SYMBOLS = {"error": "✖", "warning": "⚠", "info": "ℹ"}
 
 
@@ -32,8 +36,7 @@ class _Table(pd.DataFrame):
         if not self._shown <= set(self.columns):
             html: str | None = super()._repr_html_()  # type: ignore[misc]  # the stubs leave it out
             return html
-        # The classes keep MathJax from a name that holds dollar signs.
-        return f'<div class="tex2jax_ignore mathjax_ignore">{self._view()}</div>'
+        return _text_alone(self._view())
 
     def _view(self) -> str:
         raise NotImplementedError
@@ -114,6 +117,70 @@ class Comparison(_Table):
         return f"<p>{_text(self.verdict)}</p>{table}<details><summary>in sentences</summary><ul>{said}</ul></details>"
 
 
+class Ablation(_Table):
+    """The ablations of ``load_ablation``."""
+
+    _shown = frozenset(
+        {"run", "step", "metric_name", "cut", "what", "rank", "parameters", "metric", "metric_change"}
+    ) | {*("low", "high", "kl", "predicted_kl")}
+
+    def _view(self) -> str:
+        """Of each adapter the cuts of every kind that cost most; bold where the metric changes beyond chance."""
+        return "".join(self._of_one(name, table) for name, table in each_adapter(self))
+
+    @staticmethod
+    def _of_one(name: str, table: pd.DataFrame) -> str:
+        known = table["metric_name"].iloc[0]
+        metric = "metric" if pd.isna(known) else str(known).replace("_", " ")
+        rows = []
+        for kind, cuts in table[table["cut"] != "none"].groupby("cut", sort=False):
+            most = cuts if str(kind).startswith("rank") else cuts.sort_values("kl", ascending=False)
+            for row in rows_of(most.head(_CUTS)):
+                what = row["what"] if pd.isna(row["rank"]) else f"every module to rank {row['rank']}"
+                change = f"{row['metric_change']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+                sure = f"<b>{change}</b>" if row["low"] > 0 or row["high"] < 0 else change
+                numbers = (f"{row['parameters']:,}", sure, *(_number(row[kl]) for kl in ("kl", "predicted_kl")))
+                rows.append((_text(str(kind).replace("_", " ")), _text(what), *numbers))
+            if (more := len(cuts) - _CUTS) > 0:
+                rows.append((_text(kind), f"and {more} more that cost less", "", "", "", ""))
+        head = ("cut", "what", "parameters left", f"{_text(metric)}: change", "KL", "predicted KL")
+        whole = [
+            f"{_text(metric)} {_number(value)} with all of it" for value in table[table["cut"] == "none"]["metric"]
+        ]
+        said = ": ".join([f"<b>{_text(name)}</b>"] * bool(name) + whole)
+        return f"<p>{said}</p>" + (_grid(head, rows) if rows else "")
+
+
+class Advice(list[RunAdvice]):
+    """The advice of ``advise``, one for each run."""
+
+    def __repr__(self) -> str:
+        said = ([title(of), *(f"{one.question} {one.answer}" for one in of.answers)] for of in self)
+        return "\n\n".join("\n".join(map(printable, lines)) for lines in said)
+
+    def _repr_html_(self) -> str:
+        return _text_alone("".join(map(_advice, self)))
+
+
+def _advice(advice: RunAdvice) -> str:
+    """The answers with their evidence, and the table of ranks."""
+    headers = [header.replace("\n", " ") for header in RANK_HEADERS]
+    ranks = _grid(headers, ([_text(cell) for cell in row] for row in rank_cells(advice.ranks)))
+    return f"<p><b>{_text(title(advice))}</b></p>" + "".join(map(_answer, advice.answers)) + ranks
+
+
+def _answer(answer: Answer) -> str:
+    said = [f"{_text(answer.question)} <b>{_text(answer.answer)}</b>"]
+    said += [_text(line) for line in (answer.evidence, answer.sure) if line]
+    said += [f"<code>{_text(answer.command)}</code>"] if answer.command else []
+    return f"<p>{'<br>'.join(said)}</p>"
+
+
+def _text_alone(html: str) -> str:
+    """The classes keep MathJax from a name that holds dollar signs."""
+    return f'<div class="tex2jax_ignore mathjax_ignore">{html}</div>'
+
+
 def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of cells that are HTML already; text is aligned left, which Jupyter does not do by itself."""
     left = 'style="text-align: left; vertical-align: top"'
@@ -124,6 +191,10 @@ def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _text(value: object) -> str:
     return escape(printable(str(value)))
+
+
+def _number(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:.3g}"
 
 
 def _place(row: dict[str, Any]) -> str:

@@ -33,21 +33,10 @@ _TEXTS = {"task": "task", "metric_name": "metric"}
 
 
 def load_ablation(paths: StrPath | Iterable[StrPath]) -> pd.DataFrame:
-    """The tables of ``msplora-measure ablate`` at and under ``paths``, one row for each cut.
-
-    Args:
-        paths: Files ``ablation.parquet`` or ``ablation.csv``, or folders that hold some at any depth, such as runs.
-
-    Returns:
-        Columns run, step, task, metric_name (of what: from ablation.json beside the table; step, task and metric_name
-        are empty without it); cut, what, rank, parameters, metric, metric_change, low, high, kl, predicted_kl, loss.
+    """The table of ``ma.load_ablation``.
 
     Raises:
         AnalysisError: there is none, or one is something else.
-
-    Example:
-        >>> ablation = ma.load_ablation("runs/cola")
-        >>> ablation[ablation["cut"] == "layer"].nlargest(3, "kl")
     """
     import pandas as pd
 

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from figure_cases import ablation_of
 
 import msplora_analysis as ma
 from msplora_analysis.ask.comparison.statements import sentences
 from msplora_analysis.ask.findings import KINDS
 from msplora_analysis.ask.findings.base import COLUMNS
 from msplora_analysis.show.drawing.figure import Figure, Figures
-from msplora_analysis.show.notebook import Comparison, Findings
+from msplora_analysis.show.notebook import Ablation, Comparison, Findings
 from msplora_analysis.tables.pairs import load_redundancy
 
 RUNS = Path(__file__).parents[2] / "examples" / "runs"
@@ -233,6 +234,30 @@ def test_an_interval_is_shown_with_its_decision(comparison: Comparison) -> None:
     known = comparison.head(1).assign(low=-0.5, high=0.25, decided=False)
     assert "-0.5 to +0.25no" in Text(known._repr_html_() or "").text
     assert "+0.1 to +0.25yes" in Text(known.assign(low=0.1, decided=True)._repr_html_() or "").text
+
+
+def test_advice_shows_its_answers_and_the_table_of_ranks() -> None:
+    advice = ma.advise(RUNS, cache=False)
+    shown = Text(advice._repr_html_())
+    assert shown.rows == sum(1 + len(one.ranks) for one in advice)
+    for one in advice:
+        assert all(f"{answer.question} {answer.answer}" in shown.text for answer in one.answers)
+    assert "msplora-measure moments" in shown.text
+    assert "What rank does it use? Weights alone do not tell." in repr(advice)
+
+
+def test_an_ablation_shows_the_cuts_that_cost_most() -> None:
+    ablation = Ablation(ablation_of(4))  # 8 modules; later layers cost more
+    shown = Text(ablation._repr_html_() or "")
+    assert "matthews correlation 0.5 with all of it" in shown.text
+    assert "layer.3.self.value" in shown.text
+    assert "layer.0.self.query" not in shown.text
+    assert "and 2 more that cost less" in shown.text
+    assert shown.text.index("rankevery module to rank 1") < shown.text.index("rankevery module to rank 4")
+    assert Text(ablation[ablation["cut"] == "layer"]._repr_html_() or "").rows == 1 + 4
+    assert "b" in shown.tags  # a change beyond chance
+    sure = ablation["high"] < 0
+    assert "<b>" not in (ablation[~sure & (ablation["cut"] != "none")]._repr_html_() or "")
 
 
 def test_a_table_stays_a_table() -> None:

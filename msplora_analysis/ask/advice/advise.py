@@ -6,6 +6,7 @@ open, with the command that would tell it.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -103,10 +104,10 @@ class RunAdvice:
         rank: The rank that is enough; None where that is not known.
     """
 
-    subject: Subject
+    subject: Subject = field(repr=False)
     answers: Sequence[Answer]
-    ranks: pd.DataFrame
-    scales: pd.DataFrame = field(default_factory=pd.DataFrame)
+    ranks: pd.DataFrame = field(repr=False)
+    scales: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
     rank: int | None = None
 
 
@@ -291,8 +292,9 @@ def _moments_command(subject: Subject) -> str:
 
 
 def _path(subject: Subject) -> str:
-    """As a shell takes it: short where the adapter is below the working directory."""
+    """As a shell takes it, from the working directory where that is shorter."""
     folder = str(subject.adapter.file.parent)
-    with suppress(ValueError, OSError):
-        folder = str(Path(folder).relative_to(Path.cwd()))
+    if isinstance(subject.adapter.file, Path):
+        with suppress(ValueError, OSError):  # on another drive; a working directory that is gone
+            folder = min(os.path.relpath(folder), folder, key=len)
     return shlex.quote(folder)
