@@ -105,7 +105,9 @@ def _print_results(results: list[EpochResult], settings: Settings) -> None:
 
     task = get_task(settings.task)
     metric = task.metric
-    best = (max if task.greater_is_better else min)(results, key=lambda result: result.metric)
+    last_cut = max(settings.method.cuts(results[-1].step), default=0)  # what is before is of a higher rank
+    of_rank = [result for result in results if result.step >= last_cut]
+    best = (max if task.greater_is_better else min)(of_rank, key=lambda result: result.metric)
     columns = (Column(name, justify="right") for name in ("epoch", "step", "train loss", "validation loss", metric))
     table = Table(*columns, title="Results", title_justify="left")
     for result in results:

@@ -128,6 +128,17 @@ class Method:
         """What that configuration is made with, besides the options of the method that it has by the same name."""
         return dict(self.switches)
 
+    def cuts(self, steps: int) -> dict[int, int]:
+        """After which steps the rank falls, and to what; for most methods it does not.
+
+        Args:
+            steps: How many the whole training has.
+
+        Raises:
+            TrainingError: a step that the training has not, or cuts that do not follow each other.
+        """
+        return {}
+
     def training(self, model: PeftModel, seed: int) -> Training:
         """What it does while ``model`` is trained; made before the first step, or before a checkpoint is loaded."""
         return Training()
@@ -281,14 +292,6 @@ class AnnealedMethod(RankedMethod):
         return super(AnnealedMethod, replace(self, rank=self.anneal[-1], **how)).filled(recipe)
 
     def cuts(self, steps: int) -> dict[int, int]:
-        """After which steps the rank falls, and to what.
-
-        Args:
-            steps: How many the whole training has.
-
-        Raises:
-            TrainingError: a step that the training has not, or cuts that do not follow each other.
-        """
         last = self.anneal[1:] if self.anneal else []
         given = self.anneal_at or [0.5 * (i + 1) / len(last) for i in range(len(last))]
         at = [round(when * steps) if isinstance(when, float) else when for when in given]

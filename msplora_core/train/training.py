@@ -19,7 +19,7 @@ from msplora_core.data.evaluation import metric_function, sum_token_losses
 from msplora_core.data.loading import load_splits
 from msplora_core.data.tasks import ClassificationTask, InstructionTask, Task, get_task
 from msplora_core.errors import TrainingError
-from msplora_core.methods.base import AnnealedMethod
+from msplora_core.methods.base import AnnealedMethod, Method, Training
 from msplora_core.models import find_model, load_model
 from msplora_core.run import checkpoints, distributed, record
 from msplora_core.train.annealing import Annealing
@@ -99,7 +99,9 @@ def _train(settings: Settings, report: Callable[[str], None], until_end: ExitSta
         data_collator=collator(task, tokenizer),
         compute_metrics=metric_function(task),
         preprocess_logits_for_metrics=sum_token_losses if isinstance(task, InstructionTask) else None,
-        method=Annealing(model, method, cuts) if cuts else method.training(model, settings.seed),
+        method=Annealing(model, method, cuts)
+        if isinstance(method, AnnealedMethod) and cuts
+        else method.training(model, settings.seed),
         head_learning_rate=settings.head_learning_rate,
         weighs_rows=isinstance(task, ClassificationTask),
         base_is_sharded=settings.shard_base,
@@ -140,12 +142,16 @@ def _train(settings: Settings, report: Callable[[str], None], until_end: ExitSta
 
 def _cuts(settings: Settings, examples: int) -> dict[int, int]:
     """After which steps the rank falls, and to what; empty where it does not."""
-    method = settings.method
-    if not isinstance(method, AnnealedMethod) or not method.anneal:
-        return {}
-    if distributed.process_count() > 1:  # DistributedDataParallel holds parameters of one shape
+    cuts = settings.method.cuts(settings.epochs * math.ceil(examples / settings.batch_size))
+    if cuts and distributed.process_count() > 1:  # DistributedDataParallel holds parameters of one shape
         raise TrainingError("anneal: works in one process; start the training without torchrun or accelerate launch")
-    return method.cuts(settings.epochs * math.ceil(examples / settings.batch_size))
+    return cuts
+
+
+def _while_training(method: Method, model: Any, seed: int, cuts: dict[int, int]) -> Training:
+    return (
+        Annealing(model, method, cuts) if isinstance(method, AnnealedMethod) and cuts else method.training(model, seed)
+    )
 
 
 def _cut(entry: dict[str, Any]) -> dict[str, float]:

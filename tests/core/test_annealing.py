@@ -23,6 +23,7 @@ from msplora_analysis.ask.advice.training import course_of
 from msplora_analysis.show.report import report as write_report
 from msplora_analysis.show.watch.following import Run
 from msplora_analysis.tables.checkpoints import newest
+from msplora_core.cli import _print_results
 from msplora_core.errors import TrainingError
 from msplora_core.methods.lora import Lora
 from msplora_core.methods.msplora import MSPLora
@@ -30,7 +31,7 @@ from msplora_core.run import record
 from msplora_core.run.settings import Settings, make_settings
 from msplora_core.train.annealing import Annealing, Pair, best_cut, carry, pairs_of
 from msplora_core.train.trainer import AdapterTrainer
-from msplora_core.train.training import train
+from msplora_core.train.training import EpochResult, train
 
 from .conftest import make_bert
 from .kill_loop import differences
@@ -277,7 +278,7 @@ def test_resuming_gives_the_same_bits(annealed: Annealed, tmp_path: Path) -> Non
     assert record.read(settings.output_dir)["cuts"] == record.read(whole.output_dir)["cuts"]
 
 
-def test_what_a_run_leaves(annealed: Annealed) -> None:
+def test_what_a_run_leaves(annealed: Annealed, capsys: pytest.CaptureFixture[str]) -> None:
     settings, _, lines = annealed
     method, run = settings.method, record.read(settings.output_dir)
     assert isinstance(method, Lora)
@@ -287,6 +288,9 @@ def test_what_a_run_leaves(annealed: Annealed) -> None:
     assert [(cut["step"], cut["to"]) for cut in run["cuts"]] == [*method.cuts(9).items()]
     assert all(0 < cut["kept"] <= 1 for cut in run["cuts"])
     assert sum("cut to" in line for line in lines) == len(run["cuts"])
+    results = [EpochResult(**result) for result in run["results"]]
+    _print_results([replace(results[1], metric=1.0), *results], settings)
+    assert "in epoch 1 " not in capsys.readouterr().out  # which was of a higher rank
 
     last = settings.output_dir / "checkpoint-9"
     base = AutoModelForSequenceClassification.from_pretrained(settings.model)
