@@ -71,14 +71,18 @@ class Plan:
     def rate(self, task: str, method: str) -> float:
         if self.learning_rate is not None:
             return self.learning_rate
-        method = "msplora-8-4-2" if method == "msplora-8-8-8" else method
-        row = "all" if (method, task) == ("lora-8", "cola") else task
-        chosen = {(of["method"], of["task"]): of["learning_rate"] for of in csv.DictReader(CHOSEN.open())}
-        return float(chosen[method, row])
+        return chosen_rate(task, "msplora-8-4-2" if method == "msplora-8-8-8" else method)
+
+
+def chosen_rate(task: str, method: str) -> float:
+    """The searched rate of MiniLM; where the search saw only the majority class, that of all tasks together."""
+    row = "all" if task == "cola" and method in ("lora-8", "lora-5", "dylora") else task
+    chosen = {(of["method"], of["task"]): of["learning_rate"] for of in csv.DictReader(CHOSEN.open())}
+    return float(chosen[method, row])
 
 
 MODELS = {"minilm": Plan(10, None), "smollm2": Plan(3, 1e-3)}
-RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "README.md")
+RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "method_state.pt", "training_args.bin", "README.md")
 
 
 class Run(NamedTuple):
@@ -128,8 +132,9 @@ def in_processes(part: Part, options: argparse.Namespace) -> list[str]:
     with ProcessPoolExecutor(options.jobs, processes) as pool:
         while (waiting and time.monotonic() < end) or running:
             while waiting and len(running) < options.jobs and time.monotonic() < end:
-                running[pool.submit(freeing, part.do, waiting[0], options)] = waiting[0]
-                waiting.pop(0)
+                run = waiting.pop(0)
+                if not part.is_done(run, options):  # by another call of this script beside it
+                    running[pool.submit(freeing, part.do, run, options)] = run
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = "/".join(map(str, running.pop(future)))
                 error = future.exception()
@@ -163,6 +168,21 @@ def base_model(model: str, options: argparse.Namespace) -> Path:
 
 def train_one(run: Run, options: argparse.Namespace) -> str:
     """Train one run and drop what is not kept; returns its outcome in words."""
+    plan = MODELS[run.model]
+    said = train_with(
+        run,
+        options,
+        data_dir=options.data_dir,
+        epochs=options.epochs or plan.epochs,
+        learning_rate=plan.rate(run.task, run.method),
+        **METHODS[run.method],
+    )
+    thin(run.folder(options))
+    return said
+
+
+def train_with(run: Run, options: argparse.Namespace, **given: Any) -> str:
+    """Train one run with these settings; returns its outcome in words."""
     import torch
 
     from msplora_core.run.settings import make_settings
@@ -171,29 +191,26 @@ def train_one(run: Run, options: argparse.Namespace) -> str:
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32, on a GPU
-    plan, started = MODELS[run.model], time.perf_counter()
+    started = time.perf_counter()
     settings = make_settings(
         model=str(base_model(run.model, options)),
         task=run.task,
         output_dir=run.folder(options),
-        data_dir=options.data_dir,
         seed=run.seed,
-        epochs=options.epochs or plan.epochs,
-        learning_rate=plan.rate(run.task, run.method),
         resume=True,
-        **METHODS[run.method],
+        **given,
     )
     results = train(settings, report=lambda line: None)
-    _thin(settings.output_dir)
     return f"{results[0].metric:.3f} -> {results[-1].metric:.3f} in {time.perf_counter() - started:.0f} s"
 
 
-def _thin(folder: Path) -> None:
-    last, *between, first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
-    for checkpoint in between:
+def thin(folder: Path, *, every_epoch: bool = False) -> None:
+    """Leave of a run's checkpoints the one before training and the last, without what training goes on from."""
+    _, *between, _ = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in between if not every_epoch else ():
         shutil.rmtree(checkpoint)
-    for path in (checkpoint / name for checkpoint in (first, last) for name in RESUME_FILES):
-        path.unlink(missing_ok=True)
+    for path in (path for name in RESUME_FILES for path in folder.glob(f"checkpoint-*/{name}")):
+        path.unlink()
 
 
 def is_trained(run: Run, options: argparse.Namespace) -> bool:

@@ -107,14 +107,18 @@ def hold_out(task: str, seed: int, options: argparse.Namespace, most: int | None
     """Write nine tenths of a task's train rows as its train split, and one tenth as its validation split."""
     folder = options.folder / "data" / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    path = options.data_dir / f"{task}_train.jsonl"
-    content = path.read_bytes() if path.is_file() else gzip.decompress(Path(f"{path}.gz").read_bytes())
-    lines = content.strip().split(b"\n")
-    random.Random(seed).shuffle(lines)
-    lines = lines[:most]
+    lines = shuffled(options.data_dir / f"{task}_train.jsonl", seed)[:most]
     held_out = len(lines) // 10
     (folder / f"{task}_train.jsonl").write_bytes(b"\n".join(lines[:-held_out]))
     (folder / f"{task}_validation.jsonl").write_bytes(b"\n".join(lines[-held_out:]))
+
+
+def shuffled(path: Path, seed: int) -> list[bytes]:
+    """The rows of a file, which may be compressed, in the order of a seed."""
+    content = path.read_bytes() if path.is_file() else gzip.decompress(Path(f"{path}.gz").read_bytes())
+    lines = content.strip().split(b"\n")
+    random.Random(seed).shuffle(lines)
+    return lines
 
 
 def wanted(rows: dict[Run, Row], options: argparse.Namespace) -> Iterator[Run]:
