@@ -140,6 +140,17 @@ def test_a_layer_scaled_by_50_is_named(tmp_path: Path, only: str) -> None:
     assert places(findings, "large-update") <= {(3, "query")}
 
 
+@pytest.mark.parametrize("factor", [1, 10])
+def test_norms_that_rise_with_depth_hide_no_layer(factor: float) -> None:
+    """The last layers are 30 times as large as the first, and none of them is a fault; the fourth times 10 is."""
+    norms = np.exp(3.4 * np.arange(30) / 29 + 0.2 * np.random.default_rng(0).standard_normal(30))
+    norms[3] *= factor
+    rows = {"run": "r", "step": 9, "epoch": 1.0, "scale": "layer", "module": "q", "k": 1, "sigma": norms}
+    layers = pd.DataFrame(rows | {"group": range(30), "name": [f"layers.{i}.q" for i in range(30)]})
+    findings = ma.diagnose(layers)
+    assert places(findings, "norm-outlier") == ({(3, "q")} if factor > 1 else set())
+
+
 def test_a_small_layer_is_information(tmp_path: Path) -> None:
     def edit(tensors: Tensors) -> None:
         tensors[key(3, "query", "B")] /= 50

@@ -32,8 +32,8 @@ NORM_OUTLIER = Kind(
     "norm-outlier",
     "warning",
     "the norm stands out among the layers",
-    "modified z-score above 3.5 (Iglewicz & Hoaglin 1993) and a factor of 4 from the median (our choice: 3.3 is the "
-    "most in 96 healthy runs)",
+    "modified z-score above 3.5 (Iglewicz & Hoaglin 1993) and a factor of 4 from the trend over depth (our choice: 3.2 "
+    "is the most in 96 healthy runs)",
     "look at this layer's gradients and learning rate, and at what was merged or scaled by hand; compare the task "
     "metric with the layer's part scaled down",
 )
@@ -90,18 +90,18 @@ def non_finite(evidence: Evidence) -> Iterator[Finding]:
 
 
 def norm_outlier(evidence: Evidence) -> Iterator[Finding]:
-    """Frobenius norms at the last checkpoint, against the median of the layers of the same module and scale."""
+    """Frobenius norms at the last checkpoint, against their trend over the layers of the same module and scale."""
     parts = evidence.matrices.parts()
     for peers in parts.where(parts.keys["last"]).groups("run", "scale", "module"):
         norms = frobenius(peers.sigma)
         peers, norms = peers.where(norms > 0), norms[norms > 0]
         if len(norms) < PEERS:
             continue
-        factors, z = robust(norms)
+        factors, z = robust(norms, peers.keys["group"].to_numpy(dtype=np.float64))
         for row in np.flatnonzero((np.maximum(factors, 1 / factors) >= FACTOR) & (np.abs(z) > Z)):
             ratio = float(factors[row])
             text = (
-                f"Frobenius norm {norms[row]:.3g}, {ratio:.3g} times the median of its {len(norms)} peers "
+                f"Frobenius norm {norms[row]:.3g}, {ratio:.3g} times what the trend over its {len(norms)} peers gives "
                 f"(modified z-score {z[row]:.3g})"
             )
             place = peers.place(int(row))
@@ -110,9 +110,21 @@ def norm_outlier(evidence: Evidence) -> Iterator[Finding]:
             yield Finding(NORM_OUTLIER, place, ratio, FACTOR if ratio > 1 else 1 / FACTOR, text, severity)
 
 
-def robust(norms: Array) -> tuple[Array, Array]:
-    """Each norm over the median, and its modified z-score 0.6745 (x - median) / MAD, of logarithms."""
-    deviations = np.log(norms) - np.median(np.log(norms))
+def robust(norms: Array, depth: Array) -> tuple[Array, Array]:
+    """Each norm over its trend, and its modified z-score 0.6745 (x - median) / MAD, of logarithms.
+
+    Norms may rise or fall steadily with depth. The trend is the line of Theil and Sen (Sen 1968, JASA 63) through the
+    medians of the layers, which a few layers that stand out do not move. depth: (n,), the layer's number.
+    """
+    logs = np.log(norms)
+    layers = np.unique(depth[np.isfinite(depth)])
+    slope = 0.0
+    if len(layers) > 1:
+        medians = np.array([np.median(logs[depth == layer]) for layer in layers])
+        i, j = np.triu_indices(len(layers), 1)
+        slope = float(np.median((medians[j] - medians[i]) / (layers[j] - layers[i])))
+    rest = logs - slope * np.nan_to_num(depth)
+    deviations = rest - np.median(rest)
     spread = np.median(np.abs(deviations))
     # Where most norms agree, whatever deviates stands out; what does not is 0 / 0.
     with np.errstate(divide="ignore", invalid="ignore"):
