@@ -34,13 +34,27 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.show.figures import draw_figures as draw_figures
     from msplora_analysis.show.figures import write_figures as write_figures
     from msplora_analysis.show.figures.joint_basis import plot_joint_basis as plot_joint_basis
+    from msplora_analysis.show.figures.decoupling import plot_decoupling_over_epochs as plot_decoupling_over_epochs
+    from msplora_analysis.show.figures.effective_rank import (
+        plot_effective_rank_over_epochs as plot_effective_rank_over_epochs,
+    )
+    from msplora_analysis.show.figures.effective_rank_map import plot_effective_rank_map as plot_effective_rank_map
+    from msplora_analysis.show.figures.kl_difference import plot_figure4 as plot_figure4
+    from msplora_analysis.show.figures.kl_matrices import plot_kl_between_layers as plot_kl_between_layers
+    from msplora_analysis.show.figures.layer_spectra import plot_spectra_by_layer as plot_spectra_by_layer
     from msplora_analysis.show.figures.layers_share import plot_layers_share as plot_layers_share
+    from msplora_analysis.show.figures.m_eff import plot_m_eff_over_epochs as plot_m_eff_over_epochs
     from msplora_analysis.show.figures.metric_against_rank import plot_metric_against_rank as plot_metric_against_rank
     from msplora_analysis.show.figures.nulls import plot_nulls as plot_nulls
+    from msplora_analysis.show.figures.overlap_matrices import (
+        plot_overlap_between_layers as plot_overlap_between_layers,
+    )
     from msplora_analysis.show.figures.predicted_against_measured import (
         plot_predicted_against_measured as plot_predicted_against_measured,
     )
+    from msplora_analysis.show.figures.rank_needed import plot_rank_needed as plot_rank_needed
     from msplora_analysis.show.figures.relations import plot_relations as plot_relations
+    from msplora_analysis.show.figures.singular_values import plot_figure3 as plot_figure3
     from msplora_analysis.show.figures.what_carries import plot_what_carries as plot_what_carries
     from msplora_analysis.show.report import report as report
     from msplora_analysis.tables.files import read_spectra as read_spectra
@@ -75,6 +89,16 @@ _MODULES = {
     "load_scale_pairs": "tables.pairs",
     "load_spectra": "tables.load",
     "load_tables": "tables.load",
+    "plot_decoupling_over_epochs": "show.figures.decoupling",
+    "plot_effective_rank_map": "show.figures.effective_rank_map",
+    "plot_effective_rank_over_epochs": "show.figures.effective_rank",
+    "plot_figure3": "show.figures.singular_values",
+    "plot_figure4": "show.figures.kl_difference",
+    "plot_kl_between_layers": "show.figures.kl_matrices",
+    "plot_m_eff_over_epochs": "show.figures.m_eff",
+    "plot_overlap_between_layers": "show.figures.overlap_matrices",
+    "plot_rank_needed": "show.figures.rank_needed",
+    "plot_spectra_by_layer": "show.figures.layer_spectra",
     "plot_layers_share": "show.figures.layers_share",
     "plot_joint_basis": "show.figures.joint_basis",
     "plot_nulls": "show.figures.nulls",

@@ -57,6 +57,8 @@ METRICS = {"cola": "Matthews correlation", "mrpc": "accuracy", "stsb": "Pearson 
 NOT_KEPT = (
     "figure4_msplora-8-8-8_minus_lora-2.*",
     "kl_between_layers_*",
+    "effective_rank_map_lora-2.*",
+    "effective_rank_map_msplora-8-4-2.*",
     "overlap_between_layers_lora-2.*",
     "overlap_between_layers_msplora-8-4-2.*",
 )

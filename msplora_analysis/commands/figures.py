@@ -70,7 +70,15 @@ def figures(
     from msplora_analysis.show.figures import write_figures
 
     written = write_figures(
-        table, out, formats, pairs=pairs, scales=scales, ablation=ablation, weights=weights.value, style=style
+        table,
+        out,
+        formats,
+        pairs=pairs,
+        scales=scales,
+        ablation=ablation,
+        weights=weights.value,
+        style=style,
+        workers=workers,
     )
     with terminal.closed_pipe_ignored():
         terminal.print_paths(written)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 PREFIX = "base_model.model."
 
@@ -52,6 +52,24 @@ def stack_and_layer(name: str) -> tuple[str, int | None]:
         if _is_number(component):
             return ".".join(components[:i]), int(component)
     return name, None
+
+
+_ORDER = (
+    ("qkv_proj", "qkv", "query_key_value", "c_attn", "in_proj", "Wqkv"),
+    ("q", "q_proj", "query", "query_proj", "q_lin", "to_q", "wq", "q_a_proj", "q_b_proj"),
+    ("k", "k_proj", "key", "key_proj", "k_lin", "to_k", "wk", "kv_a_proj_with_mqa", "kv_b_proj"),
+    ("v", "v_proj", "value", "value_proj", "v_lin", "to_v", "wv"),
+    ("o", "o_proj", "out_proj", "out_lin", "to_out", "wo", "c_proj", "dense"),
+    ("gate_proj", "w1", "wi_0", "gate_up_proj"),
+    ("up_proj", "w3", "wi_1", "wi", "fc1", "lin1", "c_fc", "dense_h_to_4h"),
+    ("down_proj", "w2", "fc2", "lin2", "dense_4h_to_h"),
+)  # fmt: skip
+_PLACES = {name: place for place, names in enumerate(_ORDER) for name in names}
+
+
+def in_model_order(modules: Iterable[str]) -> list[str]:
+    """Last names of modules, each once, as a layer applies them: q, k, v, o, gate, up, down; then others by name."""
+    return sorted(set(modules), key=lambda name: (_PLACES.get(name, len(_ORDER)), name))
 
 
 def _is_number(component: str) -> bool:

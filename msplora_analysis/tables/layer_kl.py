@@ -64,6 +64,40 @@ def numbers(matrices: pd.DataFrame, labels: list[str], stack: str, epoch: float 
     return pd.concat(tables, ignore_index=True)
 
 
+def intervals(
+    matrices: pd.DataFrame, ours: str, theirs: str, stack: str, epoch: float | None = None, confidence: float = 0.95
+) -> pd.DataFrame:
+    """Intervals over runs of the difference of `numbers` of two methods: layer_i, layer_j, low, high.
+
+    By the jackknife: each run is left out in turn, of one method as of the other, and the quantile is Student's with
+    the runs less two as degrees of freedom. Without rows where a method has one run alone.
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
+    """
+    from scipy.stats import t
+
+    chosen = (matrices["scale"] == "layer") & (matrices["stack"] == stack) & matrices["variant"].isin([ours, theirs])
+    parts = at_epoch(matrices[chosen], epoch)
+    runs = [list(parts.loc[parts["variant"] == method, "run"].unique()) for method in (ours, theirs)]
+    columns = ["layer_i", "layer_j", "low", "high"]
+    if min(map(len, runs)) < 2:
+        return pd.DataFrame(columns=columns)
+    whole, variance = [], 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said where the spectra themselves are compared
+        for method, names in zip((ours, theirs), runs, strict=True):
+            part = parts[parts["variant"] == method]
+            whole.append(pairwise_kl(mean_spectra(part)))
+            without = np.stack([pairwise_kl(mean_spectra(part[part["run"] != name])) for name in names])
+            n = len(names)
+            variance = variance + (n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0)
+        layers = mean_spectra(part).index.to_numpy()
+    reach = t.ppf((1 + confidence) / 2, len(runs[0]) + len(runs[1]) - 2) * np.sqrt(variance)
+    difference = whole[0] - whole[1]
+    ends = {"low": (difference - reach).ravel(), "high": (difference + reach).ravel()}
+    pairs = {"layer_i": np.repeat(layers, len(layers)), "layer_j": np.tile(layers, len(layers))}
+    return pd.DataFrame(pairs | ends)[columns]
+
+
 def matrix(numbers: pd.DataFrame, column: str = "kl") -> Array:
     """Rows of pairs → array (layers, layers), i down and j across, in the order of the layers."""
     return numbers.pivot(index="layer_i", columns="layer_j", values=column).to_numpy(dtype=np.float64)

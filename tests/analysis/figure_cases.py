@@ -106,17 +106,22 @@ def tables(layers):
 
 
 KINDS = {
-    "figure3": lambda layers: partial(figures.figure3, tables(layers)[0]),
-    "figure4": lambda layers: partial(figures.figure4, tables(layers)[0]),
+    "figure3": lambda layers: partial(figures.plot_figure3, tables(layers)[0]),
+    "figure4": lambda layers: partial(figures.plot_figure4, tables(layers)[0]),
     "kl_between_layers": lambda layers: partial(
-        figures.kl_between_layers, tables(layers)[0], ["MSPLoRA 8/4/2", "LoRA r=8"]
+        figures.plot_kl_between_layers, tables(layers)[0], methods=["MSPLoRA 8/4/2", "LoRA r=8"]
     ),
-    "m_eff_over_epochs": lambda layers: partial(figures.m_eff_over_epochs, tables(layers)[0]),
-    "effective_rank_over_epochs": lambda layers: partial(figures.effective_rank_over_epochs, tables(layers)[0]),
-    "spectra_by_layer": lambda layers: partial(figures.spectra_by_layer, tables(layers)[0], "LoRA r=8"),
-    "rank_needed": lambda layers: partial(figures.rank_needed_map, tables(layers)[1]),
-    "overlap_between_layers": lambda layers: partial(figures.overlap_between_layers, pairs_of(layers)),
-    "decoupling_over_epochs": lambda layers: partial(figures.decoupling_over_epochs, scale_pairs_of(layers)),
+    "m_eff_over_epochs": lambda layers: partial(figures.plot_m_eff_over_epochs, tables(layers)[0]),
+    "effective_rank_over_epochs": lambda layers: partial(figures.plot_effective_rank_over_epochs, tables(layers)[0]),
+    "effective_rank_map": lambda layers: (
+        partial(figures.plot_effective_rank_map, tables(layers)[0], method="LoRA r=8")
+        if layers < 80
+        else partial(figures.plot_effective_rank_map, tables(layers)[1])
+    ),
+    "spectra_by_layer": lambda layers: partial(figures.plot_spectra_by_layer, tables(layers)[0], method="LoRA r=8"),
+    "rank_needed": lambda layers: partial(figures.plot_rank_needed, tables(layers)[1]),
+    "overlap_between_layers": lambda layers: partial(figures.plot_overlap_between_layers, pairs_of(layers)),
+    "decoupling_over_epochs": lambda layers: partial(figures.plot_decoupling_over_epochs, scale_pairs_of(layers)),
     "what_carries": lambda layers: partial(
         figures.plot_what_carries, ablation_of(layers, modules=MODULES if layers < 80 else MODULES[:2])
     ),

@@ -21,7 +21,7 @@ from msplora_analysis.cli import app
 from msplora_analysis.compute.measures.divergence import jensen_shannon, kl
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.figures.comparison import plot_comparison
-from msplora_analysis.show.figures.rank_needed import plots, rank_needed_map
+from msplora_analysis.show.figures.rank_needed import plot_rank_needed, plots
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.matrices import prepare
 
@@ -401,7 +401,7 @@ def test_rank_needed_map_shows_every_layer(layers: int) -> None:
     spectra[1, 2] = [1, 1, 1, 1]
     (plot,) = plots(prepare(table({"r": spectra})))
     assert (plot.stem, len(plot.numbers)) == ("rank_needed_lora-4", 2 * 3 * layers)
-    figure = rank_needed_map(table({"r": spectra}))
+    figure = plot_rank_needed(table({"r": spectra}))
     panels = [ax for ax in figure.axes if ax.get_title()]
     assert [ax.get_title() for ax in panels] == ["90% of the energy", "99% of the energy"]
     for ax, used, most in zip(panels, (2, 2), (4, 4), strict=True):

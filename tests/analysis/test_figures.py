@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import QuadMesh
-from scipy.stats import entropy
+from matplotlib.colors import LogNorm
+from scipy.stats import entropy, t
 
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show import figures
@@ -17,12 +18,14 @@ from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.plot import KINDS, Plot, plots_of
 from msplora_analysis.show.figures import (
     draw_figures,
-    effective_rank_over_epochs,
-    figure3,
-    figure4,
-    kl_between_layers,
-    m_eff_over_epochs,
-    spectra_by_layer,
+    plot_effective_rank_map,
+    plot_effective_rank_over_epochs,
+    plot_figure3,
+    plot_figure4,
+    plot_kl_between_layers,
+    plot_m_eff_over_epochs,
+    plot_rank_needed,
+    plot_spectra_by_layer,
     write_figures,
 )
 from msplora_analysis.tables import layer_kl
@@ -101,21 +104,26 @@ def of_method(table, method):
 
 
 def test_figure3_shows_the_mean_over_runs_groups_and_modules(spectra):
-    figure = figure3(spectra, "MSPLoRA 8/8/8")
+    figure = plot_figure3(spectra, method="MSPLoRA 8/8/8")
     ours = of_method(spectra, "msplora-8-8-8")
-    for mesh, scale in zip(meshes(figure), ("global", "mid", "layer"), strict=True):
-        shown = np.asarray(mesh.get_array())
-        assert shown.shape == (8, 4)
-        for epoch in range(4):
-            np.testing.assert_allclose(shown[:, epoch], mean_spectrum(ours, scale=scale, epoch=epoch))
-        assert (shown[:, 0] == 0).all()
+    values, ratios = meshes(figure)[:3], meshes(figure)[3:]
+    for mesh, ratio, scale in zip(values, ratios, ("global", "mid", "layer"), strict=True):
+        shown, relative = np.asarray(mesh.get_array()), np.asarray(ratio.get_array())
+        assert shown.shape == relative.shape == (8, 3)  # at epoch 0 there is nothing
+        for column, epoch in enumerate((1, 2, 3)):
+            expected = mean_spectrum(ours, scale=scale, epoch=epoch)
+            np.testing.assert_allclose(shown[:, column], expected)
+            np.testing.assert_allclose(relative[:, column], expected / expected[0])
+        breadth, _ = per_matrix(ours, lambda s: np.exp(entropy(s)), scale=scale, epoch=3)
+        assert mesh.axes.get_title() == f"{scale} (rank 8)\neffective rank {breadth:.1f}"
 
 
-def test_figure3_panels_share_one_colour_scale_and_index_1_is_at_the_top(spectra):
-    figure = figure3(spectra, "MSPLoRA 8/4/2")
-    global_, mid, layer = meshes(figure)
+def test_figure3_panels_share_one_logarithmic_colour_scale_and_index_1_is_at_the_top(spectra):
+    figure = plot_figure3(spectra, method="MSPLoRA 8/4/2")
+    global_, mid, layer = meshes(figure)[:3]
     assert global_.norm is mid.norm is layer.norm
-    assert global_.norm.vmin == 0
+    assert isinstance(global_.norm, LogNorm)
+    assert global_.norm.vmin == min(mesh.get_array().min() for mesh in (global_, mid, layer))
     assert global_.norm.vmax == max(mesh.get_array().max() for mesh in (global_, mid, layer))
     assert [np.asarray(mesh.get_array()).shape[0] for mesh in (global_, mid, layer)] == [8, 4, 2]
     for mesh in (global_, mid, layer):
@@ -124,23 +132,31 @@ def test_figure3_panels_share_one_colour_scale_and_index_1_is_at_the_top(spectra
     assert [label.get_text() for label in global_.axes.get_yticklabels()] == [str(k) for k in range(1, 9)]
 
 
+def test_figure3_as_in_the_paper_is_linear_and_has_no_ratios(spectra):
+    figure = plot_figure3(spectra, method="MSPLoRA 8/4/2", colour="linear")
+    global_, mid, layer = meshes(figure)
+    assert (global_.norm.vmin, global_.norm.vmax) == (0, max(mesh.get_array().max() for mesh in (global_, mid, layer)))
+    with pytest.raises(AnalysisError, match="colour='grey': expected log or linear"):
+        plot_figure3(spectra, method="MSPLoRA 8/4/2", colour="grey")
+
+
 def test_figure3_shows_the_top_8_of_a_high_rank():
-    figure = figure3(spectra_of("msplora", (16, 12, 4)))
-    assert [np.asarray(mesh.get_array()).shape[0] for mesh in meshes(figure)] == [8, 8, 4]
-    assert meshes(figure)[0].axes.get_title() == "global (rank 16)"
+    figure = plot_figure3(spectra_of("msplora", (16, 12, 4)))
+    assert [np.asarray(mesh.get_array()).shape[0] for mesh in meshes(figure)[:3]] == [8, 8, 4]
+    assert meshes(figure)[0].axes.get_title().startswith("global (rank 16)\n")
 
 
 def test_figure3_of_a_scale_with_one_epoch_is_drawn():
     spectra = spectra_of("msplora", (8, 4, 2))
     last = spectra["epoch"].max()
-    figure = figure3(spectra[(spectra["scale"] != "mid") | (spectra["epoch"] == last)])
+    figure = plot_figure3(spectra[(spectra["scale"] != "mid") | (spectra["epoch"] == last)])
     assert [np.asarray(mesh.get_array()).shape[1] for mesh in meshes(figure)][1] == 1
 
 
 def test_figure3_uses_the_epochs_that_all_runs_share():
     short = spectra_of("msplora", (8, 4, 2), tasks=["mrpc"], epochs=(0, 1, 2))
     with pytest.warns(UserWarning, match=r"MSPLoRA 8/4/2: its 4 runs have different epochs; .* 2 epochs .*\(1 to 2\)"):
-        figure = figure3(pd.concat([short, spectra_of("msplora", (8, 4, 2), tasks=["cola"], epochs=(1, 2, 3))]))
+        figure = plot_figure3(pd.concat([short, spectra_of("msplora", (8, 4, 2), tasks=["cola"], epochs=(1, 2, 3))]))
     assert np.asarray(meshes(figure)[0].get_array()).shape == (8, 2)
 
 
@@ -154,7 +170,7 @@ def layer_kl_by_hand(table, epoch, layers=6):
 
 @pytest.mark.parametrize("epoch", [None, 2])
 def test_figure4_is_the_difference_of_kl_of_spectra_averaged_first(spectra, epoch):
-    figure = figure4(spectra, "MSPLoRA 8/4/2", epoch=epoch)
+    figure = plot_figure4(spectra, msplora="MSPLoRA 8/4/2", epoch=epoch)
     at = 3 if epoch is None else epoch
     expected = layer_kl_by_hand(of_method(spectra, "msplora-8-4-2"), at) - layer_kl_by_hand(
         of_method(spectra, "lora-8"), at
@@ -166,11 +182,41 @@ def test_figure4_is_the_difference_of_kl_of_spectra_averaged_first(spectra, epoc
     assert mesh.norm.vmin == -mesh.norm.vmax == -np.abs(shown).max()
     assert mesh.axes.get_ylim()[0] > mesh.axes.get_ylim()[1]  # layer i = 0 at the top
     assert f"epoch {at}" in figure.get_suptitle()
-    assert "mean over 4 runs each" in figure.get_suptitle()
+    assert "mean over 4 runs each" in figure.get_suptitle().replace("\n", " ")
+    assert "cola, rte" in figure.get_suptitle().replace("\n", " ")
+    key = "red: layers differ more under MSPLoRA 8/4/2, blue: under LoRA r=8; dots: 95 % interval over runs holds 0"
+    assert figure.get_suptitle().replace("\n", " ").endswith(key)
+
+
+def test_figure4_marks_the_cells_whose_interval_over_runs_holds_0(spectra):
+    one_layer = (spectra["group"] == 5) & (spectra["scale"] == "layer") & (spectra["k"] > 1)
+    ours = spectra["run"].str.contains("msplora-8-4-2")
+    spectra = spectra.assign(sigma=spectra["sigma"].mask(one_layer & ours, 0.02 * spectra["sigma"]))
+    methods = [of_method(spectra, method) for method in ("msplora-8-4-2", "lora-8")]
+    without, whole = [], []
+    for table in methods:
+        runs = table["run"].unique()
+        without.append([layer_kl_by_hand(table[table["run"] != run], 3) for run in runs])
+        whole.append(layer_kl_by_hand(table, 3))
+    # The jackknife's variance of each mean, n − 1 times that of the means with one run left out.
+    error = np.sqrt(sum((len(each) - 1) * np.var(each, axis=0) for each in without))
+    holds = np.abs(whole[0] - whole[1]) <= t.ppf(0.975, 6) * error
+    (mesh,) = meshes(plot_figure4(spectra, msplora="MSPLoRA 8/4/2"))
+    (dots,) = mesh.axes.lines
+    marked = {(int(i), int(j)) for j, i in zip(*dots.get_data(), strict=True)}
+    assert marked == {(i, j) for i, j in np.argwhere(holds) if i != j}
+    assert 0 < len(marked) < 30
+
+
+def test_figure4_of_one_run_each_has_no_intervals(spectra):
+    one = spectra[spectra["run"].str.contains("cola/.*/seed0")]
+    (mesh,) = meshes(plot_figure4(one, msplora="MSPLoRA 8/4/2"))
+    assert not mesh.axes.lines
+    assert "interval" not in mesh.axes.figure.get_suptitle()
 
 
 def test_kl_between_layers_shows_both_on_one_colour_scale(spectra):
-    figure = kl_between_layers(spectra, ["MSPLoRA 8/8/8", "LoRA r=8"])
+    figure = plot_kl_between_layers(spectra, methods=["MSPLoRA 8/8/8", "LoRA r=8"])
     ours, theirs = meshes(figure)
     np.testing.assert_allclose(
         np.asarray(ours.get_array()), layer_kl_by_hand(of_method(spectra, "msplora-8-8-8"), 3), atol=1e-12
@@ -182,7 +228,7 @@ def test_kl_between_layers_shows_both_on_one_colour_scale(spectra):
 
 
 def test_epoch_0_has_no_spectra_to_compare(spectra):
-    (mesh,) = meshes(figure4(spectra, "MSPLoRA 8/4/2", epoch=0))
+    (mesh,) = meshes(plot_figure4(spectra, msplora="MSPLoRA 8/4/2", epoch=0))
     assert np.isnan(np.ma.filled(mesh.get_array(), np.nan)).all()
 
 
@@ -205,7 +251,7 @@ def test_summary_averages_first_and_also_tells_the_runs_apart(spectra):
 def test_variants_that_end_at_different_epochs_are_compared_at_the_last_they_share():
     table = pd.concat([spectra_of("msplora", (8, 8, 8), epochs=(0, 1, 2)), spectra_of(epochs=(0, 1, 2, 3))])
     with pytest.warns(UserWarning, match="compared at epoch 2, the last they share"):
-        assert "epoch 2" in figure4(table).get_suptitle()
+        assert "epoch 2" in plot_figure4(table).get_suptitle()
 
 
 def test_stacks_are_not_mixed(tmp_path):
@@ -222,11 +268,11 @@ def test_stacks_are_not_mixed(tmp_path):
         "spectra_by_layer_lora-8",
     ):
         assert {f"{kind}_t5-encoder-block.csv", f"{kind}_t5-decoder-block.csv"} <= names
-    figure = figure4(table, stack="t5.decoder.block")
+    figure = plot_figure4(table, stack="t5.decoder.block")
     assert np.asarray(meshes(figure)[0].get_array()).shape == (3, 3)
     assert "t5.decoder.block" in figure.get_suptitle()
     with pytest.raises(AnalysisError, match=r"choose the stack .* t5\.decoder\.block, t5\.encoder\.block"):
-        figure4(table)
+        plot_figure4(table)
 
 
 def test_no_figure4_of_variants_with_different_layers(tmp_path):
@@ -240,7 +286,8 @@ def test_no_figure4_of_variants_with_different_layers(tmp_path):
 # Lines
 
 
-def lines(figure, row, column, columns=4):
+def lines(figure, row, column, columns):
+    """Of a row of panels, one for each method of several scales: lines of the scales, then of methods of one scale."""
     return [(line.get_xdata(), line.get_ydata()) for line in figure.axes[row * columns + column].lines]
 
 
@@ -254,39 +301,46 @@ def per_matrix(table, number, **where):
 
 
 def test_m_eff_lines_and_bands(spectra):
-    figure = m_eff_over_epochs(spectra)
+    figure = plot_m_eff_over_epochs(spectra)
     lora, msplora = of_method(spectra, "lora-8"), of_method(spectra, "msplora-8-4-2")
     for row, k in enumerate((1, 2, 4)):
         share = lambda s, k=k: np.sort(s)[::-1][:k].sum() / s.sum()  # noqa: E731
-        (x, y), *_ = lines(figure, row, 0)
+        (x, y), _, layer, _, lora_ = lines(figure, 0, row, 3)
         np.testing.assert_array_equal(x, [0, 1, 2, 3])
         assert np.isnan(y[0])  # B = 0 has no spectrum
         assert y[3] == pytest.approx(per_matrix(msplora, share, scale="global", epoch=3)[0])
-        (_, of_lora), (_, of_msplora), _ = lines(figure, row, 2)
+        of_lora, of_msplora = lora_[1], layer[1]
         mean, std = per_matrix(lora, share, scale="layer", epoch=3)
         assert of_lora[3] == pytest.approx(mean)
         assert of_msplora[3] == pytest.approx(per_matrix(msplora, share, scale="layer", epoch=3)[0])
-        band = figure.axes[row * 4 + 2].collections[0].get_paths()[0].get_extents()
+        band = figure.axes[row].collections[-1].get_paths()[0].get_extents()
         assert band.y0 <= mean - std + 1e-9
         assert band.y1 >= mean + std - 1e-9
     assert "high = concentrated" in figure.get_suptitle()
 
 
 def test_effective_rank_lines_are_relative_to_each_rank_too(spectra):
-    figure = effective_rank_over_epochs(spectra)
+    figure = plot_effective_rank_over_epochs(spectra)
     msplora = of_method(spectra, "msplora-8-4-2")
     rank = lambda s: np.exp(entropy(s))  # noqa: E731
     expected, _ = per_matrix(msplora, rank, scale="mid", epoch=2)
-    assert lines(figure, 0, 1)[0][1][2] == pytest.approx(expected)
-    assert lines(figure, 1, 1)[0][1][2] == pytest.approx(expected / 4)
+    assert lines(figure, 0, 0, 2)[1][1][2] == pytest.approx(expected)
+    assert lines(figure, 0, 1, 2)[1][1][2] == pytest.approx(expected / 4)
     expected, _ = per_matrix(msplora, rank, scale="total", epoch=2)
-    assert lines(figure, 1, 3)[1][1][2] == pytest.approx(expected / 14)
-    # LoRA's one part is its total.
-    np.testing.assert_array_equal(lines(figure, 0, 3)[0][1], lines(figure, 0, 2)[0][1])
+    assert lines(figure, 0, 1, 2)[3][1][2] == pytest.approx(expected / 14)
+    # The same line of LoRA stands in the panels of both methods.
+    np.testing.assert_array_equal(lines(figure, 0, 0, 2)[4][1], lines(figure, 1, 0, 2)[4][1])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "global",
+        "mid",
+        "layer",
+        "total",
+        "LoRA r=8",
+    ]
     assert "high = broad" in figure.get_suptitle()
 
 
-@pytest.mark.parametrize("draw", [m_eff_over_epochs, effective_rank_over_epochs])
+@pytest.mark.parametrize("draw", [plot_m_eff_over_epochs, plot_effective_rank_over_epochs])
 def test_lines_stay_inside_their_panels(spectra, draw):
     figure = draw(spectra)
     for ax in figure.axes:
@@ -299,19 +353,63 @@ def test_lines_stay_inside_their_panels(spectra, draw):
 
 
 def test_spectra_by_layer_by_hand(spectra):
-    (mesh,) = meshes(spectra_by_layer(spectra, "MSPLoRA 8/4/2", epoch=1))
+    (mesh,) = meshes(plot_spectra_by_layer(spectra, method="MSPLoRA 8/4/2", epoch=1))
     expected = [mean_spectrum(of_method(spectra, "msplora-8-4-2"), scale="layer", epoch=1, group=g) for g in range(6)]
     np.testing.assert_allclose(np.asarray(mesh.get_array()), np.transpose(expected))
+
+
+def test_effective_rank_map_by_hand(spectra):
+    figure = plot_effective_rank_map(spectra, method="LoRA r=8")
+    modules, epochs = meshes(figure)
+    lora = of_method(spectra, "lora-8")
+    rank = lambda s: np.exp(entropy(s))  # noqa: E731
+    for row, module in enumerate(("query", "value")):
+        expected, _ = per_matrix(lora, rank, module=module, group=4, epoch=3)
+        assert np.asarray(modules.get_array())[row, 4] == pytest.approx(expected)
+        assert f"{expected:.1f}" in {text.get_text() for text in modules.axes.texts}
+    assert np.asarray(epochs.get_array()).shape == (3, 6)
+    expected, _ = per_matrix(lora, rank, group=2, epoch=1)
+    assert np.asarray(epochs.get_array())[0, 2] == pytest.approx(expected)
+
+
+def test_modules_stand_in_the_order_of_a_model():
+    modules = ["up_proj", "o_proj", "q_proj", "other", "down_proj", "v_proj", "gate_proj", "k_proj"]
+    table = spectra_of(layers=2, modules=modules, epochs=(1,), tasks=["cola"], seeds=[0])
+    for figure in (plot_rank_needed(table), plot_effective_rank_map(table)):
+        names = [label.get_text().removesuffix("_proj") for label in figure.axes[0].get_yticklabels()]
+        assert names == ["q", "k", "v", "o", "gate", "up", "down", "other"]
+
+
+def test_every_epoch_is_labelled_where_all_have_room():
+    for last, style, expected in ((6, None, [1, 2, 3, 4, 5, 6]), (100, None, [20, 40, 60, 80, 100])):
+        table = spectra_of("msplora", (2, 2, 2), layers=2, epochs=range(last + 1), tasks=["cola"], seeds=[0])
+        ax = plot_figure3(table, style=style).axes[3]
+        low, high = ax.get_xlim()
+        assert [tick for tick in ax.get_xticks() if low <= tick <= high] == expected
+
+
+def test_no_figure_is_larger_than_a_page():
+    table = everything(layers=80, epochs=(1, 2), seeds=[0], modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for figure in (
+            plot_figure4(table, msplora="MSPLoRA 8/8/8"),
+            plot_effective_rank_map(table, method="LoRA r=8"),
+            plot_m_eff_over_epochs(table, style="acl-column"),
+            plot_figure3(table, method="MSPLoRA 8/8/8", style="acl-column"),
+        ):
+            assert figure.get_figwidth() <= 7
+            assert figure.get_figheight() <= 9
 
 
 def test_ranks_that_differ_within_a_scale():
     table = spectra_of(tasks=["cola"], seeds=[0])
     table = table[(table["k"] <= 2) | (table["group"] != 0)]  # layer 0 has rank 2, the others 8
     with pytest.warns(UserWarning, match="LoRA r=2–8: layers have 2 to 8 singular values; .* 2 largest"):
-        figure = kl_between_layers(table)
+        figure = plot_kl_between_layers(table)
     top = [mean_spectrum(table, scale="layer", epoch=3, group=g)[:2] for g in range(6)]
     assert np.asarray(meshes(figure)[0].get_array())[1, 0] == pytest.approx(entropy(top[1], top[0]))
-    values = np.ma.filled(meshes(spectra_by_layer(table))[0].get_array(), np.nan)
+    values = np.ma.filled(meshes(plot_spectra_by_layer(table))[0].get_array(), np.nan)
     assert np.isnan(values[2:, 0]).all()
     assert not np.isnan(values[:, 1:]).any()
 
@@ -325,13 +423,13 @@ def test_runs_of_different_models_are_not_averaged():
         "MSPLoRA 8/8/8",
     ]
     # Only one of the two LoRA variants has the layers of the MSPLoRA runs.
-    assert "LoRA r=8 (6 layers)" in figure4(table).get_suptitle()
+    assert "LoRA r=8 (6 layers)" in plot_figure4(table).get_suptitle()
 
 
 def test_runs_that_share_no_epoch_are_drawn_at_the_last_of_each():
     table = pd.concat([spectra_of(tasks=["cola"], epochs=[1, 2]), spectra_of(tasks=["rte"], epochs=[3, 4])])
     with pytest.warns(UserWarning, match="LoRA r=8: its 4 runs share no epoch"):
-        figure = spectra_by_layer(table)
+        figure = plot_spectra_by_layer(table)
     last = table[table["epoch"].isin([2, 4])]
     np.testing.assert_allclose(np.asarray(meshes(figure)[0].get_array())[:, 3], mean_spectrum(last, group=3))
     assert "last checkpoint" in figure.get_suptitle()
@@ -346,7 +444,7 @@ def test_a_copy_saved_at_the_end_has_no_place_on_the_epoch_axis():
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = figure3(pd.concat([table, copy]))
+        figure = plot_figure3(pd.concat([table, copy]))
     assert meshes(figure)[0].get_array().max() < 99
 
 
@@ -356,7 +454,7 @@ def test_a_copy_saved_at_the_end_has_no_place_on_the_epoch_axis():
 def test_long_titles_stay_inside_the_figure():
     stack = "model.vision_tower.timm_model.blocks_of_the_encoder"
     table = pd.concat([spectra_of(stack=stack, epochs=[1]), spectra_of(epochs=[1])])
-    figure = kl_between_layers(table, stack=stack)
+    figure = plot_kl_between_layers(table, stack=stack)
     figure.draw_without_rendering()
     assert figure.get_tightbbox().x0 >= 0
     assert figure.get_tightbbox().x1 <= figure.get_figwidth()
@@ -378,13 +476,16 @@ def test_write_figures_writes_all_that_the_table_allows(tmp_path):
         "kl_between_layers_msplora-8-4-2_and_lora-8",
         "m_eff_over_epochs",
         "effective_rank_over_epochs",
+        "effective_rank_map_lora-8",
+        "effective_rank_map_msplora-8-4-2",
         "spectra_by_layer_lora-8",
         "spectra_by_layer_msplora-8-4-2",
         "rank_needed_lora-8",
         "rank_needed_msplora-8-4-2",
     ]
     expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("csv", "pdf", "png", "svg")}
-    assert {path.name for path in written} == expected | {"kl_summary.csv", "kl_per_run.csv"}
+    tables = {"kl_summary.csv", "kl_per_run.csv", "figure4_msplora-8-4-2_minus_lora-8_intervals.csv"}
+    assert {path.name for path in written} == expected | tables
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(path.name for path in written)
 
     # The same bytes again, whatever the user's own settings and the order of the columns.
@@ -414,7 +515,7 @@ def test_csv_holds_the_numbers_of_the_figure(tmp_path, spectra):
 
     figure4_ = pd.read_csv(tmp_path / "figure4_msplora-8-4-2_minus_lora-8.csv", float_precision="round_trip")
     square = figure4_.pivot(index="layer_i", columns="layer_j", values="difference").to_numpy()
-    (mesh,) = meshes(figure4(spectra, "MSPLoRA 8/4/2"))
+    (mesh,) = meshes(plot_figure4(spectra, msplora="MSPLoRA 8/4/2"))
     np.testing.assert_allclose(square, np.asarray(mesh.get_array()), rtol=1e-14)
     assert set(figure4_["epoch_lora"]) == {3}
 
@@ -425,7 +526,7 @@ def test_csv_holds_the_numbers_of_the_figure(tmp_path, spectra):
 def test_a_single_adapter_is_drawn_without_epochs(tmp_path):
     table = spectra_of(epochs=[5], tasks=["cola"], seeds=[0]).assign(epoch=pd.NA, step=pd.NA)
     names = sorted(path.name for path in write_figures(table, tmp_path, ["png"]))
-    drawn = ["kl_between_layers_lora-8", "rank_needed_lora-8", "spectra_by_layer_lora-8"]
+    drawn = ["effective_rank_map_lora-8", "kl_between_layers_lora-8", "rank_needed_lora-8", "spectra_by_layer_lora-8"]
     assert names == sorted(
         [f"{stem}.{s}" for stem in drawn for s in ("csv", "png")] + ["kl_per_run.csv", "kl_summary.csv"]
     )
@@ -486,14 +587,15 @@ def test_bad_tables(tmp_path, spectra):
 
 def test_what_to_draw_must_be_told_where_there_is_a_choice(spectra):
     with pytest.raises(AnalysisError, match=r"choose the method .*none was given.*: MSPLoRA 8/4/2, MSPLoRA 8/8/8"):
-        figure3(spectra)
+        plot_figure3(spectra)
     with pytest.raises(AnalysisError, match=r"not 'LoRA r=8'"):
-        figure3(spectra, "LoRA r=8")
+        plot_figure3(spectra, method="LoRA r=8")
     with pytest.raises(AnalysisError, match=r"epoch 7 is not there for all runs of .*: choose one of 0, 1, 2, 3"):
-        figure4(spectra, "MSPLoRA 8/8/8", epoch=7)
+        plot_figure4(spectra, msplora="MSPLoRA 8/8/8", epoch=7)
     with pytest.raises(AnalysisError, match="adapt different layers"):
-        kl_between_layers(
-            pd.concat([spectra_of(layers=4), spectra_of("msplora", (8, 8, 8))]), ["LoRA r=8", "MSPLoRA 8/8/8"]
+        plot_kl_between_layers(
+            pd.concat([spectra_of(layers=4), spectra_of("msplora", (8, 8, 8))]),
+            methods=["LoRA r=8", "MSPLoRA 8/8/8"],
         )
 
 

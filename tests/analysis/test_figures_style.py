@@ -65,7 +65,7 @@ def test_an_unknown_style_is_one_line_with_those_there_are(name):
     with pytest.raises(
         ma.AnalysisError, match=r"unknown style .*: choose one of aaai, acl, .*-column or -full"
     ) as error:
-        figures.figure3(tables(12)[0], style=name)
+        figures.plot_figure3(tables(12)[0], style=name)
     assert "\n" not in str(error.value)
 
 
@@ -102,7 +102,10 @@ def test_commands_take_a_style(tmp_path, capsys, monkeypatch):
 
 def test_figures_are_returned_and_kept_nowhere_else():
     drawn = ma.draw_figures(EXAMPLES, style="icml", which=["figure3", "rank_needed_lora-8"])
-    assert list(drawn) == ["figure3_msplora-8-8-8", "rank_needed_lora-8"]
+    assert list(drawn) == ["figure3: MSPLoRA 8/8/8", "rank_needed: LoRA r=8"]
+    assert drawn["rank_needed"] is drawn["rank_needed: LoRA r=8"]
+    with pytest.raises(KeyError, match="'figure4': choose from figure3: MSPLoRA 8/8/8, rank_needed: LoRA r=8"):
+        drawn["figure4"]
     assert all(isinstance(figure, Figure) for figure in drawn.values())
     if pyplot := sys.modules.get("matplotlib.pyplot"):
         assert not pyplot.get_fignums()
@@ -114,17 +117,17 @@ def test_what_is_returned_is_what_is_written(tmp_path):
     pairs = pairs_of(12).assign(run="cola/lora-8/seed0")
     names = [path.stem for path in figures.write_figures(table, tmp_path, [], pairs=pairs)]
     drawn = ma.draw_figures(table, which=["figure4", "overlap_between_layers"], pairs=pairs)
-    with pytest.raises(ma.AnalysisError, match=r"no figure 'figure5' .* choose from figure3_msplora-8-4-2, figure4_"):
+    with pytest.raises(ma.AnalysisError, match=r"no figure 'figure5' .* choose from figure3: MSPLoRA 8/4/2, figure4: "):
         ma.draw_figures(table, which="figure5")
-    assert set(drawn) < set(names)
-    assert set(drawn) == {"figure4_msplora-8-4-2_minus_lora-8", "overlap_between_layers_lora-8"}
-    (mesh,) = meshes(drawn["figure4_msplora-8-4-2_minus_lora-8"])
-    (expected,) = meshes(figures.figure4(table))
+    assert {"figure4_msplora-8-4-2_minus_lora-8", "overlap_between_layers_lora-8"} < set(names)
+    assert set(drawn) == {"figure4: MSPLoRA 8/4/2 − LoRA r=8", "overlap_between_layers: LoRA r=8"}
+    (mesh,) = meshes(drawn["figure4"])
+    (expected,) = meshes(figures.plot_figure4(table))
     np.testing.assert_array_equal(mesh.get_array(), expected.get_array())
 
 
 def test_a_returned_figure_can_be_restyled_and_saved(tmp_path):
-    figure = ma.draw_figures(tables(12)[0], which="spectra_by_layer")["spectra_by_layer_lora-8"]
+    figure = ma.draw_figures(tables(12)[0], which="spectra_by_layer_lora-8")["spectra_by_layer"]
     figure.suptitle("")
     figure.set_figwidth(6)
     figure.axes[0].set_title("my words")
@@ -141,14 +144,14 @@ def test_names_are_shown_as_they_are(style):
     table = spectra_of(layers=3, modules=modules, epochs=(0, 1), tasks=["cola"], seeds=[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = figures.rank_needed_map(table, style=style, epoch=1)
+        figure = figures.plot_rank_needed(table, style=style, epoch=1)
         check_texts(figure)
         shown = {label.get_text().replace("\n", "") for label in figure.axes[0].get_yticklabels()}
         assert shown == {module.replace("\n", r"\n") for module in modules}
         stack = "$stack$.of_" + "many_" * 20 + "words"
         named = table.assign(name=[name.replace("roberta.encoder.layer", stack) for name in table["name"]])
         both = pd.concat([table, named], ignore_index=True)
-        for each in (figures.kl_between_layers, figures.spectra_by_layer):
+        for each in (figures.plot_kl_between_layers, figures.plot_spectra_by_layer):
             check_texts(each(both, stack=stack, style=style, epoch=1))
 
 
@@ -156,7 +159,7 @@ def test_long_names_of_variants_in_a_legend():
     stacks = [f"model.{'tower_of_blocks_' * 5}{i}" for i in range(2)]
     table = pd.concat([spectra_of(stack=stack, tasks=[task], layers=2, epochs=(0, 1))
                        for stack, task in zip(stacks, ("cola", "rte"), strict=True)])  # fmt: skip
-    check_texts(figures.m_eff_over_epochs(table, style="acl-column"))
+    check_texts(figures.plot_m_eff_over_epochs(table, style="acl-column"))
 
 
 @pytest.mark.slow

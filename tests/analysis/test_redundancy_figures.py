@@ -11,7 +11,7 @@ from test_figures import meshes
 
 import msplora_analysis as ma
 from msplora_analysis.show.drawing.plot import Plot
-from msplora_analysis.show.figures import decoupling_over_epochs, overlap_between_layers, write_figures
+from msplora_analysis.show.figures import plot_decoupling_over_epochs, plot_overlap_between_layers, write_figures
 
 RANKS = {"global": 5, "mid": 3, "layer": 2}
 
@@ -41,55 +41,69 @@ def tables(runs):
 
 
 def test_overlap_matrices_show_the_means_of_the_last_epoch(tables):
-    figure = overlap_between_layers(tables.pairs, "LoRA r=3")
-    kl, inside, outside = (np.asarray(mesh.get_array()) for mesh in meshes(figure))
+    figure = plot_overlap_between_layers(tables.pairs, method="LoRA r=3")
+    of_kl, *rest = meshes(figure)
+    grey, shown = rest[0::2], rest[1::2]  # what chance explains, and what is beyond
+    kl = np.asarray(of_kl.get_array())
+    inside, outside = (np.ma.filled(mesh.get_array().astype(float), np.nan) for mesh in shown)
     table = tables.pairs[tables.pairs["run"].str.startswith("lora") & (tables.pairs["epoch"] == 2)]
     means = table.groupby(["group_i", "group_j"])[["kl_ij", "kl_ji", "overlap_in", "overlap_out"]].mean()
     for (i, j), row in means.iterrows():
         assert kl[i, j] == pytest.approx(row["kl_ij"])
         assert kl[j, i] == pytest.approx(row["kl_ji"])
-        assert inside[i, j] == inside[j, i] == pytest.approx(row["overlap_in"])
-        assert outside[i, j] == outside[j, i] == pytest.approx(row["overlap_out"])
-    for shown in (kl, inside, outside):
-        assert np.isnan(np.ma.filled(shown.astype(float), np.nan).diagonal()).all()
-    of_kl, *of_overlaps = (mesh.norm for mesh in meshes(figure))
-    assert of_overlaps[0].vmin == of_kl.vmin == 0
-    assert of_overlaps[0].vmax == of_overlaps[1].vmax >= max(np.nanmax(inside), np.nanmax(outside))
-    assert "epoch 2, mean over 2 runs" in figure.get_suptitle()
-    assert "marks: by chance, 0.17 in, 0.15 out" in figure.get_suptitle()  # 3/18 and 3/20
+        sides = ((inside, grey[0], "in", 3 / 18), (outside, grey[1], "out", 3 / 20))
+        for values, by_chance, side, chance in sides:
+            beyond = row[f"overlap_{side}"] - chance
+            # Two modules, two runs: means of four overlaps.
+            if abs(beyond) <= 2 * table[f"deviation_{side}"].iloc[0] / np.sqrt(4):
+                assert np.isnan(values[i, j])
+                assert not np.ma.getmaskarray(by_chance.get_array())[i, j]
+            else:
+                assert values[i, j] == values[j, i] == pytest.approx(beyond)
+    assert np.isnan(inside).sum() > 6
+    for values in (kl, inside, outside):
+        assert np.isnan(np.ma.filled(values.astype(float), np.nan).diagonal()).all()
+    assert of_kl.norm.vmin == 0
+    assert shown[0].norm is shown[1].norm
+    assert -shown[0].norm.vmin == shown[0].norm.vmax >= max(np.nanmax(inside), np.nanmax(outside))
+    title = figure.get_suptitle().replace("\n", " ")
+    assert "epoch 2, mean over 2 runs" in title
+    assert "red: more than by chance (0.17 in, 0.15 out), blue: less; grey: chance alone" in title
 
 
 def test_a_method_must_be_chosen_where_there_are_several(tables):
     with pytest.raises(
         ma.AnalysisError, match=r"choose the method to draw \(none was given\): LoRA r=3, MSPLoRA layer r=2"
     ):
-        overlap_between_layers(tables.pairs)
+        plot_overlap_between_layers(tables.pairs)
 
 
 def test_labels_name_the_methods(tables):
     labels = {run: run.partition("/")[0].upper() for run in tables.pairs["run"].unique()}
-    figure = overlap_between_layers(tables.pairs, "LORA", labels=labels)
+    figure = plot_overlap_between_layers(tables.pairs, method="LORA", labels=labels)
     assert figure.get_suptitle().startswith("LORA")
 
 
-def test_identical_layers_end_the_colour_bar_at_one(tmp_path):
+def test_without_details_nothing_is_grey(tmp_path):
     tensors = lora_tensors("layer.0.q", "layer.1.q")
     for factor in "AB":
         first, second = (f"base_model.model.layer.{layer}.q.lora_{factor}.weight" for layer in range(2))
         tensors[second] = tensors[first]
-    figure = overlap_between_layers(ma.load_pairs(write_adapter(tmp_path / "run", tensors)))
-    assert meshes(figure)[1].norm.vmax == 1
+    figure = plot_overlap_between_layers(ma.load_pairs(write_adapter(tmp_path / "run", tensors)))
+    assert "grey" not in figure.get_suptitle()
+    assert np.ma.count(meshes(figure)[1].get_array()) == 0
+    assert meshes(figure)[2].norm.vmax == pytest.approx(1 - ma.load_pairs(tmp_path / "run")["overlap_expected"].max())
 
 
 def test_decoupling_lines_are_means_over_runs(tables):
-    figure = decoupling_over_epochs(tables.scales)
-    axes = np.array(figure.axes).reshape(3, 3)
-    assert [ax.get_title() for ax in axes[0]] == ["global – mid", "global – layer", "mid – layer"]
+    figure = plot_decoupling_over_epochs(tables.scales)
+    names = ["global – mid", "global – layer", "mid – layer"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     scales = tables.scales
-    for row, quantity in zip(axes, ("overlap_in", "overlap_out", "cosine"), strict=True):
-        for ax, (one, other) in zip(row, (("global", "mid"), ("global", "layer"), ("mid", "layer")), strict=True):
+    for ax, quantity in zip(figure.axes, ("overlap_in", "overlap_out", "cosine"), strict=True):
+        for i, (one, other) in enumerate((("global", "mid"), ("global", "layer"), ("mid", "layer"))):
             part = scales[(scales["scale_i"] == one) & (scales["scale_j"] == other)]
-            line, chance = ax.lines
+            line, chance = ax.lines[2 * i : 2 * i + 2]
             expected = part.groupby("epoch")[quantity].mean()
             np.testing.assert_allclose(line.get_ydata()[1:], expected[1:].astype(float), rtol=1e-6)
             assert np.isnan(line.get_ydata()[0])  # nothing has been learned yet
@@ -134,4 +148,4 @@ def test_stacks_are_drawn_apart(tmp_path):
 
 def test_a_table_of_something_else_is_an_error():
     with pytest.raises(ma.AnalysisError, match="lacks the column run, step"):
-        overlap_between_layers(pd.DataFrame({"k": [1]}))
+        plot_overlap_between_layers(pd.DataFrame({"k": [1]}))

@@ -23,7 +23,16 @@ class Figure(matplotlib.figure.Figure):
 
 
 class Figures(dict[str, Figure]):
-    """Name -> figure, as ``draw_figures`` gives them; Jupyter shows all, each below its name."""
+    """Name -> figure, as ``draw_figures`` gives them; Jupyter shows all, each below its name.
+
+    A kind of figure stands for its only one: ``figures["rank_needed"]`` for ``figures["rank_needed: LoRA r=8"]``.
+    """
+
+    def __missing__(self, kind: str) -> Figure:
+        of_kind = [name for name in self if name.startswith(f"{kind}: ")]
+        if len(of_kind) != 1:
+            raise KeyError(f"{kind!r}: choose from {', '.join(of_kind or self)}")
+        return self[of_kind[0]]
 
     def _repr_html_(self) -> str:
         shown = []

@@ -1,27 +1,35 @@
 """Heat maps, their sizes, and a label for every layer that there is room for."""
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import Normalize
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.patches import Rectangle
 
 from msplora_analysis.compute.measures.metrics import Array
-from msplora_analysis.show.drawing.colours import NO_DATA
+from msplora_analysis.formats.names import in_model_order
+from msplora_analysis.show.drawing.colours import NO_DATA, SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.show.drawing.style import SMALLEST
-from msplora_analysis.show.drawing.text import fit, lay_out, size_of
+from msplora_analysis.show.drawing.text import broken, fit, lay_out, size_of
 from msplora_analysis.show.drawing.venues import Style
 
 NARROW = 4.5  # inches, below which panels stand one above the other
 _MARGIN = 1.3  # inches beside the cells, at most: tick labels, axis label, colour bar
+LETTERS = 20  # of a module's name on one line
+_PITCH_OF_NUMBERS = 11.5  # points for 4.5 in the smallest letters
 _PITCH = 7.0  # points from one label to the next, at least, in the smallest letters
 _LARGEST = 4.6  # inches that a square of few layers may be wide
+_DECADES = 1e-4
 _STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -30,20 +38,81 @@ def colour_scale(highest: float, lowest: float = 0) -> Normalize:
     return Normalize(lowest, highest if highest > 0 else 1)
 
 
+def log_scale(values: Array) -> Normalize:
+    """Logarithmic colours of what is positive, over four decades at most; `colour_scale` where nothing is."""
+    positive = values[values > 0]
+    if not len(positive) or not np.isfinite(positive).all():
+        return colour_scale(1)
+    highest = float(positive.max())
+    lowest = max(float(positive.min()), highest * _DECADES)
+    return LogNorm(lowest if lowest < highest else highest / 10, highest)
+
+
+def colour_bar(cells: QuadMesh, axes: Axes | Sequence[Axes], label: str, **how: Any) -> Colorbar:
+    """A colour bar with ticks that are read at once, also where colours are logarithmic."""
+    figure = (axes if isinstance(axes, Axes) else axes[0]).get_figure(root=True)
+    assert figure is not None
+    bar = figure.colorbar(cells, ax=axes, label=label, **how)
+    if isinstance(cells.norm, LogNorm):
+        low, high = float(cells.norm.vmin or 1), float(cells.norm.vmax or 1)
+        steps = (1, 2, 5) if high / low < 100 else (1,) if high / low > 2000 else (1, 3)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        ticks = [tick for tick in ticks if low <= tick * (1 + 1e-9) and tick <= high * (1 + 1e-9)]
+        bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+        bar.minorticks_off()
+    return bar
+
+
+def write_numbers(cells: QuadMesh, values: Array, form: str = "{:.1f}") -> None:
+    """The number of every cell on it, if there is room for all of them; call it once the panel has its place.
+
+    Args:
+        cells: Of `draw_cells`, one column wide each.
+        values: Shape (rows, columns).
+        form: How to write one.
+    """
+    ax = cells.axes
+    assert ax is not None
+    rows, columns = values.shape
+    box, points = ax.get_window_extent(), 72 / ax.figure.dpi
+    texts = [["" if np.isnan(value) else form.format(value) for value in row] for row in values]
+    longest = max((len(text) for row in texts for text in row), default=0)
+    room = min(box.width * points / columns / (0.62 * max(longest, 1) + 0.3), box.height * points / rows / 1.15)
+    size = min(room, float(mpl.rcParams["font.size"]))
+    if size < SMALLEST:
+        return
+    colours = cells.cmap(cells.norm(values))
+    bright = (colours[..., :3] @ np.array([0.299, 0.587, 0.114])) > 0.55
+    first = min(ax.get_ylim()) + 0.5
+    for (row, column), light in np.ndenumerate(bright):
+        colour = "black" if light else "white"
+        text = ax.text(column, first + row, texts[row][column], ha="center", va="center", color=colour, fontsize=size)
+        text.set_in_layout(False)
+
+
 def draw_cells(
-    ax: Axes, values: Array, norm: Normalize, cmap: str, *, x_edges: Array | None = None, first_row: float = 0
+    ax: Axes,
+    values: Array,
+    norm: Normalize,
+    cmap: str | Colormap,
+    *,
+    x_edges: Array | None = None,
+    first_row: float = 0,
+    empty: str = NO_DATA,
 ) -> QuadMesh:
-    """Cells of one colour each, the first row at the top; NaN is grey.
+    """Cells of one colour each, the first row at the top.
 
     Args:
         ax: Where to draw.
         values: Shape (rows, columns).
         norm: Of `colour_scale`; panels that share a colour bar share it.
-        cmap: Name of a colour map.
+        cmap: A colour map.
         x_edges: Shape (columns + 1); without it, column j is centred on j.
         first_row: Where the first row is centred.
+        empty: The colour of NaN.
     """
-    ax.set_facecolor(NO_DATA)
+    ax.set_facecolor(empty)
     rows, columns = values.shape
     x_edges = np.arange(columns + 1) - 0.5 if x_edges is None else x_edges
     y_edges = np.arange(rows + 1) + first_row - 0.5
@@ -62,28 +131,26 @@ def mark_absent(ax: Axes, x_edges: Array, top: float, bottom: float, text: str) 
     ax.text((x_edges[0] + x_edges[-1]) / 2, (top + bottom) / 2, text, ha="center", va="center", color="0.35", bbox=box)
 
 
-def width_for(style: Style, layers: int, beside: float = 0) -> float:
-    """The narrowest width in which every layer can be labelled, else every 2nd, 4th, ...
+def width_for(style: Style, layers: int, beside: float = 0, pitch: float = _PITCH) -> float:
+    """The narrowest width in which every layer can be labelled, else the last.
 
     Args:
         style: Its widths are those to choose from.
         layers: How many stand side by side.
         beside: Inches that something else takes.
+        pitch: Points that a layer needs, as more than its label where numbers stand in the cells.
 
     Returns:
         Inches.
     """
-    for step in (1,) if style.grows else _STEPS:
-        for width in style.widths:
-            if step * _pitch_of(width - beside, layers) >= _PITCH:
-                return width
-    return layers * _PITCH / 72 + _MARGIN + beside
+    wide = (width for width in style.widths if _pitch_of(width - beside, layers) >= pitch)
+    return next(wide, style.widest)
 
 
 def square_panels(style: Style, layers: list[int], panels: int) -> tuple[Figure, list[Axes]]:
     """A figure of squares, layer i down and layer j across.
 
-    The panels stand side by side where there is room for that, else one above the other.
+    The panels stand side by side in a figure as wide as a page, else one above the other.
 
     Args:
         style: How wide it may be.
@@ -91,8 +158,7 @@ def square_panels(style: Style, layers: list[int], panels: int) -> tuple[Figure,
         panels: How many squares.
     """
     n, full = len(layers), style.widest
-    every = _pitch_of(full, n, panels) >= _PITCH
-    abreast = panels > 1 and (every if style.grows else full >= NARROW)
+    abreast = panels > 1 and full >= NARROW
     width = full if abreast else width_for(style, n)
     rows, columns = (1, panels) if abreast else (panels, 1)
     side = n * _pitch_of(width, n, columns) / 72
@@ -109,6 +175,56 @@ def finish_squares(figure: Figure, axes: Sequence[Axes], layers: list[int]) -> N
     """Take away the height that squares, limited by the width, leave blank, and label the layers."""
     label_layers(figure, [axis for ax in axes for axis in (ax.xaxis, ax.yaxis)], layers)
     figure.set_figheight(figure.get_tightbbox().height + 0.08)
+
+
+def module_panels(
+    style: Style, numbers: pd.DataFrame, panels: int, more: Sequence[float] = ()
+) -> tuple[Figure, list[Axes], list[int]]:
+    """A figure of maps one above the other, layers across and modules down; and the layers.
+
+    Args:
+        style: How wide it may be.
+        numbers: With the columns `layer` and `module`.
+        panels: How many maps.
+        more: Inches that further panels below them are high.
+    """
+    layers = sorted(int(layer) for layer in numbers["layer"].dropna().unique())
+    modules = [broken(module, LETTERS) for module in numbers["module"].dropna().unique()]
+    longest = max(len(line) for name in modules for line in name.split("\n"))
+    width = width_for(style, len(layers), beside=0.05 * longest, pitch=_PITCH_OF_NUMBERS)
+    row = 0.05 + 0.12 * max(name.count("\n") + 1 for name in modules)
+    heights = [row * len(modules)] * panels + list(more)
+    figure = Figure(figsize=(width, 0.7 + sum(heights) + 0.5 * len(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0].tolist()
+    return figure, axes, layers
+
+
+def draw_modules(
+    ax: Axes, numbers: pd.DataFrame, column: str, norm: Normalize, cmap: str = SEQUENTIAL
+) -> tuple[QuadMesh, Array]:
+    """One map: layers across, modules down in the order of a model. Returns the cells and their values.
+
+    Args:
+        ax: Where to draw.
+        numbers: One row for each layer and module.
+        column: What of them.
+        norm: See `draw_cells`.
+        cmap: See `draw_cells`.
+    """
+    layers = sorted(numbers["layer"].dropna().unique())
+    modules = in_model_order(numbers["module"])
+    table = numbers.pivot(index="module", columns="layer", values=column).reindex(index=modules, columns=layers)
+    values = table.to_numpy(np.float64)
+    cells = draw_cells(ax, values, norm, cmap)
+    ax.set_yticks(range(len(modules)), [broken(module, LETTERS) for module in modules], parse_math=False)
+    tick_layers(ax.xaxis, [int(layer) for layer in layers])
+    return cells, values
+
+
+def tick_layers(axis: Axis, layers: list[int]) -> None:
+    """Ticks for layers in a panel of unknown size, about ten of them labelled."""
+    step = next((step for step in _STEPS if len(layers) / step <= 12), _STEPS[-1])
+    axis.set_ticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
 
 
 def label_layers(figure: Figure, axes: Sequence[Axis], layers: list[int]) -> None:

@@ -1,24 +1,26 @@
 """A figure with its numbers and its name, how both reach the disk, and every kind of figure that a file declares."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import pandas as pd
 
+from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import NO_MOMENTS
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.style import settings
-from msplora_analysis.show.drawing.text import noting
+from msplora_analysis.show.drawing.text import lay_out, noting
 from msplora_analysis.show.drawing.venues import style_of
 from msplora_analysis.tables.files import marked
 from msplora_analysis.tables.matrices import choose, method_labels, slug, stacks
 from msplora_core.atomic import replacing
 
 FORMATS = ("pdf", "png", "svg")
+_NAMED = 4  # runs or tasks, at most, in a title
 
 # The times and version numbers that matplotlib would put in, which would make equal figures unequal files.
 _METADATA: dict[str, dict[str, str | None]] = {
@@ -30,21 +32,44 @@ _METADATA: dict[str, dict[str, str | None]] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """What one figure shows, under the name `stem`; without `draw`, a table alone."""
+    """What one figure shows; without `draw`, a table alone.
+
+    Attributes:
+        stem: The name of its files.
+        numbers: What is drawn, and written beside it.
+        draw: Of the numbers and a style.
+        of: Which one of its kind, in words: a method, or two.
+        kind: What kind of figure, as `all_plots` says.
+        notes: What its title must say beside what `draw` says.
+    """
 
     stem: str
     numbers: pd.DataFrame
-    draw: Callable[[pd.DataFrame, str | None], Figure] | None = None
+    draw: Callable[..., Figure] | None = None
+    of: str = ""
+    kind: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What Python calls it: "figure3: MSPLoRA 8/8/8"."""
+        return f"{self.kind}: {self.of}" if self.of else self.kind or self.stem
+
+    def figure(self, style: str | None = None) -> Figure:
+        assert self.draw is not None
+        numbers = self.numbers.rename(columns={"task_sigma": "sigma"})
+        with noting(*self.notes):
+            return self.draw(numbers, style)
 
     def write(self, folder: Path, formats: Sequence[str], style: str | None = None) -> list[Path]:
         """`stem`.<format> for each format and `stem`.csv, each complete or not there at all. Returns the paths."""
         csv = marked(_whole_epochs(self.numbers)).to_csv(index=False, lineterminator="\n").encode()
         paths = [_write(folder / f"{self.stem}.csv", lambda file: file.write(csv))]
         if self.draw and formats:
-            figure = self.draw(self.numbers, style)
+            figure = self.figure(style)
             with settings(style_of(style)):
                 # One layout for all formats, rather than one for the resolution of each.
-                figure.draw_without_rendering()
+                lay_out(figure)
                 figure.set_layout_engine("none")
                 for name in formats:
                     save = partial(figure.savefig, format=name, metadata=_METADATA[name])
@@ -106,53 +131,60 @@ def all_plots(tables: Mapping[str, pd.DataFrame], epoch: float | None = None) ->
         tables: What kinds of figures may need, prepared, by name (see `Kind.needs`).
         epoch: Of the figures of one checkpoint; None: see `tables.checkpoints.at_epoch`.
     """
-    kinds = sorted(KINDS.values(), key=lambda kind: kind.order)
-    plots = (plot for kind in kinds if kind.needs in tables for plot in kind.plots(tables[kind.needs], epoch))
-    return [plot for plot in plots if len(plot.numbers)]
+    plots = []
+    for kind in sorted(KINDS.values(), key=lambda kind: kind.order):
+        if kind.needs in tables:
+            note = runs_named(tables[kind.needs])
+            for plot in kind.plots(tables[kind.needs], epoch):
+                if len(plot.numbers):
+                    # Tables alone have names of their own.
+                    plots.append(replace(plot, kind=kind.name if plot.draw else "", notes=(*plot.notes, note)))
+    return plots
 
 
 def weighted_plot(plot: Plot) -> Plot:
     """A figure of task-weighted spectra, under a name of its own: its title and the column of its numbers say so."""
-
-    def draw(numbers: pd.DataFrame, style: str | None) -> Figure:
-        assert plot.draw is not None
-        return drawn(plot.draw, numbers.rename(columns={"task_sigma": "sigma"}), style, "moments")
-
-    return Plot(f"{plot.stem}_task", plot.numbers.rename(columns={"sigma": "task_sigma"}), plot.draw and draw)
+    numbers = plot.numbers.rename(columns={"sigma": "task_sigma"})
+    names = {"stem": f"{plot.stem}_task", "kind": plot.kind and f"{plot.kind}_task"}
+    return replace(plot, **names, numbers=numbers, notes=("task-weighted", *plot.notes))
 
 
-def drawn(draw: Callable[..., Figure], numbers: pd.DataFrame, style: str | None, weights: str, **more: Any) -> Figure:
-    """What ``draw`` makes of the numbers; the title says if they are weighted."""
-    if weights == NO_MOMENTS:
-        return draw(numbers, style, **more)
-    with noting("task-weighted"):
-        return draw(numbers, style, **more)
+def runs_named(table: pd.DataFrame) -> str:
+    """What the runs are of which a figure shows means: their tasks, or where these are not known their names."""
+    if not {"run", "variant"} <= set(table.columns) or table.groupby("variant")["run"].nunique().max() < 2:
+        return ""
+    tasks = [unit.task for unit in units(table["run"].unique())]
+    names = [str(name) for name in (tasks if None not in tasks else table["run"].unique())]
+    names = list(dict.fromkeys(names))
+    return ", ".join(names if len(names) <= _NAMED else [*names[: _NAMED - 1], "…", names[-1]])
 
 
-def of_one_method(
-    table: pd.DataFrame,
-    method: str | None,
-    stack: str | None,
-    epoch: float | None,
-    numbers: Callable[..., pd.DataFrame],
-    draw: Callable[..., Figure],
-    style: str | None,
-    weights: str = NO_MOMENTS,
+def drawn(
+    draw: Callable[..., Figure], table: pd.DataFrame, numbers: pd.DataFrame, style: str | None, *notes: str
 ) -> Figure:
-    """The figure of the layers of one method and stack; either may be left out if there is only one.
+    """What ``draw`` makes of the numbers; the title says what the runs of the table are, and the notes."""
+    with noting(*notes, runs_named(table)):
+        return draw(numbers, style)
+
+
+def weights_note(weights: str) -> str:
+    """What titles say of the spectra."""
+    return "" if weights == NO_MOMENTS else "task-weighted"
+
+
+def one_method(table: pd.DataFrame, method: str | None, stack: str | None) -> tuple[pd.DataFrame, str, str]:
+    """The rows of layers, and the method and stack to draw; either may be left out if there is only one.
 
     Args:
         table: What `prepare` or `prepare_pairs` makes.
-        numbers: Of the rows of layers in it, a method, a stack and the epoch.
-        draw: Of these numbers and a style.
-        weights: Whether the table is of task-weighted spectra.
+        method: Its label.
+        stack: The dotted path of the numbered layers.
     """
     layers = table[table["scale"] == "layer"]
     label = method and choose("method", method, method_labels(layers))
     stack = choose("stack", stack, stacks(layers[layers["variant"] == label] if label else layers))
     label = choose("method", label, method_labels(layers[layers["stack"] == stack]))
-    name_stack = len(stacks(layers)) > 1
-    return drawn(draw, numbers(layers, label, stack, epoch), style, weights, name_stack=name_stack)
+    return layers, label, stack
 
 
 def each_method(
@@ -162,13 +194,22 @@ def each_method(
     draw: Callable[..., Figure],
     epoch: float | None,
 ) -> Iterator[Plot]:
-    """A figure as `of_one_method` draws it of every numbered stack and method, named by a stack only if of several."""
+    """A figure of every numbered stack and method, named by a stack only if of several.
+
+    Args:
+        name: What the names of its files begin with.
+        table: What `prepare` or `prepare_pairs` makes.
+        numbers: Of the rows of layers in it, a method, a stack and the epoch.
+        draw: Of these numbers and a style.
+        epoch: See `all_plots`.
+    """
     layers = table[table["scale"] == "layer"]
     several = len(stacks(layers)) > 1
     for stack in stacks(layers):
         for method in method_labels(layers[layers["stack"] == stack]):
             stem = "_".join([name, slug(method), *([slug(stack)] if several else [])])
-            yield Plot(stem, numbers(layers, method, stack, epoch), partial(draw, name_stack=several))
+            of = f"{method}, {stack}" if several else method
+            yield Plot(stem, numbers(layers, method, stack, epoch), partial(draw, name_stack=several), of)
 
 
 def check_formats(formats: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -25,35 +26,44 @@ _NOTES: ContextVar[tuple[str, ...]] = ContextVar("notes", default=())
 
 
 @contextmanager
-def noting(note: str) -> Iterator[None]:
-    """Titles of figures drawn meanwhile say this first among their notes."""
-    token = _NOTES.set((note,))
+def noting(*notes: str) -> Iterator[None]:
+    """Titles of figures drawn meanwhile say these first among their notes."""
+    token = _NOTES.set((*_NOTES.get(), *filter(None, notes)))
     try:
         yield
     finally:
         _NOTES.reset(token)
 
 
-def title(figure: Figure, heading: str, *notes: str, math: bool = False) -> None:
+def title(figure: Figure, heading: str, *notes: str, key: str = "", math: bool = False) -> None:
     """A short heading with what was averaged in brackets; on lines of their own where the figure is too narrow.
 
     Args:
         figure: The figure, which grows with each line.
         heading: What it shows.
         notes: What stands in the brackets; empty ones are left out.
+        key: How to read it, on lines of its own.
         math: Whether $ begins a formula; else a $ in a name is a $.
     """
     heading, note = printable(heading), printable(", ".join(filter(None, (*_NOTES.get(), *notes))))
     room = 72 * figure.get_figwidth() - 2 * _EDGE
     text = figure.suptitle(f"{heading} ({note})" if note else heading, parse_math=math)
+    lines = [text.get_text()]
     if size_of(text)[0] > room:
         lines = [_broken(text, part, room) for part in (heading, note) if part]
-        text.set_text("\n".join(lines))
-        _grow(figure, text.get_text().count("\n") * 1.2 * float(text.get_fontsize()))
+    lines += [_broken(text, printable(key), room)] if key else []
+    text.set_text("\n".join(lines))
+    _grow(figure, text.get_text().count("\n") * 1.2 * float(text.get_fontsize()))
 
 
 def title_of_layers(
-    figure: Figure, heading: str, numbers: pd.DataFrame, runs: list[int], *notes: str, name_stack: bool
+    figure: Figure,
+    heading: str,
+    numbers: pd.DataFrame,
+    runs: list[int],
+    *notes: str,
+    name_stack: bool,
+    key: str = "",
 ) -> None:
     """The title of a figure of layers at one checkpoint: the heading, then the stack, the epoch and how many runs.
 
@@ -64,10 +74,11 @@ def title_of_layers(
         runs: The number of runs of each method.
         notes: What else stands in the brackets.
         name_stack: Whether to name the stack, as where a model has several.
+        key: See `title`.
     """
     epochs = pd.concat([numbers[name] for name in numbers.columns if name.startswith("epoch")])
     stack = str(numbers["stack"].iloc[0]) if name_stack else ""
-    title(figure, heading, stack, epoch_note(epochs), runs_note(runs), *notes)
+    title(figure, heading, stack, epoch_note(epochs), runs_note(runs), *notes, key=key)
 
 
 def runs_note(counts: list[int]) -> str:
@@ -84,7 +95,7 @@ def legend_below(figure: Figure, handles: Sequence[Artist], names: Sequence[str]
     room = 72 * figure.get_figwidth() - 2 * _EDGE
     # Of equal numbers of rows the fewest columns: 2 and 2 rather than 3 and 1.
     even = sorted({math.ceil(len(names) / rows) for rows in range(1, len(names) + 1)}, reverse=True)
-    for columns in [columns for columns in even if columns <= 4]:
+    for columns in [columns for columns in even if columns <= 6]:
         legend = figure.legend(
             handles, names, loc="outside lower center", ncols=columns, handlelength=3, columnspacing=1.5
         )
@@ -102,15 +113,26 @@ def legend_below(figure: Figure, handles: Sequence[Artist], names: Sequence[str]
     _grow(figure, size_of(legend)[1] - 2.4 * float(texts[0].get_fontsize()))
 
 
-def label_epochs(axes: Sequence[Axes], columns: int) -> None:
-    """Whole epochs below panels of which `columns` stand side by side, as many as keep apart."""
+def label_epochs(axes: Sequence[Axes], columns: int, epochs: Sequence[float]) -> None:
+    """Epochs below panels of which `columns` stand side by side: each of them, or if there is no room some round ones.
+
+    Args:
+        axes: The panels.
+        columns: How many stand side by side.
+        epochs: What is drawn.
+    """
+    whole = [int(epoch) for epoch in epochs if epoch == int(epoch)]
     for ax in axes:
         ax.set_xlabel(LABELS["epoch"])
         figure = ax.get_figure(root=True)
         assert figure is not None
-        widest = len(f"{ax.get_xlim()[1]:.0f}")
-        labels = 72 * (figure.get_figwidth() / columns - 0.35) / (7 * (widest + 1))
-        ax.xaxis.set_major_locator(MaxNLocator(min(5, max(1, int(labels))), steps=[1, 2, 5, 10], integer=True))
+        points = 72 * (figure.get_figwidth() / columns - 0.6)
+        labels = int(points / (5.5 * (len(f"{max(epochs, default=0):.0f}") + 1)))
+        low, high = ax.get_xlim()
+        if len(whole) == len(epochs) and whole and (high - low) / (min(np.diff(whole), default=1)) <= labels:
+            ax.set_xticks(whole)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(min(8, max(1, labels)), steps=[1, 2, 5, 10], integer=True))
 
 
 def fit(figure: Figure) -> None:
@@ -126,9 +148,8 @@ def fit(figure: Figure) -> None:
 
 def lay_out(figure: Figure) -> None:
     """Place the panels as their labels are now."""
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.execute(figure)
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
     for ax in figure.axes:
         ax.apply_aspect()
 

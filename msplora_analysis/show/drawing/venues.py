@@ -9,21 +9,20 @@ from msplora_analysis.errors import AnalysisError
 class Style:
     """The looks of a figure.
 
-    widths: inches it may be wide, ascending; it takes the narrowest in which every layer can be labelled.
+    widths: inches it may be wide, ascending; it takes the narrowest in which every layer can be labelled, else the
+        last, and labels every 2nd, 4th, ... layer.
     serif: letters like Times, or else sans-serif.
-    grows: wider than the last width if the layers' labels ask for it; else only every 2nd, 4th, ... is labelled.
     """
 
     widths: tuple[float, ...]
     serif: bool = True
-    grows: bool = False
 
     @property
     def widest(self) -> float:
         return self.widths[-1]
 
 
-DEFAULT = Style((3.35, 5.0, 7.0), serif=False, grows=True)
+DEFAULT = Style((3.35, 5.0, 7.0), serif=False)
 """One column of a paper, one and a half, two; for the screen and for reports."""
 
 # Width of a column and of the whole text in inches; equal where the text has one column.

@@ -1,15 +1,14 @@
 """Figures: one file each, which declares itself (see `drawing.plot.plots_of`), found here by being in this folder.
 
-    from msplora_analysis import load_spectra
-    from msplora_analysis.show.figures import figure3, write_figures
+    import msplora_analysis as ma
 
-    spectra = load_spectra("runs")
-    write_figures(spectra, Path("figures"), style="icml")
-    figure3(spectra, "MSPLoRA 8/8/8").savefig("figure3.pdf")
+    spectra = ma.load_spectra("runs")
+    ma.write_figures(spectra, Path("figures"), style="icml")
+    ma.plot_figure3(spectra, method="MSPLoRA 8/8/8").savefig("figure3.pdf")
 
-A file has a function of the tidy table, which returns a figure. `draw_figures` returns all figures, `write_figures`
-saves them. The figures are plain ones, not pyplot's: nothing else keeps them. `style` is that of `venues.style_of`: the
-widths and letters of a venue.
+A file has a function of the tidy table, which returns a figure or draws one panel into an `ax`. `draw_figures` returns
+all figures, `write_figures` saves them. The figures are plain ones, not pyplot's: nothing else keeps them. `style` is
+that of `venues.style_of`: the widths and letters of a venue.
 
 The label of a method is told from the table alone: the scales of a run and the number of values per scale. Any adapter
 with the scale `layer` only is a 'LoRA r=8', one with more is an 'MSPLoRA 8/4/2'. Every figure averages over the runs
@@ -17,6 +16,7 @@ with the scale `layer` only is a 'LoRA r=8', one with more is an 'MSPLoRA 8/4/2'
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -25,9 +25,10 @@ from typing import Any
 
 import pandas as pd
 
+from msplora_analysis.compute.executors import cpus, executor_of
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import NO_MOMENTS, Execution, Options, Progress, check_weights
-from msplora_analysis.show.drawing.figure import Figure, Figures
+from msplora_analysis.show.drawing.figure import Figures
 from msplora_analysis.show.drawing.plot import FORMATS, KINDS, Plot, all_plots, check_formats, weighted_plot
 from msplora_analysis.show.drawing.venues import style_of
 from msplora_analysis.tables.gather import gather_ablations, gather_redundancy, gather_spectra
@@ -71,8 +72,8 @@ def draw_figures(
     dask: str | None = None,
     cache: bool = True,
     progress: Progress | None = None,
-) -> dict[str, Figure]:
-    """Name → figure, to be shown, restyled and saved; the names are those of the files that `write_figures` writes.
+) -> Figures:
+    """Name → figure, to be shown, restyled and saved: "figure3: MSPLoRA 8/8/8"; the kind alone finds the only one.
 
     Keywords that are not listed are those of `load_tables`, for adapters alone.
 
@@ -80,7 +81,7 @@ def draw_figures(
         paths: Adapters, or the folder or file of a spectra table, as `msplora-analyze figures` takes them; or the table
             itself, then with `pairs` and `scales` as for `write_figures`.
         style: See `venues.style_of`.
-        which: Only these, by name ("rank_needed_lora-8") or kind ("figure3").
+        which: Only these, by kind ("figure3") or name ("rank_needed: LoRA r=8").
         epoch: See `write_figures`.
         pairs: See `write_figures`.
         scales: See `write_figures`.
@@ -101,15 +102,16 @@ def draw_figures(
         execution = Execution(workers, dask, cache, progress)
         spectra = gather_spectra(listed, options, execution) if listed else None
         of_pairs = [kind for kind in KINDS.values() if kind.needs in ("pairs", "scales")]
-        needs_pairs = wanted is None or any(_is(name, kind.name) for kind in of_pairs for name in wanted)
+        needs_pairs = wanted is None or any(_of_kind(name, kind.name) for kind in of_pairs for name in wanted)
         if listed and needs_pairs and check_weights(weights) == NO_MOMENTS:
             pairs, scales = gather_redundancy(listed, options, execution)
-    plots = {plot.stem: plot for plot in _plots(spectra, epoch, pairs, scales, ablation, weights) if plot.draw}
+    plots = [plot for plot in _plots(spectra, epoch, pairs, scales, ablation, weights) if plot.draw]
     for name in wanted or ():
-        if not any(_is(stem, name) for stem in plots):
-            raise AnalysisError(f"no figure {name!r} can be drawn of this: choose from {', '.join(plots) or 'none'}")
-    chosen = (plot for stem, plot in plots.items() if wanted is None or any(_is(stem, name) for name in wanted))
-    return Figures({plot.stem: plot.draw(plot.numbers, style) for plot in chosen if plot.draw})
+        if not any(_is(plot, name) for plot in plots):
+            names = ", ".join(plot.name for plot in plots) or "none"
+            raise AnalysisError(f"no figure {name!r} can be drawn of this: choose from {names}")
+    chosen = (plot for plot in plots if wanted is None or any(_is(plot, name) for name in wanted))
+    return Figures({plot.name: plot.figure(style) for plot in chosen})
 
 
 def write_figures(
@@ -123,6 +125,7 @@ def write_figures(
     ablation: pd.DataFrame | None = None,
     weights: str = "none",
     style: str | None = None,
+    workers: int | None = 1,
 ) -> list[Path]:
     """Draw all that the table allows, with the numbers of each figure beside it as CSV. Equal tables give equal bytes.
 
@@ -137,6 +140,7 @@ def write_figures(
         ablation: Of `load_ablation`, drawn too.
         weights: "moments": the figures of spectra alone, of the task-weighted ones; the names end in `_task`.
         style: See `venues.style_of`.
+        workers: Processes to draw with; None: one for each CPU.
 
     Returns:
         The paths of the files, in order.
@@ -153,7 +157,15 @@ def write_figures(
         )
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    return [path for plot in plots for path in plot.write(out_dir, formats, style)]
+    workers = min(len(plots), cpus() if workers is None else workers)
+    with executor_of(workers, None) as executor:
+        write = partial(_write, folder=out_dir, formats=formats, style=style)
+        written = map(write, plots) if executor is None else executor.map(write, plots)
+        return [path for paths in written for path in paths]
+
+
+def _write(plot: Plot, folder: Path, formats: Sequence[str], style: str | None) -> list[Path]:
+    return plot.write(folder, formats, style)
 
 
 def _plots(
@@ -179,6 +191,10 @@ def _plots(
     return all_plots(tables, epoch)
 
 
-def _is(stem: str, name: str) -> bool:
-    """Whether a figure has this name, or is of this kind."""
-    return stem == name or stem.startswith(f"{name}_")
+def _is(plot: Plot, name: str) -> bool:
+    """Whether a figure has this name, or its file has, or it is of this kind."""
+    return name in (plot.name, plot.kind) or _of_kind(plot.stem, name)
+
+
+def _of_kind(name: str, kind: str) -> bool:
+    return name == kind or name.startswith((f"{kind}_", f"{kind}:"))

@@ -1,38 +1,71 @@
 """The singular values of every layer's own part at one checkpoint."""
 
 from collections.abc import Iterator
+from functools import partial
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 
+from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
-from msplora_analysis.show.drawing.plot import Plot, each_method, of_one_method, plots_of
+from msplora_analysis.show.drawing.plot import Plot, drawn, each_method, one_method, plots_of, weights_note
 from msplora_analysis.show.drawing.style import styled
 from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables.checkpoints import at_epoch
-from msplora_analysis.tables.matrices import ks, prepare, weighted
+from msplora_analysis.tables.matrices import ks, prepare, stacks, weighted
 
 TOP = 8
 
 
-def spectra_by_layer(
+def plot_spectra_by_layer(
     spectra: pd.DataFrame,
-    method: str | None = None,
     *,
+    method: str | None = None,
     stack: str | None = None,
     epoch: float | None = None,
+    colour: str = "log",
     weights: str = "none",
+    ax: Axes | None = None,
     style: str | None = None,
-) -> Figure:
+) -> Axes | Figure:
     """Layers across, index k down (1 at the top), colour = sigma_k of the `layer` part, mean over modules and runs.
 
-    With `weights="moments"` sigma is the task-weighted one, `task_sigma`.
+    Args:
+        spectra: Of `load_spectra`.
+        method: Its label; None: the only one there is.
+        stack: Of numbered layers; None: the only one there is.
+        epoch: None: the last that all runs share.
+        colour: "log" or "linear".
+        weights: "moments": of the task-weighted spectra, `task_sigma`.
+        ax: Where to draw; None: a figure of its own.
+        style: The widths and letters of a venue.
+
+    Returns:
+        `ax`, or the figure.
+
+    Raises:
+        AnalysisError: The table has no such method, stack or epoch.
+
+    Example:
+        >>> ma.plot_spectra_by_layer(ma.load_spectra("examples/runs"), method="LoRA r=8")
     """
-    return of_one_method(prepare(weighted(spectra, weights)), method, stack, epoch, numbers, draw, style, weights)
+    if colour not in ("log", "linear"):
+        raise AnalysisError(f"colour={colour!r}: expected log or linear")
+    prepared = prepare(weighted(spectra, weights))
+    layers, method, stack = one_method(prepared, method, stack)
+    table = numbers(layers, method, stack, epoch)
+    if ax is None:
+        painted = partial(draw, name_stack=len(stacks(layers)) > 1, colour=colour)
+        return drawn(painted, layers, table, style, weights_note(weights))
+    heatmap.colour_bar(_panel(ax, table, colour), ax, LABELS["sigma"])
+    return ax
 
 
-@plots_of(spectra_by_layer, order=6)
+@plots_of(plot_spectra_by_layer, order=6, name="spectra_by_layer")
 def plots(matrices: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     return each_method("spectra_by_layer", matrices, numbers, draw, epoch)
 
@@ -50,16 +83,25 @@ def numbers(matrices: pd.DataFrame, method: str, stack: str, epoch: float | None
 
 
 @styled
-def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Figure:
-    values = numbers.pivot(index="k", columns="layer", values="sigma")
-    rows, layers = values.shape
-    figure = Figure(figsize=(heatmap.width_for(style, layers), 1.0 + 0.15 * rows), layout="constrained")
+def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False, colour: str = "log") -> Figure:
+    layers = sorted(set(numbers["layer"].astype(int)))
+    figure = Figure(
+        figsize=(heatmap.width_for(style, len(layers)), 1.0 + 0.15 * int(numbers["k"].max())), layout="constrained"
+    )
     ax = figure.subplots()
-    norm = heatmap.colour_scale(numbers["sigma"].max())
-    cells = heatmap.draw_cells(ax, values.to_numpy(), norm, colours.SEQUENTIAL, first_row=1)
-    ax.set(xlabel=LABELS["layer"], ylabel=LABELS["k"], yticks=values.index)
-    figure.colorbar(cells, ax=ax, label=LABELS["sigma"], aspect=18, pad=0.02)
+    heatmap.colour_bar(_panel(ax, numbers, colour), ax, LABELS["sigma"], aspect=18, pad=0.02)
     first = numbers.iloc[0]
-    text.title_of_layers(figure, f"{first['variant']}, layer parts", numbers, [first["runs"]], name_stack=name_stack)
-    heatmap.label_layers(figure, [ax.xaxis], [int(layer) for layer in values.columns])
+    heading = f"{first['variant']}, layer parts, mean over modules"
+    text.title_of_layers(figure, heading, numbers, [first["runs"]], name_stack=name_stack)
+    heatmap.label_layers(figure, [ax.xaxis], layers)
     return figure
+
+
+def _panel(ax: Axes, numbers: pd.DataFrame, colour: str) -> QuadMesh:
+    values = numbers.pivot(index="k", columns="layer", values="sigma")
+    shown = values.to_numpy(np.float64)
+    norm = heatmap.log_scale(shown) if colour == "log" else heatmap.colour_scale(float(np.nanmax(shown, initial=0)))
+    cells = heatmap.draw_cells(ax, shown, norm, colours.SEQUENTIAL, first_row=1)
+    ax.set(xlabel=LABELS["layer"], ylabel=LABELS["k"], yticks=values.index)
+    heatmap.tick_layers(ax.xaxis, [int(layer) for layer in values.columns])
+    return cells

@@ -47,7 +47,7 @@ def plot_metric_against_rank(
 @plots_of(plot_metric_against_rank, order=12, needs="ablation", name="metric_against_rank")
 def plots(ablation: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     for name, table in each_adapter(ablation):
-        yield Plot("_".join(filter(None, ["metric_against_rank", slug(name)])), numbers(table), draw)
+        yield Plot("_".join(filter(None, ["metric_against_rank", slug(name)])), numbers(table), draw, name)
 
 
 def numbers(ablation: pd.DataFrame) -> pd.DataFrame:

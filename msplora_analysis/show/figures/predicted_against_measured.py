@@ -54,7 +54,7 @@ def plot_predicted_against_measured(
 @plots_of(plot_predicted_against_measured, order=13, needs="ablation", name="predicted_against_measured")
 def plots(ablation: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
     for name, table in each_adapter(ablation):
-        yield Plot("_".join(filter(None, ["predicted_against_measured", slug(name)])), numbers(table), draw)
+        yield Plot("_".join(filter(None, ["predicted_against_measured", slug(name)])), numbers(table), draw, name)
 
 
 def numbers(ablation: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from msplora_analysis.formats.names import module_of, stack_and_layer
+from msplora_analysis.formats.names import in_model_order, module_of, stack_and_layer
 from msplora_analysis.show.drawing import colours, heatmap, text
 from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
@@ -43,7 +43,8 @@ def plots(ablation: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]:
         stacks = _stacks(table)
         for stack in stacks:
             stem = "_".join(filter(None, ["what_carries", slug(name), slug(stack) if len(stacks) > 1 else ""]))
-            yield Plot(stem, numbers(table, stack), draw)
+            of = ", ".join(filter(None, [name, stack if len(stacks) > 1 else ""]))
+            yield Plot(stem, numbers(table, stack), draw, of)
 
 
 def _stacks(ablation: pd.DataFrame) -> list[str]:
@@ -77,7 +78,7 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     of_modules = numbers[numbers["cut"] == "module"]
     kl = of_modules.pivot_table(index="module", columns="layer", values="kl", sort=False)
     layers = sorted(set(numbers["layer"].dropna()))
-    kl = kl.reindex(columns=layers)
+    kl = kl.reindex(index=in_model_order(kl.index), columns=layers)
     names = [text.broken(module, LETTERS) for module in kl.index]
     metric = numbers["metric_name"].iloc[0]
     longest = min(max(map(len, kl.index)), LETTERS)
