@@ -73,8 +73,6 @@ def intervals(
     the runs less two as degrees of freedom. Without rows where a method has one run alone.
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
     """
-    from scipy.stats import t
-
     chosen = (matrices["scale"] == "layer") & (matrices["stack"] == stack) & matrices["variant"].isin([ours, theirs])
     parts = at_epoch(matrices[chosen], epoch)
     runs = [list(parts.loc[parts["variant"] == method, "run"].unique()) for method in (ours, theirs)]
@@ -91,7 +89,9 @@ def intervals(
             n = len(names)
             variance = variance + (n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0)
         layers = mean_spectra(part).index.to_numpy()
-    reach = t.ppf((1 + confidence) / 2, len(runs[0]) + len(runs[1]) - 2) * np.sqrt(variance)
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+    reach = stdtrit(len(runs[0]) + len(runs[1]) - 2, (1 + confidence) / 2) * np.sqrt(variance)
     difference = whole[0] - whole[1]
     ends = {"low": (difference - reach).ravel(), "high": (difference + reach).ravel()}
     pairs = {"layer_i": np.repeat(layers, len(layers)), "layer_j": np.tile(layers, len(layers))}

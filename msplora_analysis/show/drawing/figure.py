@@ -12,7 +12,13 @@ from msplora_analysis.errors import printable
 
 
 class Figure(matplotlib.figure.Figure):
-    """A matplotlib Figure that Jupyter shows without ``%matplotlib inline``; what that sets comes first."""
+    """A matplotlib Figure that Jupyter shows without ``%matplotlib inline``; what that sets comes first.
+
+    Attributes:
+        placed: Whether its panels have their places already.
+    """
+
+    placed = False
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         """Twice as many pixels as it is wide on the page."""

@@ -174,7 +174,10 @@ def square_panels(style: Style, layers: list[int], panels: int) -> tuple[Figure,
 def finish_squares(figure: Figure, axes: Sequence[Axes], layers: list[int]) -> None:
     """Take away the height that squares, limited by the width, leave blank, and label the layers."""
     label_layers(figure, [axis for ax in axes for axis in (ax.xaxis, ax.yaxis)], layers)
-    figure.set_figheight(figure.get_tightbbox().height + 0.08)
+    height = figure.get_tightbbox().height + 0.08
+    if abs(height - figure.get_figheight()) > 0.01:
+        figure.set_figheight(height)
+        lay_out(figure)
 
 
 def module_panels(

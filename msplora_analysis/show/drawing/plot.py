@@ -69,7 +69,8 @@ class Plot:
             figure = self.figure(style)
             with settings(style_of(style)):
                 # One layout for all formats, rather than one for the resolution of each.
-                lay_out(figure)
+                if not figure.placed:
+                    lay_out(figure)
                 figure.set_layout_engine("none")
                 for name in formats:
                     save = partial(figure.savefig, format=name, metadata=_METADATA[name])

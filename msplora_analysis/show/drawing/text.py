@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from msplora_analysis.errors import printable
+from msplora_analysis.show.drawing.figure import Figure
 from msplora_analysis.show.drawing.labels import LABELS
 from msplora_analysis.tables.labels import epoch_note
 
@@ -136,29 +136,33 @@ def label_epochs(axes: Sequence[Axes], columns: int, epochs: Sequence[float]) ->
 
 
 def fit(figure: Figure) -> None:
-    """Break labels of axes and titles of panels that are longer than what they name."""
+    """Place the panels, and break labels of axes and titles of panels that are longer than what they name."""
     lay_out(figure)
     points = 72 / figure.dpi
+    broken = False
     for ax in figure.axes:
         box = ax.get_window_extent()
-        break_text(ax.xaxis.label, points * box.width)
-        break_text(ax.yaxis.label, points * box.height)
-        break_text(ax.title, points * box.width)
+        for text, room in ((ax.xaxis.label, box.width), (ax.yaxis.label, box.height), (ax.title, box.width)):
+            broken |= break_text(text, points * room)
+    if broken:
+        lay_out(figure)
 
 
 def lay_out(figure: Figure) -> None:
     """Place the panels as their labels are now."""
     if engine := figure.get_layout_engine():
         engine.execute(figure)
+    figure.placed = True
     for ax in figure.axes:
         ax.apply_aspect()
 
 
-def break_text(text: Text, room: float) -> None:
-    """Break `text` into lines of at most `room` points, if it is longer along its direction."""
+def break_text(text: Text, room: float) -> bool:
+    """Break `text` into lines of at most `room` points, if it is longer along its direction. Returns whether it was."""
     content = text.get_text()
-    if content and _length(text) > room:
-        text.set_text(_broken(text, content, room))
+    if not content or _length(text) <= room:
+        return False
+    return _broken(text, content, room) != content
 
 
 def broken(name: str, letters: int) -> str:
@@ -169,7 +173,7 @@ def broken(name: str, letters: int) -> str:
 def size_of(artist: Text | Artist) -> tuple[float, float]:
     """Width and height in points."""
     figure = artist.get_figure(root=True)
-    assert isinstance(figure, Figure)
+    assert figure is not None
     box = artist.get_window_extent()
     return box.width * 72 / figure.dpi, box.height * 72 / figure.dpi
 
