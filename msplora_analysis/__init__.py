@@ -33,12 +33,13 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.live.callback import SpectraCallback as SpectraCallback
     from msplora_analysis.show.figures import draw_figures as draw_figures
     from msplora_analysis.show.figures import write_figures as write_figures
-    from msplora_analysis.show.figures.joint_basis import plot_joint_basis as plot_joint_basis
+    from msplora_analysis.show.figures.comparison import plot_comparison as plot_comparison
     from msplora_analysis.show.figures.decoupling import plot_decoupling_over_epochs as plot_decoupling_over_epochs
     from msplora_analysis.show.figures.effective_rank import (
         plot_effective_rank_over_epochs as plot_effective_rank_over_epochs,
     )
     from msplora_analysis.show.figures.effective_rank_map import plot_effective_rank_map as plot_effective_rank_map
+    from msplora_analysis.show.figures.joint_basis import plot_joint_basis as plot_joint_basis
     from msplora_analysis.show.figures.kl_difference import plot_figure4 as plot_figure4
     from msplora_analysis.show.figures.kl_matrices import plot_kl_between_layers as plot_kl_between_layers
     from msplora_analysis.show.figures.layer_spectra import plot_spectra_by_layer as plot_spectra_by_layer
@@ -89,6 +90,7 @@ _MODULES = {
     "load_scale_pairs": "tables.pairs",
     "load_spectra": "tables.load",
     "load_tables": "tables.load",
+    "plot_comparison": "show.figures.comparison",
     "plot_decoupling_over_epochs": "show.figures.decoupling",
     "plot_effective_rank_map": "show.figures.effective_rank_map",
     "plot_effective_rank_over_epochs": "show.figures.effective_rank",
