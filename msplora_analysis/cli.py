@@ -81,8 +81,11 @@ def main() -> NoReturn:
     if sys.argv[1:2] != ["extract"]:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     warnings.showwarning = _print_warning
-    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal's encoding lacks is no reason to fail
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # whoever started this has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     end_cleanly()
     try:

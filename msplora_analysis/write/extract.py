@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -148,33 +149,37 @@ def extracted(
     check_device(device)
     dtype = dtype or "float32"
     found = _find_model(model)
-    with (
-        new_folder(out, found.file, overwrite) as folder,
-        opened(found, options, base_notes=False) as (file, contents),
-    ):
-        try:
-            settings = _settings(found)
-            plan = _plan(file, contents, modules_to_save, settings)
-            job = {
-                "job": "extract", "version": __version__, "choice": choice, "dtype": dtype, "whole": plan.saved,
-                "files": sorted([str(path), *map(str, state)] for path, state in file.states.items()),
-                "model": str(found.file), "base": str(options.base), "tensors": sorted(file.shapes.items()),
-            }  # fmt: skip
-            work = Work(beside(out), json.loads(json.dumps(job)))
-            resumed = len(work.found)
-            rows = list(_rows(file, plan, choice, dtype, device, work, progress))
-        except AnalysisError as error:
-            raise AnalysisError(f"{found.file}: {error}", *error.arguments) from None
-        table = _table(rows)
-        ranks = {name: int(rank) for name, rank in table.loc[table["kept"] == LOW_RANK, ["name", "rank"]].values}
-        if not ranks:
-            work.remove()
-            raise AnalysisError(f"{found.file}: no linear layer differs from the base's: there is nothing to extract")
-        config = peft_config(ranks, _kept(settings, plan, options))
-        work.join(folder / WEIGHTS_NAME)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_table(table, folder / TABLE_NAME)
-    work.remove()
+    with ExitStack() as stack:
+        with (
+            new_folder(out, found.file, overwrite) as folder,
+            opened(found, options, base_notes=False) as (file, contents),
+        ):
+            try:
+                settings = _settings(found)
+                plan = _plan(file, contents, modules_to_save, settings)
+                job = {
+                    "job": "extract", "version": __version__, "choice": choice, "dtype": dtype, "whole": plan.saved,
+                    "files": sorted([str(path), *map(str, state)] for path, state in file.states.items()),
+                    "model": str(found.file), "base": str(options.base), "tensors": sorted(file.shapes.items()),
+                }  # fmt: skip
+                work = stack.enter_context(Work(beside(out), json.loads(json.dumps(job))))
+                resumed = len(work.found)
+                rows = list(_rows(file, plan, choice, dtype, device, work, progress))
+            except AnalysisError as error:
+                raise AnalysisError(f"{found.file}: {error}", *error.arguments) from None
+            table = _table(rows)
+            low = table.loc[table["kept"] == LOW_RANK, ["name", "rank"]]
+            ranks = {name: int(rank) for name, rank in low.values}
+            if not ranks:
+                work.remove()
+                raise AnalysisError(
+                    f"{found.file}: no linear layer differs from the base's: there is nothing to extract"
+                )
+            config = peft_config(ranks, _kept(settings, plan, options))
+            work.join(folder / WEIGHTS_NAME)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_table(table, folder / TABLE_NAME)
+        work.remove()
     for note in plan.notes:
         warnings.warn(f"{found.file}: {note}", stacklevel=3)
     return Extracted(table, dtype, resumed)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ _ABOUT, _FACTS = "msplora_job.json", "msplora_part"
 
 
 class Work:
-    """The folder of a job's finished parts.
+    """The folder of a job's finished parts; a context manager, within which nobody else works there.
 
     Args:
         folder: Where; it is made.
@@ -31,7 +32,7 @@ class Work:
         found: Facts of the parts that an earlier call finished, by their names.
 
     Raises:
-        AnalysisError: something else stands there.
+        AnalysisError: something else stands there, or another process works there.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -40,13 +41,41 @@ class Work:
         mark = folder / _ABOUT
         if folder.exists() and not mark.is_file():
             raise AnalysisError(f"{folder}: it is to hold what is finished, and holds something else; move it away")
+        self._locks = ExitStack()
+        if mark.is_file():
+            self._lock(mark)
         if mark.is_file() and mark.read_text(encoding="utf-8") != told:
             self.remove()
         if not mark.is_file():
             with replacing_folder(folder) as beside:  # never without its mark
                 (beside / _ABOUT).write_text(told, encoding="utf-8")
+            self._lock(mark)
         self.found = dict(map(_facts, sorted(folder.glob("*.safetensors"))))
         self._count = len(self.found)
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._locks.close()
+
+    def _lock(self, mark: Path) -> None:
+        """Until the end of the block this process alone works here: two at once would mix their parts."""
+        if os.name != "posix":
+            return
+        import fcntl
+
+        self._locks.close()  # of a mark that is no longer there
+        file = self._locks.enter_context(mark.open("rb"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._locks.close()
+            raise AnalysisError(
+                f"{mark.parent}: another call is at work there; wait for its end, or write elsewhere"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
 
     def put(self, tensors: Mapping[str, Array], kinds: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Keep a part: its tensors, the types to write them in, and what is to be known of it, with its ``name``."""

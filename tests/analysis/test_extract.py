@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from msplora_analysis.compute.linalg import best as linalg
 from msplora_analysis.compute.linalg.best import best
 from msplora_analysis.files.opening import open_checkpoint
 from msplora_analysis.write import extract
+from msplora_analysis.write.work import Work
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -244,6 +246,16 @@ def test_a_call_that_was_ended_goes_on(tmp_path, monkeypatch):
     calls[:] = [1] * 10
     assert (ma.extract(model, tmp_path / "other", base=base, rank=3)["rank"].max()) == 3  # begun anew
     assert len(calls) == 10 + 14
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are those of POSIX")
+def test_of_two_calls_at_once_the_second_is_refused(tmp_path):
+    before = llama()
+    base, model = save(tmp_path / "base", before), save(tmp_path / "tuned", tuned(before))
+    another = Work(tmp_path / "lora.unfinished", {"job": "another, of other ranks"})
+    with another, pytest.raises(ma.AnalysisError, match="another call is at work there"):
+        ma.extract(model, tmp_path / "lora", base=base, rank=2)
+    ma.extract(model, tmp_path / "lora", base=base, rank=2)
 
 
 def test_the_error_is_that_of_the_factors_as_written(tmp_path):
