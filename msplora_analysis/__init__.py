@@ -8,6 +8,7 @@
     ablation = ma.load_ablation("runs/cola") # one row per part left out: what the task loses
     ma.advise("runs/cola")                   # did it learn, what rank does it use, which scales to keep
     ma.diagnose("runs/cola")                 # what deserves a look
+    ma.check("runs/cola/checkpoint-500")     # what vLLM, llama.cpp, diffusers, ... will do with it
     ma.compare("runs/a", "runs/b")           # two methods, with intervals
 
 ``load_...`` read adapters: a path, or a list of paths. Verbs take the same, or the tables that these gave. All tables
@@ -27,6 +28,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.ask.nulls import load_nulls as load_nulls
     from msplora_analysis.ask.results.summary import load_results as load_results
     from msplora_analysis.interface import advise as advise
+    from msplora_analysis.interface import check as check
     from msplora_analysis.interface import compare as compare
     from msplora_analysis.interface import diagnose as diagnose
     from msplora_analysis.interface import load_ablation as load_ablation
@@ -75,6 +77,7 @@ if _typing.TYPE_CHECKING:
 _MODULES = {
     "SpectraCallback": "live.callback",
     "advise": "interface",
+    "check": "interface",
     "compare": "interface",
     "compress": "write.truncate",
     "diagnose": "interface",

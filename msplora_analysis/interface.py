@@ -1,6 +1,7 @@
 """The verbs of ``import msplora_analysis as ma`` that take paths, or the tables that were loaded from them.
 
     ma.diagnose("runs/cola")
+    ma.check("adapter", "vllm")
     ma.compare("runs/cola/msplora", "runs/cola/lora")
     ma.compare(spectra, spectra, method_a="MSPLoRA 8/8/8", method_b="LoRA r=8")
 
@@ -21,7 +22,7 @@ from msplora_analysis.options import NO_MOMENTS, Execution, Options, Progress, c
 if TYPE_CHECKING:
     import pandas as pd
 
-    from msplora_analysis.show.notebook import Ablation, Advice, Comparison, Findings
+    from msplora_analysis.show.notebook import Ablation, Advice, Checks, Comparison, Findings
 
     Source: TypeAlias = StrPath | Iterable[StrPath] | pd.DataFrame
 
@@ -134,6 +135,35 @@ def load_ablation(paths: StrPath | Iterable[StrPath]) -> Ablation:
     from msplora_analysis.tables.ablation import load_ablation
 
     return Ablation(load_ablation(paths))
+
+
+def check(adapter: StrPath, reader: str | None = None, *, ignore_unknown: bool = False) -> Checks:
+    """What the programs that read adapters will do with one: the scale they apply, what they refuse or leave out.
+
+    Args:
+        adapter: An adapter's folder or file, or a folder with one adapter, as for ``load_spectra``.
+        reader: One of them: "vllm", "sglang", "tgi", "llama.cpp", "mlx", "diffusers", "comfyui", "peft". None: all.
+        ignore_unknown: Leave out tensors that fit no part of an adapter.
+
+    Returns:
+        One row for each thing to know, the worst first: columns reader (empty: it holds for all), id, severity (error,
+        warning, info), effect ("after export", "refuses it", "wrong", "in part", or empty), title, evidence, source
+        (where it was looked up), remedy. ``.outcomes`` says for each reader in a word what comes of it.
+
+    Raises:
+        AnalysisError: there is no such reader, or the adapter cannot be read.
+
+    Example:
+        >>> ma.check("adapter", "vllm").query("severity == 'error'")
+        >>> ma.check("adapter").outcomes["llama.cpp"]
+        'wrong'
+    """
+    from msplora_analysis.ask import readers
+    from msplora_analysis.show.notebook import Checks
+    from msplora_analysis.write.source import find_adapter
+
+    found = readers.check(find_adapter(adapter), reader, Options(ignore_unknown), str(adapter))
+    return Checks.of(found, {one.name: word for one, word in readers.verdicts(found) if reader in (None, one.name)})
 
 
 def compare(

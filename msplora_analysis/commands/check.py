@@ -13,7 +13,7 @@ from msplora_analysis.options import Options
 from msplora_core.records import text_of
 
 if TYPE_CHECKING:
-    from msplora_analysis.ask.readers.base import Finding
+    from msplora_analysis.ask.readers.base import Fault
     from msplora_analysis.files.addresses import Place
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
@@ -74,7 +74,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _write_sarif(path: Path, faults: list[Finding], file: Place) -> None:
+def _write_sarif(path: Path, faults: list[Fault], file: Place) -> None:
     from msplora_analysis.ask.readers.sarif import as_sarif
     from msplora_core.atomic import replacing
 
@@ -85,7 +85,7 @@ def _write_sarif(path: Path, faults: list[Finding], file: Place) -> None:
         beside.write_text(text_of(as_sarif(faults, uri)) + "\n", encoding="utf-8")
 
 
-def _print(found: list[Finding], faults: list[Finding], reader: str | None) -> None:
+def _print(found: list[Fault], faults: list[Fault], reader: str | None) -> None:
     """What comes of it with each reader, then the faults, the worst first."""
     from rich.markup import escape
 

@@ -1,4 +1,5 @@
-"""What Jupyter shows: findings by kind, a comparison in sentences, advice as answers, an ablation cut by cut.
+"""What Jupyter shows: findings by kind, a comparison in sentences, advice as answers, an ablation cut by cut,
+what readers do.
 
 The tables are pandas DataFrames. A selection of rows shows itself in the same way; one of columns as any table does.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
@@ -17,6 +18,9 @@ from msplora_analysis.errors import printable
 from msplora_analysis.tables.ablation import each_adapter
 from msplora_analysis.tables.labels import when, where
 from msplora_analysis.tables.rows import rows_of
+
+if TYPE_CHECKING:
+    from msplora_analysis.ask.readers.base import Fault
 
 _PLACES = 3  # of each kind of finding, that are shown
 _CUTS = 6  # of each kind, that are shown
@@ -179,6 +183,39 @@ def _answer(answer: Answer) -> str:
 def _text_alone(html: str) -> str:
     """The classes keep MathJax from a name that holds dollar signs."""
     return f'<div class="tex2jax_ignore mathjax_ignore">{html}</div>'
+
+
+class Checks(_Table):
+    """What ``check`` found."""
+
+    _shown = frozenset({"reader", "id", "severity", "effect", "title", "evidence", "source", "remedy"})
+    _metadata: ClassVar[list[str]] = ["outcomes"]
+    outcomes: dict[str, str]
+    """What comes of it with each reader."""
+
+    @classmethod
+    def of(cls, found: Sequence[Fault], outcomes: dict[str, str]) -> Checks:
+        """The table of what ``ask.readers.check`` gave."""
+        names = ["reader", "id", "severity", "effect", "title", "evidence", "source", "remedy"]
+        table = cls(pd.DataFrame([one._asdict() for one in found], columns=names, dtype="str"))
+        table.outcomes = outcomes
+        return table
+
+    def _view(self) -> str:
+        """What comes of it with each reader, then each finding."""
+        rows = [
+            (
+                f"{_SYMBOLS.get(row['severity'], '')} {_text(row['severity'])}",
+                _text(row["reader"] or "every reader"),
+                f"<b>{_text(row['title'])}</b><br>{_text(row['evidence'])}",
+                f"{_text(row['remedy'])}<br><i>source: {_text(row['source'])}</i>",
+            )
+            for row in rows_of(self)
+        ]
+        words = getattr(self, "outcomes", {}).items()  # several tables in one have none
+        outcomes = _grid(("reader", "outcome"), [(_text(name), _text(word)) for name, word in words])
+        findings = _grid(("severity", "reader", "finding", "what to do"), rows) if rows else "<p>no findings</p>"
+        return f"{outcomes}{findings}"
 
 
 def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from adapters import lora_config, lora_tensors, write_adapter
 from safetensors.numpy import save_file
 
+import msplora_analysis as ma
 from msplora_analysis import AnalysisError, cli
 from msplora_analysis.adapters.discovery import discover
 from msplora_analysis.ask.readers import check, readers, verdicts
@@ -368,3 +369,22 @@ def test_experts(tmp_path):
     )
     assert "rank" not in by_id(path, "peft")
     assert by_id(path, "vllm")["experts"].source == "github.com/vllm-project/vllm/issues/55545"
+
+
+def test_in_python_it_is_a_table_that_says_what_comes_of_the_adapter(tmp_path):
+    path = peft(tmp_path, use_rslora=True)
+    table = ma.check(path)
+    assert table.outcomes["llama.cpp"] == "wrong"
+    assert table.outcomes["peft"] == "reads it"
+    wrong = table[(table["reader"] == "llama.cpp") & (table["severity"] == "error")]
+    assert wrong["id"].tolist() == ["scale"]
+    assert "0.5 x" in wrong["evidence"].item()
+    assert f"export {path} --out DIR --to gguf" in wrong["remedy"].item()
+    html = table._repr_html_()
+    assert "another scale" in html
+    assert "older versions of several readers" in html
+    assert "dataframe" in table[["reader", "title"]]._repr_html_()  # what pandas shows
+    assert ma.check(path, "peft").outcomes == {"peft": "reads it"}
+    assert ma.check(str(path), "peft")["severity"].tolist() == ["info", "info"]
+    with pytest.raises(AnalysisError, match=r"reader=llama: expected one of .*llama\.cpp"):
+        ma.check(path, "llama")

@@ -12,7 +12,7 @@ from importlib import import_module
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.ask.readers.always import RULES
-from msplora_analysis.ask.readers.base import EFFECTS, Fault, Finding, Reader
+from msplora_analysis.ask.readers.base import EFFECTS, Fault, Reader
 from msplora_analysis.ask.readers.facts import facts_of
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Options
@@ -25,7 +25,7 @@ def readers() -> dict[str, Reader]:
     return {module.READER.name: module.READER for module in modules if hasattr(module, "READER")}
 
 
-def check(adapter: Adapter, reader: str | None, options: Options, place: str | None = None) -> list[Finding]:
+def check(adapter: Adapter, reader: str | None, options: Options, place: str | None = None) -> list[Fault]:
     """What each reader, or one, will do with an adapter, the worst first; what holds of all has reader "".
 
     Args:
@@ -38,21 +38,17 @@ def check(adapter: Adapter, reader: str | None, options: Options, place: str | N
         AnalysisError: there is no such reader, or the adapter cannot be read.
     """
     if reader is not None and reader not in readers():
-        raise AnalysisError(f"for={reader}: expected one of {', '.join(readers())}", "for")
+        raise AnalysisError(f"reader={reader}: expected one of {', '.join(readers())}", "reader")
     facts = facts_of(adapter, options, place)
     chosen = [readers()[reader]] if reader else list(readers().values())
-    found = [_finding("", fault) for rule in RULES for fault in rule(facts)]
+    found = [fault for rule in RULES for fault in rule(facts)]
     for one in chosen:
-        found += [_finding(one.name, fault) for fault in one.faults(facts)]
+        found += [fault._replace(reader=one.name) for fault in one.faults(facts)]
     return sorted(found, key=lambda finding: ("error", "warning", "info").index(finding.severity))
 
 
-def verdicts(found: list[Finding]) -> Iterator[tuple[Reader, str]]:
+def verdicts(found: list[Fault]) -> Iterator[tuple[Reader, str]]:
     """Of each reader what comes of the findings: it refuses the adapter, loads it wrongly or in part, or reads it."""
     for name, reader in readers().items():
         effects = {finding.effect for finding in found if finding.reader in ("", name)}
         yield reader, next((effect for effect in EFFECTS if effect in effects), "reads it")
-
-
-def _finding(reader: str, fault: Fault) -> Finding:
-    return Finding(reader, *fault)

@@ -1,4 +1,4 @@
-"""What a reader is, and a finding about what it will do with an adapter."""
+"""What a reader is, and what it will do with an adapter."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ EFFECTS = (WANTS_EXPORT, "refuses it", "wrong", "in part")
 
 
 class Fault(NamedTuple):
-    """Something that a reader does.
+    """Something that a reader does with an adapter.
 
-    id: stable identifier. effect: one of EFFECTS, or "" for what to know. title: a few words. evidence: a sentence with
-    names and numbers. source: where it was looked up. remedy: a command or setting that mends it.
+    id: stable identifier. severity: error, warning or info. effect: one of EFFECTS, or "" for what to know. title: a
+    few words. evidence: a sentence with names and numbers. source: where it was looked up. remedy: a command or setting
+    that mends it. reader: which one, "" for all; ``check`` enters it.
     """
 
     id: str
@@ -28,19 +29,7 @@ class Fault(NamedTuple):
     evidence: str
     source: str
     remedy: str
-
-
-class Finding(NamedTuple):
-    """A ``Fault``, and of which reader; "" for all."""
-
-    reader: str
-    id: str
-    severity: str
-    effect: str
-    title: str
-    evidence: str
-    source: str
-    remedy: str
+    reader: str = ""
 
 
 Rule = Callable[[Facts], Iterator[Fault]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from msplora_analysis.ask.readers.base import Finding
+from msplora_analysis.ask.readers.base import Fault
 from msplora_core.version import __version__
 
 _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
 
 
-def as_sarif(found: Sequence[Finding], file: str) -> dict[str, Any]:
+def as_sarif(found: Sequence[Fault], file: str) -> dict[str, Any]:
     """One run of SARIF about a file."""
     rules = {_rule(finding): finding for finding in found}
     location = {"physicalLocation": {"artifactLocation": {"uri": file}}}
@@ -44,5 +44,5 @@ def as_sarif(found: Sequence[Finding], file: str) -> dict[str, Any]:
     }
 
 
-def _rule(finding: Finding) -> str:
+def _rule(finding: Fault) -> str:
     return f"{finding.reader or 'any'}/{finding.id}"
