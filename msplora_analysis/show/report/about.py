@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.layouts import nearest_json, settings_of
+from msplora_analysis.adapters.logs import Curve, curves, is_evaluation, trainer_log
 from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import printable
 from msplora_analysis.tables.checkpoints import newest
-from msplora_core.names import RECORD, STATE
-from msplora_core.records import TRAINER_STATE
+from msplora_core.names import RECORD
 
 POINTS = 400
 """Most points of a curve: more cannot be told apart on a screen."""
 
-_SPEED = ("_runtime", "_per_second")  # in the log of Trainer, no curves
 _LOSSES = {"loss": "training loss", "eval_loss": "validation loss"}
 _RESULTS = {"train_loss": "training loss", "validation_loss": "validation loss", "metric": "metric"}
 
@@ -47,8 +45,8 @@ def about(run: str, adapters: Sequence[Adapter]) -> About:
         return About(run, "", _facts(unit.task, unit.seed, {}, {}, 0), {}, {})
     (last,) = newest(adapters)
     record = nearest_json(last.file, RECORD)
-    curve = _curves(nearest_json(last.file, STATE, TRAINER_STATE).get("log_history"), _in_log)
-    curve = curve or _curves(record.get("results"), _RESULTS.get)
+    curve = {name: points for key, points in trainer_log(last).items() if (name := _in_log(key))}
+    curve = curve or {_RESULTS[key]: points for key, points in curves(record.get("results")).items() if key in _RESULTS}
     longest = max(map(len, curve.values()), default=0)
     return About(
         run,
@@ -87,26 +85,14 @@ def _record(record: dict[str, Any], config: dict[str, Any]) -> dict[str, dict[st
     }
 
 
-def _curves(entries: Any, called: Callable[[str], str | None]) -> dict[str, list[tuple[float, float]]]:
-    """Of what was logged or found at several times; ``called`` has the name of a curve, None for what is none."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for entry in entries if isinstance(entries, list) else ():
-        for key, value in _object(entry).items():
-            name, when = called(key), entry.get("epoch", entry.get("step"))
-            if name and _is_number(when) and _is_number(value):
-                curves.setdefault(name, []).append((when, value))
-    return curves
-
-
 def _in_log(key: str) -> str | None:
     """The losses, and all evaluations but their speed."""
     if key in _LOSSES:
         return _LOSSES[key]
-    measured = key.startswith("eval_") and not key.endswith(_SPEED)
-    return key.removeprefix("eval_").replace("_", " ") if measured else None
+    return key.removeprefix("eval_").replace("_", " ") if is_evaluation(key) else None
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thinned(points: Curve) -> Curve:
     if len(points) <= POINTS:
         return points
     return [points[round(i * (len(points) - 1) / (POINTS - 1))] for i in range(POINTS)]
@@ -114,12 +100,6 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
-    )
 
 
 def _text(value: Any) -> str:
