@@ -24,14 +24,21 @@ On a GPU, matrix products are in TF32. Many small runs share one well under NVID
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from calibration import Part, Run, chosen_rate, in_processes, is_trained, thin, train_with
 from learning_rates import METHODS, TASKS, shuffled
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from msplora_analysis.show.drawing.figure import Figure
 
 SEEDS = (11, 12, 13, 14, 15)
 CUT = {"qnli": {"train": 5000, "validation": 2000}, "sst2": {"train": 5000, "validation": None}}
@@ -51,6 +58,7 @@ NAMES = {
     "msplora-8-4-2": "MSPLoRA 8/4/2",
 }
 OURS = "msplora-8-4-2"
+GROUPS = {task: (task,) for task in TASKS} | {"average": TASKS, "without stsb": tuple(t for t in TASKS if t != "stsb")}
 
 
 def train(options: argparse.Namespace) -> None:
@@ -91,6 +99,119 @@ def train_one(run: Run, options: argparse.Namespace) -> str:
     return said
 
 
+def tables(options: argparse.Namespace) -> None:
+    """Write runs.csv of the runs, if there are any, and of runs.csv the other tables and the figure."""
+    import pandas as pd
+
+    from msplora_analysis.show.drawing.plot import Plot
+
+    path = options.out / "runs.csv"
+    if rows := [row_of(file) for file in sorted(options.folder.glob("runs/minilm/*/*/*/run.json"))]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame([row for row in rows if row]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    runs = pd.read_csv(path)
+    Plot("table1", means(runs), draw_front).write(options.out, options.formats)
+    Plot("differences", differences(runs)).write(options.out, [])
+
+
+def row_of(file: Path) -> dict[str, Any]:
+    """A run, from its record; nothing, if it was not ended."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    task, method, _ = file.parent.parts[-3:]
+    settings, results = record["settings"], record.get("results")
+    if not results:
+        return {}
+    rows = {f"{name}_rows": of["rows"] for name, of in record["data"].items()}
+    return (
+        {"task": task, "method": method, "seed": settings["seed"], "learning_rate": settings["learning_rate"]}
+        | {"parameters": record["parameters"]["adapter"], "metric": record["metric"]["name"]}
+        | {"before": results[0]["metric"], "last": results[-1]["metric"], "loss": results[-1]["validation_loss"]}
+        | rows
+        | {"epochs": settings["epochs"], "device": record["device"]}
+        | {library: record["versions"][library] for library in ("torch", "transformers", "peft")}
+    )
+
+
+def means(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each method and task the mean over seeds, with its 95 % interval by t; averages give tasks equal weight.
+
+    Only methods with three seeds of every task.
+    """
+    import pandas as pd
+
+    from msplora_analysis.ask.comparison.uncertainty import estimate, sample
+
+    rows = []
+    for method, name in NAMES.items():
+        own = runs[runs["method"] == method]
+        if own.groupby("task")["seed"].count().reindex(TASKS).fillna(0).min() < 3:
+            continue
+        for task, tasks in GROUPS.items():
+            of = own[own["task"].isin(tasks)]
+            found = estimate(sample(of[["last"]].to_numpy(), of["task"].tolist()))
+            low, high = found.interval(0.95)
+            row = {"method": method, "name": name, "parameters": int(own["parameters"].iloc[0]), "task": task}
+            seeds = of.groupby("task")["seed"].count()
+            rows.append(row | {"seeds": seeds.min(), "mean": found.mean[0], "low": low[0], "high": high[0]})
+    return pd.DataFrame(rows).round(5)
+
+
+def differences(runs: pd.DataFrame) -> pd.DataFrame:
+    """MSPLoRA minus each other method, paired by task and seed, of the seeds that all methods have.
+
+    ``p`` of the averages is corrected for all methods (exact or drawn sign flips, see docs/statistics.md).
+    """
+    import pandas as pd
+
+    from msplora_analysis.ask.comparison.uncertainty import estimate, p_values, sample
+
+    table = runs.pivot(index=["task", "seed"], columns="method", values="last")
+    table = table[[name for name in NAMES if name in means(runs)["method"].unique()]].dropna()
+    minus = table.drop(columns=OURS).rsub(table[OURS], axis=0)
+    rows = []
+    for task, tasks in GROUPS.items():
+        of = minus[minus.index.get_level_values("task").isin(tasks)]
+        values = sample(of.to_numpy(), of.index.get_level_values("task").tolist())
+        found = estimate(values)
+        low, high = found.interval(0.95)
+        p = p_values(values) if len(tasks) > 1 else [float("nan")] * len(low)
+        for i, other in enumerate(minus):
+            about = {"task": task, "other": other, "pairs": len(of)}
+            rows.append(about | {"difference": found.mean[i], "low": low[i], "high": high[i], "p": p[i]})
+    return pd.DataFrame(rows).round(5)
+
+
+def draw_front(table: pd.DataFrame, style: str | None) -> Figure:
+    """The averages over tasks against the parameters of the adapter; full fine-tuning, which has more, as a line."""
+    from msplora_analysis.show.drawing.colours import PALETTE
+    from msplora_analysis.show.drawing.figure import Figure
+    from msplora_analysis.show.drawing.style import styled
+
+    @styled
+    def draw(table: pd.DataFrame, style: Any) -> Figure:
+        figure = Figure(figsize=(style.widest, 2.8), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for ax, group in zip(axes, ("average", "without stsb"), strict=True):
+            own = table[table["task"] == group].reset_index(drop=True)
+            for i, row in own.iterrows():
+                look = {"color": PALETTE[1] if row["method"] == OURS else PALETTE[0], "label": row["name"]}
+                if row["method"] == "fft":
+                    ax.axhline(row["mean"], color="0.5", linestyle="--", linewidth=1, label=row["name"])
+                    continue
+                x = row["parameters"] * (0.94 + 0.03 * (i % 5))  # three methods have as many
+                ax.plot([x, x], [row["low"], row["high"]], color=look["color"], linewidth=0.8)
+                ax.plot(x, row["mean"], "os^DvP*X<>"[i], ms=5, **look)
+            ax.set(xscale="log", xlim=(2e4, 2e5), xlabel="parameters beside the head")
+            ax.set_xticks([25_000, 50_000, 100_000, 200_000], ["25k", "50k", "100k", "200k"])
+            ax.set_xticks([], minor=True)
+            ax.set_title("six tasks" if group == "average" else "without STS-B")
+        axes[0].set_ylabel("mean score")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+        return figure
+
+    return draw(table, style)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -104,10 +225,14 @@ def _options() -> argparse.Namespace:
     training.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     training.set_defaults(models=["minilm"])
+    drawing = parts.add_parser("tables")
+    drawing.add_argument("--folder", type=Path, default=Path("runs/table1"), help="default: runs/table1")
+    drawing.add_argument("--out", type=Path, default=Path("figures/table1"), help="default: figures/table1")
+    drawing.add_argument("--formats", nargs="+", choices=("png", "pdf", "svg"), default=["png", "pdf"])
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     given = _options()
-    {"train": train}[given.part](given)
+    {"train": train, "tables": tables}[given.part](given)
