@@ -55,7 +55,7 @@ COMPARED = (("msplora-8-8-8", "lora-8"), ("msplora-8-4-2", "lora-8"), ("msplora-
 METRICS = {"cola": "Matthews correlation", "mrpc": "accuracy", "stsb": "Pearson correlation"}
 # Of what `msplora-analyze figures` draws, left out to keep the folder small; the first compares 8 values with 2.
 NOT_KEPT = (
-    "figure4_msplora-8-8-8_minus_lora-2.*",
+    "figure4_msplora-8-8-8_minus_lora-2*",
     "kl_between_layers_*",
     "effective_rank_map_lora-2.*",
     "effective_rank_map_msplora-8-4-2.*",
