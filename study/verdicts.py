@@ -108,7 +108,8 @@ def simulated(
         low, high = estimate(about).interval(0.95)
         held.append((low <= effects.mean()) & (effects.mean() <= high))
         widths.append(high - low)
-        decided.append(least_p(of) / DIFFERENCES <= LEVEL and (p_values(of) / DIFFERENCES <= LEVEL).any())
+        able = least_p(of) / DIFFERENCES <= LEVEL
+        decided.append(able and bool((p_values(of) / DIFFERENCES <= LEVEL).any()))
     return {
         "data": shape, "tasks": tasks, "seeds": seeds, "paired": paired, "samples": samples,
         "coverage": float(np.mean(held)), "family": float(np.mean(decided)),
@@ -123,7 +124,7 @@ def swapped(model: str, a: str, b: str, seeds: int, samples: int, rng: np.random
     pairs = both[0].pairs
     assert pairs is not None
     known = [{(unit.task, unit.seed): unit.run for unit in side.units or ()} for side in both]
-    partner = {run: known[1][key] for key, run in known[0].items() if key[1] <= seeds}
+    partner = {run: known[1][key] for key, run in known[0].items() if key[1] is not None and key[1] <= seeds}
     decided = []
     for _ in range(samples):
         names: dict[str, str] = {}
@@ -133,7 +134,7 @@ def swapped(model: str, a: str, b: str, seeds: int, samples: int, rng: np.random
         mixed = [table.assign(run=table["run"].replace(names)) for table in (spectra, pairs)]
         new = [
             Side(side.label, mixed[0][mixed[0]["run"].isin(runs)], mixed[1], side.units)
-            for side, runs in zip(both, (partner.keys(), partner.values()), strict=True)
+            for side, runs in zip(both, (list(partner.keys()), list(partner.values())), strict=True)
         ]
         table = compare(*new)
         decided.append(table.loc[table["question"] == "difference", "decided"].any())
@@ -192,7 +193,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     uncertainty.DRAWS = options.draws
-    designs = [tuple(map(int, one.split("x"))) for one in options.designs] if options.designs else DESIGNS
+    asked = [one.partition("x") for one in options.designs or ()]
+    designs = [(int(tasks), int(seeds)) for tasks, _, seeds in asked] or DESIGNS
     options.out.mkdir(parents=True, exist_ok=True)
     found = []
     for row in rows(options.samples, designs, options.seed):

@@ -30,6 +30,11 @@ class Stacked(NamedTuple):
     left: Array
     right: Array
 
+    def of(self, which: Sequence[int]) -> Stacked:
+        """Some of the updates."""
+        at = list(which)
+        return Stacked(self.sigma[at], self.rank[at], self.left[at], self.right[at])
+
 
 def stacked(factors: Sequence[tuple[Array, Array]]) -> Stacked:
     """Of updates ``b @ a``, as factors a (r, cols) and b (rows, r)."""

@@ -127,7 +127,7 @@ def tables_of(
             for run in dict.fromkeys(run for run, *_ in units):
                 mine = [number for number, (name, *_) in enumerate(units) if name == run]
                 if len(mine) > 1:
-                    one = type(found)(*(values[mine] for values in found))
+                    one = found.of(mine)
                     of_joint.append(pd.DataFrame(about | {"run": run, "layers": len(mine)} | joint(one)))
     return _table(of_pairs, PAIRS), _table(of_joint, JOINT)
 

@@ -163,7 +163,7 @@ def compare(
     }
     drawn, tested = _sample(ours, theirs, list(of_each.values()), paired, claim)
     comparable = np.repeat([_comparable(ours, theirs, measure, *k[measure]) for measure in measures], 2)
-    about = {"tasks": tasks, "averaging": averaging, "epoch": when, "claim": claim}
+    about: dict[str, Any] = {"tasks": tasks, "averaging": averaging, "epoch": when, "claim": claim}
     table = pd.DataFrame(
         [
             {"question": "difference", "measure": measure, "pairs": pairs, "a": a.label, "b": b.label}
@@ -185,7 +185,8 @@ def compare(
     alpha = LEVEL / max(1, table["margin"].notna().sum())
     ends = (end - found.mean + table["estimate"] for end in found.interval(1 - 2 * alpha))
     table["equivalent"] = np.logical_and(*(end.abs() < table["margin"] for end in ends))
-    table = pd.concat([table, _neighbours_or_not(ours, theirs, of_each, k, seed).assign(**about)], ignore_index=True)
+    asked = _neighbours_or_not(ours, theirs, of_each, k, seed).assign(**about)
+    table = pd.concat([table, asked], ignore_index=True)
     table["decided"] = table["p_value"] <= LEVEL
     table["equivalent"] = table["equivalent"].eq(True)
     return table.reindex(columns=list(COLUMNS)).astype(COLUMNS)
@@ -194,7 +195,8 @@ def compare(
 def _matched(ours: Layers, theirs: Layers) -> tuple[Layers, Layers, bool]:
     """Both with the runs that are compared, and whether these are pairs."""
     if both := pair(ours.units, theirs.units):
-        return *(_chosen(side, [of[i] for of in both]) for i, side in enumerate((ours, theirs))), True
+        first, second = (_chosen(side, [of[i] for of in both]) for i, side in enumerate((ours, theirs)))
+        return first, second, True
     if None in (*ours.tasks, *theirs.tasks):
         return ours, theirs, False
     shared = set(ours.tasks) & set(theirs.tasks)
@@ -401,8 +403,8 @@ def _overlaps(
                 x, y, z = runs.index(run), place[i], place[j]
                 values[x, y, z] = values[x, z, y] = value
         found[name] = values
-    chance = float(pairs["overlap_expected"].median())
-    return found, (chance, int(pairs["k"].median()) if "k" in pairs else None)
+    by_chance = float(pairs["overlap_expected"].median())
+    return found, (by_chance, int(pairs["k"].median()) if "k" in pairs else None)
 
 
 def _chosen(side: Layers, chosen: list[Unit]) -> Layers:

@@ -29,7 +29,7 @@ def normalised_overlap(within: ArrayLike, across: ArrayLike, same: ArrayLike, ch
         >>> normalised_overlap(0.042, 0.034, 0.050, 0.021).round(2)
         0.28
     """
-    excess = np.asarray(within, dtype=np.float64) - across
-    scale = np.asarray(same, dtype=np.float64) - chance
+    inside, outside, one, none = (np.asarray(x, dtype=np.float64) for x in (within, across, same, chance))
+    excess, scale = inside - outside, one - none
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(scale > 0, excess / scale, np.nan)[()]

@@ -69,8 +69,8 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
     measures = list(dict.fromkeys(rows["measure"]))
     place = np.arange(len(measures))
     for (kind, (_, marker)), colour in zip(_KINDS.items(), PALETTE, strict=False):
-        style = {"color": "0.3", "markersize": 8} if kind == "chance" else {"color": colour, "markersize": 4}
-        ax.plot(rows[kind], place, marker, **style)
+        by_chance = kind == "chance"
+        ax.plot(rows[kind], place, marker, color="0.3" if by_chance else colour, markersize=8 if by_chance else 4)
     ax.set_yticks(place, [_LABELS[name] for name in measures])
     ax.set_ylim(len(measures) - 0.5, -0.5)
     ax.set_xlim(left=0)
