@@ -2,11 +2,13 @@
 
     python benchmarks/merging.py --adapters 2
     python benchmarks/merging.py --adapters 8 --peft ""
+    python benchmarks/merging.py --adapters 2 --peft "" --layers 32      # files of the whole model, 320 MB each
 
 PEFT's add_weighted_adapter(combination_type="svd") adds dense updates and decomposes each sum in float32
 (torch.linalg.svd): its steps are timed here on one module, ours on the modules of a layer, of which the model has 32,
-each in a fresh process. Seconds are of the processor: other programs count less. Peak memory is that of a process
-beyond its start.
+each in a fresh process. With --layers files of so many layers in float16 are written first, and `merge` is timed from
+these to the file that it writes. Seconds are of the processor: other programs count less. Peak memory is that of a
+process beyond its start.
 """
 
 from __future__ import annotations
@@ -54,6 +56,41 @@ def ours(adapters: int, shapes: Any) -> float:
     return seconds
 
 
+def whole(adapters: int, shapes: Any) -> float:
+    """`merge` from files to a file; the shapes are those of all modules, or of the one that warms up."""
+    import tempfile
+    from pathlib import Path
+
+    import msplora_analysis as ma
+
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        for i in range(adapters):  # in processes of their own: their memory is none of ours
+            writer = context.Process(target=_write, args=(Path(folder) / f"{i}", shapes, i))
+            writer.start()
+            writer.join()
+        paths = [Path(folder) / f"{i}" for i in range(adapters)]
+        start = time.process_time()
+        ma.merge(paths, Path(folder) / "merged", method="svd", rank=RANK, dtype="float16")
+        return time.process_time() - start
+
+
+def _write(folder: Any, shapes: Any, seed: int) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    tensors = {}
+    for i, (rows, cols) in enumerate(shapes):
+        key = f"base_model.model.model.layers.{i // len(LAYER)}.mlp.linear{i % len(LAYER)}"
+        tensors[f"{key}.lora_A.weight"] = rng.standard_normal((RANK, cols), np.float32).astype(np.float16)
+        tensors[f"{key}.lora_B.weight"] = rng.standard_normal((rows, RANK), np.float32).astype(np.float16)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["linear"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 def pefts(adapters: int, shapes: Any) -> float:
     import torch
 
@@ -84,18 +121,22 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=2)
     parser.add_argument("--modules", default=",".join(LAYER), help="of a layer, such as q,up")
     parser.add_argument("--peft", default="q", help="modules that PEFT's way is timed on; empty: none")
+    parser.add_argument("--layers", type=int, help="merge files of so many layers, not modules in memory")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    for name, work, modules in (("msplora", ours, options.modules), ("PEFT", pefts, options.peft)):
+    own = whole if options.layers else ours
+    for name, work, modules in (("msplora", own, options.modules), ("PEFT", pefts, options.peft)):
         shapes = [LAYER[module] for module in modules.split(",") if module]
         if not shapes:
             continue
+        if work is whole:
+            shapes *= options.layers
         queue = context.Queue()
         process = context.Process(target=_in_process, args=(work, options.adapters, shapes, queue))
         process.start()
         seconds, memory = queue.get()
         process.join()
-        about = {"who": name, "adapters": options.adapters, "modules": modules}
+        about = {"who": name, "adapters": options.adapters, "modules": modules, "number": len(shapes)}
         print(json.dumps(about | {"seconds": round(seconds, 2), "peak_mb": round(memory)}), flush=True)
 
 

@@ -19,9 +19,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from relations import TASKS, adapters, added, factors_of
+from matplotlib.lines import Line2D
+from relations import TASKS, TITLES, adapters, added, factors_of
+
+from msplora_analysis.show.drawing import text
+from msplora_analysis.show.drawing.colours import PALETTE
+from msplora_analysis.show.drawing.figure import Figure
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.venues import Style
 
 ADD, MEAN = ("cat", "svd", "linear", "dare", "tsv", "iso"), ("ties", "knots", "lego")
+METHODS = (*ADD, *MEAN)
+METRICS = {"cola": "Matthews", "stsb": "Pearson", "mrpc": "accuracy", "rte": "accuracy"}
 EXAMPLES = 128
 
 
@@ -37,8 +46,41 @@ def main() -> None:
         warnings.simplefilter("ignore")
         table = pd.DataFrame(_rows(options))
     table.round(4).to_csv(options.out / "tasks.csv", index=False)
+    draw(table).savefig(options.out / "tasks.png", dpi=200)
     kept = table.groupby(["n", "method", "task"])["metric"].mean().unstack()
     print(kept.round(3).to_string())
+
+
+@styled
+def draw(table: pd.DataFrame, style: Style) -> Figure:
+    """The metric of each task after each merge, between those without the adapter and with it alone."""
+    figure = Figure(figsize=(style.widest, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(TASKS), sharey=True)
+    merged = table[table["n"] > 1]
+    sizes = sorted(set(merged["n"]))
+    for ax, task in zip(axes, TASKS, strict=True):
+        for method, line in (("none", ":"), ("alone", "-")):
+            at = table[(table["task"] == task) & (table["method"] == method)]["metric"]
+            ax.axvline(float(at.iloc[0]), color="0.4", linewidth=0.8, linestyle=line)
+        for n, colour, mark in zip(sizes, PALETTE, "os", strict=False):
+            rows = merged[(merged["task"] == task) & (merged["n"] == n)]
+            place = [METHODS.index(method) + 0.22 * (2 * sizes.index(n) - len(sizes) + 1) for method in rows["method"]]
+            ax.plot(rows["metric"], place, linestyle="", marker=mark, markersize=2.5, color=colour)
+        ax.set_title(TITLES[task])
+        ax.set_xlabel(METRICS[task])
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(METHODS)), METHODS)
+    axes[0].invert_yaxis()
+    shown = [
+        Line2D([], [], linestyle="", marker=mark, markersize=4, color=colour)
+        for _, colour, mark in zip(sizes, PALETTE, "os", strict=False)
+    ]
+    shown += [Line2D([], [], color="0.4", linewidth=0.8, linestyle=line) for line in ("-", ":")]
+    names = [f"merged with {n - 1} other{'s' if n > 2 else ''}" for n in sizes]
+    text.title(figure, "What merging leaves of each task", f"MiniLM, LoRA r = 8, {EXAMPLES} validation examples")
+    text.legend_below(figure, shown, [*names, "its adapter alone", "no adapter"])
+    text.fit(figure)
+    return figure
 
 
 def _rows(options: Any) -> Iterator[dict[str, Any]]:

@@ -21,8 +21,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
+
+from msplora_analysis.show.drawing import text
+from msplora_analysis.show.drawing.colours import PALETTE
+from msplora_analysis.show.drawing.figure import Figure
+from msplora_analysis.show.drawing.style import styled
+from msplora_analysis.show.drawing.venues import Style
 
 TASKS = ("cola", "stsb", "mrpc", "rte")
+TITLES = {"cola": "CoLA", "stsb": "STS-B", "mrpc": "MRPC", "rte": "RTE"}
 MEASURED = ("lora-8", "msplora-8-8-8")
 SEEDS = (0, 1, 2)
 EXAMPLES, AT_ONCE = 256, 64
@@ -162,7 +170,7 @@ def tables(calibration: Path, measured: Path, out: Path) -> None:
     about = {"question": "KL measured / predicted", "by": "predicted_kl", "pairs": len(added), "value": ratio.median()}
     predictors.append(about | {"low": ratio.quantile(0.1), "high": ratio.quantile(0.9)})
     pd.DataFrame(predictors).round(3).to_csv(out / "predictors.csv", index=False)
-    _draw(added, out / "added.png")
+    _draw(added).savefig(out / "added.png", dpi=200)
     print(pd.DataFrame(predictors).round(3).to_string(index=False))
 
 
@@ -186,22 +194,31 @@ def _joined(pairs: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     return measured.merge(pd.concat([pairs, pairs.rename(columns=swap)]), on=["a", "b"])
 
 
-def _draw(added: pd.DataFrame, path: Path) -> None:
-    from msplora_analysis.show.drawing.colours import PALETTE
-    from msplora_analysis.show.drawing.figure import Figure
-
-    figure = Figure(figsize=(6.75, 2.4), layout="constrained")
-    panels = {"predicted_kl": "predicted KL (nats)", "norm_b": "norm of B", "cosine": "cosine of A and B"}
-    for ax, (name, label) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
-        for colour, (task, of) in zip(PALETTE, added.groupby(added["a"].str.split("/").str[0]), strict=False):
-            ax.plot(of[name], of["kl"], "o", markersize=2.5, color=colour, label=f"A: {task}")
-        ax.set(xlabel=label, yscale="log", xscale="linear" if name == "cosine" else "log")
-    first = figure.axes[0]
+@styled
+def _draw(added: pd.DataFrame, style: Style) -> Figure:
+    figure = Figure(figsize=(style.widest, 2.5), layout="constrained")
+    panels = {"predicted_kl": "predicted", "norm_b": "norm of B", "cosine": "cosine of A and B"}
+    axes = figure.subplots(1, 3, sharey=True)
+    tasks = added["a"].str.split("/").str[0]
+    marks = [
+        Line2D([], [], linestyle="", marker=mark, markersize=4, color=colour)
+        for mark, colour in zip("os^D", PALETTE, strict=False)
+    ]
+    for ax, (name, label) in zip(axes, panels.items(), strict=True):
+        for mark, task in zip(marks, TASKS, strict=True):
+            of = added[tasks == task]
+            ax.plot(of[name], of["kl"], linestyle="", marker=mark.get_marker(), markersize=2.5, color=mark.get_color())
+        ax.set(xlabel=label, yscale="log", xscale="log" if name == "predicted_kl" else "linear")
+        ax.spines[["top", "right"]].set_visible(False)
     ends = [added["kl"].min(), added["kl"].max()]
-    first.plot(ends, ends, color="0.5", linewidth=0.8)
-    first.set_ylabel("measured KL of A + B (nats)")
-    first.legend(fontsize=6)
-    figure.savefig(path, dpi=200)
+    axes[0].plot(ends, ends, color="0.5", linewidth=0.8)
+    axes[0].set_ylabel("measured")
+    text.title(
+        figure, "B added to A: what it costs the task of A", "KL, nats an example; STS-B: mean squared difference"
+    )
+    text.legend_below(figure, marks, [f"A: {TITLES[task]}" for task in TASKS])
+    text.fit(figure)
+    return figure
 
 
 def main() -> None:

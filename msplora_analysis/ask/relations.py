@@ -27,8 +27,23 @@ def sentences(table: pd.DataFrame) -> list[str]:
         table: Of ``relate``.
     """
     whole = table[table["module"] == ALL]
-    geometry = [_of_two(rows_of(whole)[0])] if len(whole) == 1 else _of_many(whole)
-    return geometry + _costs(table)
+    if len(whole) == 1:
+        return [_of_two(rows_of(whole)[0]), *_costs(table)]
+    return [*(_of_one_run(whole) if table.attrs.get("one_run") else _of_many(whole)), *_costs(table)]
+
+
+def _of_one_run(whole: pd.DataFrame) -> list[str]:
+    """How far it moved between each two checkpoints that follow each other, the last ones first."""
+    labels = list(dict.fromkeys([*whole["a"], *whole["b"]]))
+    norms = whole.set_index(["a", "b"])[["norm_difference", "norm_b"]]
+    found = []
+    for a, b in zip(labels[-2::-1], labels[:0:-1], strict=True):
+        moved, norm = norms.loc[(a, b)]
+        if norm > 0:
+            found.append(f"{moved / norm:.1%} of its norm from {a} to {b.rpartition(' ')[2]}")
+    if not found:
+        return ["it did not move: every update is zero"]
+    return [f"the update moved by {', before that '.join(found[:3])}"]
 
 
 def _of_many(whole: pd.DataFrame) -> list[str]:
@@ -48,7 +63,13 @@ def _of_many(whole: pd.DataFrame) -> list[str]:
     elif not several:
         found.append(f"no two have a cosine above {ALIKE:g}: none is like another")
     else:
-        found.append(f"all belong together: the mean cosine of any two groups is above {ALIKE:g}")
+        n = len(matrix(whole)[0])
+        inner = (whole["cosine"] * whole["norm_a"] * whole["norm_b"]).sum()
+        squares = (whole["norm_a"] ** 2 + whole["norm_b"] ** 2).sum() / (n - 1)
+        found.append(
+            f"all belong together, by mean cosines above {ALIKE:g}: what they have in common, their mean, has "
+            f"{(1 + 2 * inner / squares) / n:.0%} of the squared norm (of unrelated ones {1 / n:.0%})"
+        )
     return found
 
 

@@ -81,7 +81,8 @@ def relate(
         overlap_in, overlap_out (of the first k input and output directions), expected_in, expected_out (of random
         spaces), k, energy_a_in_b (share of a's squared norm in the column and row spaces of b), energy_b_in_a,
         norm_sum, norm_difference (of a + b, a - b), rank_a, rank_b, rank_sum. Rows with the module "all" are of each
-        two as one; ``attrs["unmatched"]``: label to the modules that no other adapter has. Where ``msplora-measure
+        two as one; ``attrs["unmatched"]``: label to the modules that no other adapter has; ``attrs["one_run"]``:
+        whether all are checkpoints of one run. Where ``msplora-measure
         added`` has left its file beside an adapter, also predicted_kl_a (what adding b costs the task of a: nats an
         example, of a regression the mean squared difference) and predicted_kl_b; ``attrs["losses"]``: label to the
         loss of the task.
@@ -157,6 +158,7 @@ def related(adapters: Sequence[Named], options: Options, progress: Progress | No
     table = table.sort_values(["a", "b"], key=lambda column: column.map(order), kind="stable")
     types: dict[str, Any] = dict.fromkeys(_FLOATS, "float64") | dict.fromkeys(_COUNTS, "Int64")
     table = table[list(_ORDER)].astype(types).reset_index(drop=True)
+    table.attrs["one_run"] = len({adapter.run for adapter, _ in adapters}) == 1
     if files := {label: (one.file.parent, of) for one, label in adapters if (of := added_beside(one))}:
         names = {
             label: {name: of[i][1].name for name, of in shared.items() if i in of}

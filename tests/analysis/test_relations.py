@@ -190,6 +190,27 @@ def test_sentences_say_which_are_alike(tmp_path):
     assert "hardly touch" in about_others
 
 
+def test_of_one_run_it_says_how_far_it_moved(tmp_path):
+    first = lora_tensors(NAMES[0], rows=50, cols=50, seed=1)
+    later = {key: of * (1.2 if "lora_B" in key else 1.0) for key, of in first.items()}
+    for step, of in ((10, first), (20, later), (30, later)):
+        write_adapter(tmp_path / "run" / f"checkpoint-{step}", of)
+    (moved,) = sentences(ma.relate(tmp_path / "run"))
+    assert "moved by 0.0% of its norm from run step 20 to 30, before that 16.7% of its norm from run step 10 to 20" in moved
+
+
+def test_of_alike_ones_it_says_what_they_have_in_common(tmp_path):
+    rng = np.random.default_rng(0)
+    common = lora_tensors(NAMES[0], rows=150, cols=150, rank=2, seed=1)
+    paths, updates = [], []
+    for label in "xyz":
+        own = {key: (of + rng.standard_normal(of.shape)).astype(np.float32) for key, of in common.items()}
+        paths.append(write_adapter(tmp_path / label, own))
+        updates.append(dense(own, NAMES[0]))
+    share = np.linalg.norm(np.mean(updates, axis=0)) ** 2 / np.mean([np.linalg.norm(one) ** 2 for one in updates])
+    assert f"has {share:.0%} of the squared norm (of unrelated ones 33%)" in sentences(ma.relate(paths))[1]
+
+
 def test_the_command_writes_table_and_figure_and_tells_the_rest(two, tmp_path):
     paths, _, _ = two
     out = tmp_path / "out"

@@ -70,6 +70,8 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
         ax.remove()
     for ax in axes[:, 0]:
         ax.set_ylabel("energy kept")
+    for ax in axes[-1]:
+        ax.set_xlabel("layer")
     scales = list(dict.fromkeys(numbers["scales"]))
     lines = [Line2D([], [], color=colour) for _, colour in zip(scales, PALETTE, strict=False)]
     lines.append(Line2D([], [], color="0.3", linestyle=_CHANCE))
