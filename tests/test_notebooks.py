@@ -56,7 +56,7 @@ def test_a_stale_output_is_seen(stored: str, fresh: str, equal: bool) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.stem[:2] in ("02", "03") else []) for path in NOTEBOOKS],
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem[:2] in ("02", "03", "04") else []) for path in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
 def test_a_fresh_run_shows_what_is_stored(path: Path) -> None:
