@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 FILES = ("custom", "decoder", "encoder_decoder", "feature_extraction")
 TESTS = [f"test_{name}_models.py" for name in FILES] + [
     "test_seq_classifier.py", "test_token_classification_qa.py", "test_config.py", "test_low_level_api.py",
-    "test_tuners_utils.py", "test_initialization.py", "test_lora_conversion.py", "test_other.py",
+    "test_initialization.py", "test_lora_conversion.py", "test_other.py",
 ]  # fmt: skip
 
 SIZES = {
