@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from msplora_analysis.errors import AnalysisError, printable
+from msplora_analysis.formats.helpers.base import NO_BASE
 from msplora_analysis.live.measures import adapter_values
 from msplora_analysis.live.model import active_adapters
 
@@ -148,6 +149,8 @@ class SpectraCallback(TrainerCallback):
                 found.update(values)
         except Exception as error:  # whatever it is, hours of training are worth more
             reason = str(error) if isinstance(error, AnalysisError) else f"{type(error).__name__}: {error}"
+            # The weights of the base are the model's own, and may be quantised or spread over processes.
+            reason = reason.replace(NO_BASE, "its checkpoints can be read with msplora-analyze spectra --base MODEL")
             self._say(reason, f"no spectra are logged: {printable(reason)}")
         return found
 

@@ -330,7 +330,7 @@ def test_a_method_without_spectra_is_told_and_trained(tmp_path: Path) -> None:
     model = peft.get_peft_model(
         make_bert(), peft.IA3Config(target_modules=["query"], feedforward_modules=[], task_type="SEQ_CLS")
     )
-    expect_one_warning(model, tmp_path, "scales the base's weight")
+    expect_one_warning(model, tmp_path, r"scales the base's weight: its checkpoints can be read with .* --base MODEL$")
 
 
 def test_nan_is_told_with_its_tensor(tmp_path: Path) -> None:

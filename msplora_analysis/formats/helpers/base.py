@@ -17,6 +17,9 @@ from msplora_analysis.files.opening import BASE
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats.updates import Factor
 
+NO_BASE = "give the model that it was trained on as base="
+"""What the error of an update says that needs the base, where none is given."""
+
 
 def align(tuned: Collection[str], base: Collection[str]) -> dict[str, str]:
     """The base's name of each tensor that it has: the same, or without or with one prefix that all share.
@@ -66,7 +69,7 @@ def needed_base(file: TensorFile, modules: Iterable[str], why: str) -> dict[str,
         AnalysisError: No base is given, or it does not have one of the weights.
     """
     if file.base is None:
-        raise AnalysisError(f"{why}: give the model that it was trained on as base=", "base")
+        raise AnalysisError(f"{why}: {NO_BASE}", "base")
     wanted = {f"{module}.weight": module for module in modules}
     found = align(wanted, [name.removeprefix(BASE) for name in file.base])
     if lost := next((name for name in wanted if name not in found), None):
