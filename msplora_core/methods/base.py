@@ -288,7 +288,10 @@ class AnnealedMethod(RankedMethod):
             raise TrainingError(f"anneal={told} ends at another rank than rank={self.rank}; leave 'rank' out")
         if self.anneal_at is not None and len(self.anneal_at) != len(self.anneal) - 1:
             raise TrainingError(f"anneal_at: expected {len(self.anneal) - 1} for anneal={told}, one for each cut")
-        how = {"anneal_by": self.anneal_by or "plain", "anneal_optimizer": self.anneal_optimizer or "carry"}
+        how: dict[str, Any] = {
+            "anneal_by": self.anneal_by or "plain",
+            "anneal_optimizer": self.anneal_optimizer or "carry",
+        }
         return super(AnnealedMethod, replace(self, rank=self.anneal[-1], **how)).filled(recipe)
 
     def cuts(self, steps: int) -> dict[int, int]:

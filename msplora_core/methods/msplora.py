@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,14 +50,14 @@ class MSPLora(Lora):
             last, first = self.anneal[-1], next(iter(self.ranks.values()))
             if last != first:
                 raise TrainingError(f"anneal: ends at rank {last}, and the first of 'ranks' is {first}; give the same")
-        filled = super().filled(recipe)
+        filled = super().filled(recipe)  # which refuses ranks that do not fall
         for rank in self.anneal or ():
-            filled.ranks_at(rank)
+            self.ranks_at(rank)
         return filled
 
     def ranks_at(self, rank: int) -> dict[str, int]:
         last = self.anneal[-1] if self.anneal else rank
-        ranks = self.ranks or {scale: last / divisor for scale, divisor in RANK_DECAY.items()}
+        ranks: Mapping[str, float] = self.ranks or {scale: last / divisor for scale, divisor in RANK_DECAY.items()}
         found = {scale: of_scale * rank / last for scale, of_scale in ranks.items()}
         if wrong := [f"{scale} {value:g}" for scale, value in found.items() if value % 1 or value < 1]:
             raise TrainingError(f"anneal: at rank {rank} the scales keep their ratios, and {wrong[0]} is no rank")

@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -150,7 +151,10 @@ class Annealing(Training):
             weights = None
             if moments is not None:
                 of = [(moments[update.name], part) for update, part in pair.places]
-                weights = sum(m.s_a[part, part] for m, part in of), sum(m.s_b[part, part] for m, part in of)
+                weights = (
+                    np.sum([m.s_a[part, part] for m, part in of], axis=0),
+                    np.sum([m.s_b[part, part] for m, part in of], axis=0),
+                )
             cut = best_cut(*pair.grams(), ranks[pair.scale], weights)
             if self.method.anneal_optimizer == "reset":
                 optimizer.state.pop(pair.a, None)

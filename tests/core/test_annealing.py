@@ -177,6 +177,7 @@ def test_a_reset_forgets_the_averages_of_the_factors_alone() -> None:
         ("lora", {"anneal": [32, 8], "anneal_by": "energy"}, "anneal_by='energy': expected one of plain, task"),
         ("dora", {"anneal": [32, 8]}, "'anneal' is no option of the method dora.* belongs to lora, msplora"),
         ("adalora", {"anneal_at": [5]}, "'anneal_at' is no option of the method adalora"),
+        ("msplora", {"anneal": [8, 0]}, "anneal=8:0: expected ranks that fall, the last at least 1"),
         ("msplora", {"anneal": [10, 4]}, "anneal: at rank 10 .* layer 2.5 is no rank"),
         ("msplora", {"anneal": [32, 8], "ranks": {"global": 4, "mid": 2, "layer": 1}}, "first of 'ranks' is 4"),
     ],
