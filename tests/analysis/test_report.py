@@ -88,7 +88,7 @@ def test_it_is_one_page_that_asks_for_nothing(page):
 def test_links_within_the_page_and_labels_lead_somewhere(page):
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
-    targets = [a["href"].removeprefix("#") for a in page.all("a")]
+    targets = [a["href"].removeprefix("#") for a in page.all("a") if "download" not in a]
     targets += [label["for"] for label in page.all("label")]
     targets += [attrs["aria-labelledby"] for _, attrs in page.elements if "aria-labelledby" in attrs]
     assert len(targets) > 20
@@ -181,6 +181,20 @@ def test_the_training_curve_is_the_log(page):
     assert [curves["accuracy"]["when"][i] for i in chosen] == [0, 1, 2]
     assert [curves["accuracy"]["value"][i] for i in chosen] == [0.5, 0.5, 0.75]
     assert page.data["glance"]["task"] == ["cola", None]
+
+
+def test_the_figures_that_one_asks_for_next_are_inside_with_their_numbers(page):
+    captions = re.findall(r"(figure3|figure4|effective_rank_map): ([^\n]+?) PNG CSV", page.text)
+    assert captions[0] == ("figure3", "MSPLoRA 8/8/8")
+    assert {name for name, _ in captions} == {"figure3", "effective_rank_map"}  # other layers, no Figure 4
+    links = [a["href"] for a in page.all("a") if a.get("download", "").startswith("figure3") and "csv" in a["href"]]
+    csv = base64.b64decode(links[0].partition(",")[2]).decode()
+    assert csv.startswith("variant,scale,epoch,k,sigma,rank,runs,matrices\nMSPLoRA 8/8/8,global,0,1,0.0,8,1,2\n")
+
+
+def test_no_errors_are_no_alarm(runs, page):
+    html = (runs.parent / "report.html").read_text()
+    assert '<span class="none">0 errors</span>' in html
 
 
 def test_findings_come_with_evidence_and_advice(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,6 +176,27 @@ def test_dark_and_paper_have_their_own_colours(browser, report):
         assert page.locator("details:not([open])").count()  # folded again after it was printed
         page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
         assert page.locator("details:not([open])").count() == 0
+
+
+def test_what_is_drawn_can_be_taken_along(page):
+    for kind, begin in (("CSV", "run,label,shown,when,value\n"), ("SVG", "<svg ")):
+        with page.expect_download() as download:
+            page.locator("figure:has(#means-layer) button", has_text=kind).click()
+        assert download.value.suggested_filename == f"means-layer.{kind.lower()}"
+        assert Path(download.value.path()).read_text().startswith(begin)
+
+
+def test_panels_of_one_measure_share_an_axis(page):
+    tops = [
+        page.locator(f"#means-{scale} .role-axis-label text").all_text_contents()[-1]
+        for scale in ("global", "mid", "layer", "total")
+    ]
+    assert len(set(tops)) == 1
+
+
+def test_two_runs_print_on_six_pages(browser, report):
+    with opened(browser, report) as page:
+        assert len(re.findall(rb"/Type\s*/Page\b", page.pdf())) <= 6
 
 
 def test_hostile_names_are_text_everywhere(browser, hostile):

@@ -55,6 +55,11 @@ class Plot:
         """What Python calls it: "figure3: MSPLoRA 8/8/8"."""
         return f"{self.kind}: {self.of}" if self.of else self.kind or self.stem
 
+    @property
+    def csv(self) -> bytes:
+        """The numbers, as they are written."""
+        return marked(_whole_epochs(self.numbers)).to_csv(index=False, lineterminator="\n").encode()
+
     def figure(self, style: str | None = None) -> Figure:
         assert self.draw is not None
         numbers = self.numbers.rename(columns={"task_sigma": "sigma"})
@@ -63,8 +68,7 @@ class Plot:
 
     def write(self, folder: Path, formats: Sequence[str], style: str | None = None) -> list[Path]:
         """`stem`.<format> for each format and `stem`.csv, each complete or not there at all. Returns the paths."""
-        csv = marked(_whole_epochs(self.numbers)).to_csv(index=False, lineterminator="\n").encode()
-        paths = [_write(folder / f"{self.stem}.csv", lambda file: file.write(csv))]
+        paths = [_write(folder / f"{self.stem}.csv", lambda file: file.write(self.csv))]
         if self.draw and formats:
             figure = self.figure(style)
             with settings(style_of(style)):
@@ -125,16 +129,19 @@ def plots_of(
     return declare
 
 
-def all_plots(tables: Mapping[str, pd.DataFrame], epoch: float | None = None) -> list[Plot]:
+def all_plots(
+    tables: Mapping[str, pd.DataFrame], epoch: float | None = None, *, kinds: Sequence[str] | None = None
+) -> list[Plot]:
     """All figures that the tables allow, in order; one without numbers is none.
 
     Args:
         tables: What kinds of figures may need, prepared, by name (see `Kind.needs`).
         epoch: Of the figures of one checkpoint; None: see `tables.checkpoints.at_epoch`.
+        kinds: Only these; None: all.
     """
     plots = []
     for kind in sorted(KINDS.values(), key=lambda kind: kind.order):
-        if kind.needs in tables:
+        if kind.needs in tables and (kinds is None or kind.name in kinds):
             note = runs_named(tables[kind.needs])
             for plot in kind.plots(tables[kind.needs], epoch):
                 if len(plot.numbers):

@@ -39,13 +39,16 @@ def line_style(index: int) -> tuple[str, list[int]]:
     return ON_SCREEN[index % len(ON_SCREEN)], DASHES[index % len(DASHES)]
 
 
-def lines(axis: str, value: str, labels: list[str]) -> Spec:
-    """A line for each run over the checkpoints. Rows: run (its number), label, shown (the run's name), when, value."""
+def lines(axis: str, value: str, labels: list[str], *, shared: bool = False) -> Spec:
+    """A line for each run over the checkpoints. Rows: run (its number), label, shown (the run's name), when, value.
+
+    shared: the axis reaches from 0 to the signal ``most``, so that panels beside each other can be compared.
+    """
     colours, dashes = zip(*(line_style(index) for index in range(len(labels))), strict=True)
     ticks: Spec = {"tickMinStep": 1, "format": "~s", "grid": False}
     x = {"field": "when", "type": "quantitative", "title": axis, "axis": ticks}
     y = {"field": "value", "type": "quantitative", "title": None, "axis": {"tickCount": 5, "format": ".3~g"}}
-    y["scale"] = {"zero": False, "nice": True}
+    y["scale"] = {"domainMin": 0, "domainMax": {"expr": "most"}} if shared else {"zero": False, "nice": True}
     common = {"x": x, "y": y, "detail": {"field": "run", "type": "nominal"}}
     style = {
         channel: {"field": "label", "type": "nominal", "legend": None, "scale": {"domain": labels, "range": looks}}
@@ -63,7 +66,8 @@ def lines(axis: str, value: str, labels: list[str]) -> Spec:
         "mark": {"type": "point", "filled": True, "size": 250, "opacity": 0},
         "encoding": {**common, "tooltip": tooltip},
     }
-    return {"data": {"name": "rows"}, "width": "container", "height": 200, "layer": [line, dot, target]}
+    spec: Spec = {"data": {"name": "rows"}, "width": "container", "height": 200, "layer": [line, dot, target]}
+    return spec | ({"params": [{"name": "most", "value": 1}]} if shared else {})
 
 
 def cells(

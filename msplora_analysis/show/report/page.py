@@ -21,6 +21,7 @@ from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Options
 from msplora_analysis.show.report import charts, sections
 from msplora_analysis.show.report.about import POINTS, About, about
+from msplora_analysis.show.report.pictures import pictures
 from msplora_core.atomic import replacing
 from msplora_core.version import __version__
 
@@ -64,6 +65,7 @@ def page(evidence: Evidence, paths: Sequence[StrPath], options: Options) -> str:
         abouts=abouts,
         cards=_cards(evidence, abouts, data),
         legend=_legend(data),
+        pictures=pictures(evidence, matrices, paths),
         advice=advice[:_MOST_ADVICE],
         advice_left=max(0, len(advice) - _MOST_ADVICE),
         severities=sections.severities(findings),

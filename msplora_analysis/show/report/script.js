@@ -38,12 +38,18 @@ function show(id, parent, kind, title, rows, { most, width, values = rows.map((r
   if (!made) {
     const box = element("div", { id, class: "chart", role: "img" });
     const caption = element("figcaption");
+    const words = element("span");
+    const taking = ["SVG", "CSV"].map((kind) => element("button", { type: "button" }, kind));
+    caption.append(words, " ", ...taking);
+    taking[0].addEventListener("click", async () => take(`${id}.svg`, "image/svg+xml", await (await made.view).toSVG()));
+    taking[1].addEventListener("click", () => take(`${id}.csv`, "text/csv", csv(made.rows)));
     const figure = element("figure", {}, caption, element("div", { class: "scroll" }, box));
     parent.append(figure);
-    made = { box, caption, figure };
+    made = { box, words, figure };
     charts.set(id, made);
   }
-  made.caption.textContent = title;
+  made.words.textContent = title;
+  made.rows = rows;
   made.box.setAttribute("aria-label", `${title}. ${range(values)}`);
   made.box.style.minWidth = width ? `${width}px` : "";
   made.figure.hidden = false;
@@ -64,6 +70,20 @@ function show(id, parent, kind, title, rows, { most, width, values = rows.map((r
 
 function hide(id) {
   if (charts.has(id)) charts.get(id).figure.hidden = true;
+}
+
+// What a reader takes along
+
+function take(name, type, text) {
+  const link = element("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+function csv(rows) {
+  const cell = (value) => (/[",\n]/.test(String(value ?? "")) ? `"${String(value).replaceAll('"', '""')}"` : String(value ?? ""));
+  const keys = Object.keys(rows[0] ?? {});
+  return [keys, ...rows.map((row) => keys.map((key) => row[key]))].map((line) => line.map(cell).join(",") + "\n").join("");
 }
 
 // Choices
@@ -108,12 +128,13 @@ function lineRows(columns, value) {
 
 function drawMeans() {
   const measure = byId("means-measure").value;
+  const most = 1.05 * highest(data.means[measure].filter((value) => value !== null));
   const { scale } = data.means;
   for (const each of ["global", "mid", "layer", "total"].filter((name) => scale.includes(name))) {
     const rows = lineRows(data.means, measure).filter((_, i) => scale[i] === each);
     const what = each === "total" ? "whole updates of layers" : `${each} part${each === "global" ? "" : "s"}`;
     const title = scale.every((name) => name === "layer") ? data.measures[measure] : `${data.measures[measure]}, ${what}`;
-    show(`means-${each}`, byId("means-charts"), "means", title, rows);
+    show(`means-${each}`, byId("means-charts"), "means", title, rows, { most });
   }
 }
 
@@ -285,7 +306,8 @@ function table(id, columns, caption, filtered) {
   const count = element("span", { role: "status" });
   const all = element("button", { type: "button" }, "show all");
   const heads = keys.map((key) => {
-    const button = element("button", { type: "button" }, Object.hasOwn(TITLES, key) ? TITLES[key] : key);
+    const hint = Object.hasOwn(data.hints, key) ? { title: data.hints[key] } : {};
+    const button = element("button", { type: "button", ...hint }, Object.hasOwn(TITLES, key) ? TITLES[key] : key);
     const head = element("th", { scope: "col", class: isNumber[key] ? "number" : "text" }, button);
     button.addEventListener("click", () => {
       state.up = state.key === key ? !state.up : true;
@@ -319,7 +341,9 @@ function table(id, columns, caption, filtered) {
     state.all = true;
     fill();
   });
-  const tools = element("div", { class: "tools" }, element("label", { for: filter.id }, "Filter "), filter, count, all);
+  const whole = element("button", { type: "button" }, "CSV");
+  whole.addEventListener("click", () => take(`${id}.csv`, "text/csv", csv(rows)));
+  const tools = element("div", { class: "tools" }, element("label", { for: filter.id }, "Filter "), filter, count, all, whole);
   const made = element("table", {}, element("caption", { class: "hidden" }, caption),
     element("thead", {}, element("tr", {}, ...heads)), body);
   fill();

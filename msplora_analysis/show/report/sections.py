@@ -12,6 +12,7 @@ from msplora_analysis.ask.advice.advise import RunAdvice
 from msplora_analysis.ask.advice.tell import RANK_HEADERS, rank_cells, title
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import KINDS, SEVERITIES
+from msplora_analysis.compute.measures.registry import measures
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.show.report import charts, numbers
 from msplora_analysis.show.report.about import About
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 PLACES = 100
 """Most places of one finding that a page lists; `msplora-analyze diagnose` lists all."""
+
+MEASURES = {one.name: one for place in ("report", "matrices") for one in measures(place)}
 
 LINES = 8
 """Most runs with a line style each; of more, the runs of one method share theirs."""
@@ -101,6 +104,7 @@ def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) 
         "shared": _shared(evidence),
         "specs": _specs(title, legend) | (_task_specs() if task else {}),
         "config": charts.CONFIG,
+        "hints": {name: f"{one.label}; high = {one.high} ({one.source})" for name, one in MEASURES.items()},
     }
 
 
@@ -111,7 +115,7 @@ def _specs(axis: str, legend: list[str]) -> dict[str, charts.Spec]:
     unit = [("unit", "unit"), ("k", "k")]
     of_layer = [("place", "module"), ("unit", "layer"), ("rank", "of rank")]
     return {
-        "means": charts.lines(axis, "value", legend),
+        "means": charts.lines(axis, "value", legend, shared=True),
         "curve": charts.lines("epoch", "value", legend),
         "sigma": charts.cells(("k", "k"), ("unit", ""), "σ", unit),
         "share": charts.cells(("k", "k"), ("unit", ""), "σ / Σσ", unit),
