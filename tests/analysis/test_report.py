@@ -188,7 +188,11 @@ def test_the_figures_that_one_asks_for_next_are_inside_with_their_numbers(page):
     assert captions[0] == ("figure3", "MSPLoRA 8/8/8")
     assert captions[1] == ("figure4", "MSPLoRA 8/8/8 − LoRA r=4")
     assert {name for name, _ in captions} == {"figure3", "figure4", "effective_rank_map"}
-    links = [a["href"] for a in page.all("a") if a.get("download", "").startswith("figure3") and "csv" in a["href"]]
+    links = [
+        a["href"]
+        for a in page.all("a")
+        if a.get("download", "").startswith("figure3") and a["href"].startswith("data:text/csv")
+    ]
     csv = base64.b64decode(links[0].partition(",")[2]).decode()
     assert csv.startswith("variant,scale,epoch,k,sigma,rank,runs,matrices\nMSPLoRA 8/8/8,global,0,1,0.0,8,1,2\n")
 
