@@ -251,7 +251,7 @@ def test_numbers_of_figures_are_documented(redundancy: Any, ablation: pd.DataFra
         )
         seen.add(files)
         assert set(re.findall(r"`(\w+)`", rows[files])) == {*plot.numbers.columns} - common, plot.stem
-    assert {files for files in rows if not re.search("comparison|layers_share|nulls|joint", files)} == seen
+    assert {files for files in rows if not re.search("comparison|layers_share|nulls|joint|intervals", files)} == seen
 
 
 # What the pages say of the code
