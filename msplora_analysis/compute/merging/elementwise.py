@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def by_entries(parts: Sequence[Part], settings: Settings, rule: Callable[[Array]
     return root[:, None] * found.right, found.left * root
 
 
-def thresholds(updates: Sequence[Array], density: float) -> Array:
+def thresholds(updates: Iterable[Array], density: float) -> Array:
     """Of each the magnitude from which on its entries are the largest share ``density`` of them."""
     found = []
     for update in updates:

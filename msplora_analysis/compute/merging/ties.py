@@ -14,7 +14,7 @@ from msplora_analysis.compute.merging.protocol import Method, Part, Settings
 
 def merge(parts: Sequence[Part], settings: Settings) -> tuple[Array, Array]:
     # A generator: one dense update at a time.
-    least = thresholds((abs(part.weight) * (part.b @ part.a) for part in parts), settings.density)  # type: ignore[arg-type]
+    least = thresholds((abs(part.weight) * (part.b @ part.a) for part in parts), settings.density)
     return by_entries(parts, settings, lambda values: trim_elect_merge(values, least))
 
 
