@@ -175,7 +175,7 @@ def factors_of(base: nn.Module, folders: Sequence[Path]) -> list[Factors]:
     Raises:
         TrainingError: an adapter does not fit the model, or is of another kind.
     """
-    found = []
+    found: list[Factors] = []
     for folder in folders:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.modules_to_save = config.task_type = None  # heads are of other tasks, perhaps of another size
@@ -186,7 +186,8 @@ def factors_of(base: nn.Module, folders: Sequence[Path]) -> list[Factors]:
                 model: Any = peft.get_peft_model(base, config)
             own = f".{model.base_model.prefix}"
             tensors = {key: tensor for key, tensor in load_peft_weights(str(folder), "cpu").items() if own in key}
-            missing = [key for key in set_peft_model_state_dict(model, tensors).missing_keys if own in key]
+            loaded: Any = set_peft_model_state_dict(model, tensors)
+            missing = [key for key in loaded.missing_keys if own in key]
         except (ValueError, KeyError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise TrainingError(f"{folder}: does not fit the model: {reason}") from error
