@@ -214,6 +214,12 @@ NOT_RUN: list[tuple[str, str, Callable[[list[str]], None]]] = [
     (r"msplora-analyze .*--base", "needs a whole model before and after training", check_parsing),
     (r"msplora-train .*--resume", "goes on after a kill; tests/core/test_crash.py does", check_parsing),
     (r"msplora-train .*--anneal", "one step has no room for a cut; tests/core/test_annealing.py has", check_parsing),
+    (
+        r"msplora-analyze merge .*--kl",
+        "needs moments of several tasks; tests/analysis/test_merge.py has",
+        check_parsing,
+    ),
+    (r"msplora-measure added ", "needs runs of several tasks; tests/core/test_adding.py has", check_parsing),
     (r"msplora-analyze export runs/alpaca/", "of a training of full length; docs/export.md runs export", check_parsing),
     (r"python (study|benchmarks|examples|notebooks)/\w+\.py", "takes minutes", check_script),
 ]
