@@ -216,7 +216,7 @@ NOT_RUN: list[tuple[str, str, Callable[[list[str]], None]]] = [
     (r"msplora-train .*--anneal", "one step has no room for a cut; tests/core/test_annealing.py has", check_parsing),
     (
         r"msplora-analyze merge .*--kl",
-        "needs moments of several tasks; tests/analysis/test_merge.py has",
+        "needs moments of two tasks; tests/analysis/test_merge.py has",
         check_parsing,
     ),
     (r"msplora-measure added ", "needs runs of several tasks; tests/core/test_adding.py has", check_parsing),
