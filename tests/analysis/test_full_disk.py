@@ -118,6 +118,16 @@ def test_a_full_disk_behind_the_output(tmp_path):
     assert "No space left on device" in failed.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closes descriptors as a shell does")
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_outputs_that_whoever_starts_it_has_closed(tmp_path, closed):
+    command = f'exec "$0" -c "$1" results "$2" --out "$3" {closed}'
+    words = ["sh", "-c", command, sys.executable, MAIN, str(RUNS), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list((tmp_path / "out").glob("results*"))
+
+
 # What a killed process leaves
 
 KILLED = """
