@@ -73,7 +73,7 @@ def write_numbers(cells: QuadMesh, values: Array, form: str = "{:.1f}") -> None:
         form: How to write one.
     """
     ax = cells.axes
-    assert ax is not None
+    assert isinstance(ax, Axes)
     rows, columns = values.shape
     box, points = ax.get_window_extent(), 72 / ax.figure.dpi
     texts = [["" if np.isnan(value) else form.format(value) for value in row] for row in values]
@@ -82,7 +82,7 @@ def write_numbers(cells: QuadMesh, values: Array, form: str = "{:.1f}") -> None:
     size = min(room, float(mpl.rcParams["font.size"]))
     if size < SMALLEST:
         return
-    colours = cells.cmap(cells.norm(values))
+    colours = np.asarray(cells.cmap(cells.norm(values)))
     bright = (colours[..., :3] @ np.array([0.299, 0.587, 0.114])) > 0.55
     first = min(ax.get_ylim()) + 0.5
     for (row, column), light in np.ndenumerate(bright):

@@ -66,8 +66,8 @@ def draw_lines(
     columns = len(quantities) if abreast else 1 + (len(methods) * len(quantities) > 6)
     rows = -(-len(methods) * len(quantities) // columns)
     figure = Figure(figsize=(style.widest, 0.8 + min(1.5, 7.5 / rows) * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
-    drawn = {}
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel().tolist()
+    drawn: dict[str, tuple[str, Dash]] = {}
     for ax, (method, quantity) in zip(axes, product(methods, quantities), strict=False):
         drawn |= draw_panel(ax, numbers, method, quantity, order=order, least=least)
         ax.set_title(method or "", parse_math=False)
@@ -76,7 +76,7 @@ def draw_lines(
         ax.remove()
     label_epochs(axes[max(0, used - columns) : used], columns, sorted(set(numbers["epoch"])))
     runs = numbers.groupby("variant", sort=False)["runs"].max()
-    legend_below(figure, [Line2D([], [], color=colour, linestyle=dash) for colour, dash in drawn.values()], list(drawn))
+    legend_below(figure, _handles(drawn), list(drawn))
     title(figure, heading, runs_note(runs.tolist()), "band ± 1 standard deviation" if runs.max() > 1 else "", math=True)
     fit(figure)
     return figure
@@ -96,8 +96,7 @@ def plot_lines(ax: Axes, numbers: pd.DataFrame, method: str | None, quantity: st
     if method is not None or len(methods) > 1:
         method = choose("method", method, [str(each) for each in methods])
     looks = draw_panel(ax, numbers, method or methods[0], quantity, **how)
-    lines = [Line2D([], [], color=colour, linestyle=dash) for colour, dash in looks.values()]
-    ax.legend(lines, list(looks), frameon=False, fontsize="small")
+    ax.legend(_handles(looks), list(looks), frameon=False, fontsize="small")
     ax.set_xlabel(LABELS["epoch"])
     return ax
 
@@ -133,6 +132,10 @@ def draw_panel(
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_ylabel(LABELS[quantity])
     return looks
+
+
+def _handles(looks: dict[str, tuple[str, Dash]]) -> list[Line2D]:
+    return [Line2D([], [], color=colour, linestyle=dash) for colour, dash in looks.values()]  # type: ignore[arg-type]
 
 
 def _line(ax: Axes, line: pd.DataFrame, colour: str, dash: Dash) -> None:

@@ -153,8 +153,8 @@ def all_plots(
 def weighted_plot(plot: Plot) -> Plot:
     """A figure of task-weighted spectra, under a name of its own: its title and the column of its numbers say so."""
     numbers = plot.numbers.rename(columns={"sigma": "task_sigma"})
-    names = {"stem": f"{plot.stem}_task", "kind": plot.kind and f"{plot.kind}_task"}
-    return replace(plot, **names, numbers=numbers, notes=("task-weighted", *plot.notes))
+    kind, notes = plot.kind and f"{plot.kind}_task", ("task-weighted", *plot.notes)
+    return replace(plot, stem=f"{plot.stem}_task", kind=kind, numbers=numbers, notes=notes)
 
 
 def runs_named(table: pd.DataFrame) -> str:
