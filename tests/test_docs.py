@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,20 @@ def test_the_site_builds_without_a_warning(site: Site) -> None:
     assert not [text for text in site.said if "link" in text], "MkDocs notes a link"
     pages = {path.with_suffix(".html").name for path in DOCS.glob("*.md")}
     assert site.pages.keys() == pages | {"404.html"}
+
+
+@pytest.mark.slow
+def test_search_works_on_pages_opened_from_the_disk(site: Site) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_context(offline=True).new_page()
+        page.goto((site.folder / "index.html").as_uri())
+        page.fill("input[name=query]", "effective rank")
+        page.wait_for_selector(".md-search-result__item", state="attached", timeout=300_000)
+        assert "metrics.html" in page.inner_html(".md-search-result__list")
+        browser.close()
 
 
 class _Fetched(HTMLParser):
