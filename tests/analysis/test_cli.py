@@ -162,9 +162,9 @@ def test_underscores_in_options_are_dashes(runs, capsys, monkeypatch):
     assert run(capsys, monkeypatch, "advise", runs / "lora", "--ignore_unknown")[0] == 0
 
 
-def test_completion_scripts_are_there():
-    shown = python(MAIN, "--show-completion", "bash")
-    assert "complete" in shown.stdout
+def test_completion_scripts_are_there(monkeypatch):
+    monkeypatch.setenv("_MSPLORA_ANALYZE_COMPLETE", "source_bash")
+    assert "complete" in python("from msplora_analysis.cli import app; app(prog_name='msplora-analyze')").stdout
 
 
 def test_ignore_unknown_warns_on_standard_error(tmp_path, capsys, monkeypatch):
