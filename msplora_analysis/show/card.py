@@ -99,14 +99,15 @@ def section(evidence: Evidence, options: Options, file: Path) -> str:
 
 def _table(metrics: pd.DataFrame, spectra: pd.DataFrame) -> list[str]:
     """A row for each module type of each scale: means over its matrices."""
-    keys = ["scale", "module", "name"]
-    sigma = spectra.groupby(keys, sort=False, dropna=False)["sigma"]
-    needed = sigma.agg(lambda values: energy_rank(values.to_numpy(), 0.99))
+    import pandas as pd
+
+    by_matrix = spectra.groupby(["scale", "name"], sort=False)["sigma"]
+    needed = {key: float(energy_rank(sigma.to_numpy(), 0.99)) for key, sigma in by_matrix}
     lines = ["| scale | module | matrices | rank | norm | effective rank | rank for 99 % |", f"|---|---|{'--:|' * 5}"]
     groups = list(metrics.groupby(["scale", "module"], sort=False))
     for (scale, module), rows in groups[:_ROWS]:
         ranks = "–".join(dict.fromkeys((str(rows["rank"].min()), str(rows["rank"].max()))))
-        of_rows = needed.loc[[(scale, module, name) for name in rows["name"]]]
+        of_rows = pd.Series([needed[scale, name] for name in rows["name"]])
         cells = [plain(str(scale)), plain(str(module)), str(len(rows)), ranks]
         cells += [_mean(values) for values in (rows["frobenius"], rows["effective_rank"], of_rows)]
         lines.append(f"| {' | '.join(cells)} |")

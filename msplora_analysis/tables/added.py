@@ -10,6 +10,7 @@ import numpy as np
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.addresses import Place
 from msplora_core.added import ADDED, Added, read_added, same
 from msplora_core.errors import TrainingError
 
@@ -36,7 +37,7 @@ def added_beside(adapter: Adapter) -> Added | None:
 
 
 def predicted(
-    table: pd.DataFrame, files: Mapping[str, tuple[Path, Added]], names: Mapping[str, Mapping[str, str]]
+    table: pd.DataFrame, files: Mapping[str, tuple[Place, Added]], names: Mapping[str, Mapping[str, str]]
 ) -> dict[str, np.ndarray]:
     """The columns ``predicted_kl_a`` and ``predicted_kl_b``: NaN where nothing was measured.
 

@@ -159,7 +159,8 @@ def related(adapters: Sequence[Named], options: Options, progress: Progress | No
     types: dict[str, Any] = dict.fromkeys(_FLOATS, "float64") | dict.fromkeys(_COUNTS, "Int64")
     table = table[list(_ORDER)].astype(types).reset_index(drop=True)
     table.attrs["one_run"] = len({adapter.run for adapter, _ in adapters}) == 1
-    if files := {label: (one.file.parent, of) for one, label in adapters if (of := added_beside(one))}:
+    files = {label: (one.file.parent, added) for one, label in adapters if (added := added_beside(one))}
+    if files:
         names = {
             label: {name: of[i][1].name for name, of in shared.items() if i in of}
             for i, (_, label) in enumerate(adapters)
