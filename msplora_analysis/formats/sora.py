@@ -62,7 +62,9 @@ FORMAT = Format(
     read=read,
     peft_types=("SORA",),  # of msplora-train
     lone=_has_gates,
-    recognises=lambda config, file: (config.get("peft_type") or "SORA") == "SORA" and _has_gates(file.shapes),
+    recognises=lambda config, file: (
+        config.get("peft_type") == "SORA" or (not config.get("peft_type") and _has_gates(file.shapes))
+    ),
     why_no_lora=why_unscaled,
     reads_values=True,
     priority=1,  # before loralib, whose names are the same

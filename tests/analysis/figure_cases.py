@@ -54,7 +54,7 @@ def comparison_table():
     rows = [
         {"question": "difference", "measure": measure, "pairs": pairs, "estimate": 0.0021 * sign, "low": -0.0012,
          "high": 0.0042, "decided": sign < 0, "a": "MSPLoRA 8/4/2", "b": "LoRA r=8", "confidence": 0.95,
-         "n_a": 9, "n_b": 9}
+         "n_a": 9, "n_b": 9, "k_a": 14, "k_b": 8}
         for measure in ("kl", "kl_matched", "overlap_in", "overlap_out")
         for pairs, sign in (("all", 1), ("adjacent", -1))
     ]  # fmt: skip

@@ -153,7 +153,7 @@ def test_a_module_that_one_adapter_has_stays(tmp_path):
         ({"method": "average"}, "method=average: expected one of cat"),
         ({"weights": [1.0]}, "expected one for each of the 3 adapters"),
         ({"weights": [0.0, 0.0, 0.0]}, "not all 0"),
-        ({"rank": 2, "energy": 0.5}, "one of rank= and energy="),
+        ({"rank": 2, "energy": 0.5}, "one of rank=, energy= and kl="),
         ({"energy": 1.5}, "energy=1.5"),
         ({"density": 0.0}, "density=0"),
         ({"method": "linear", "weights": [1, 1, -1]}, "above 0"),
