@@ -111,7 +111,7 @@ def _beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.{_machine()}-{next(_numbers)}.tmp")
     _ours.add(beside)
     try:
-        _remove_left(path)
+        remove_left(path)
         yield beside
     except Exception as error:
         told = not_written(error, path)
@@ -124,7 +124,7 @@ def _beside(path: Path) -> Iterator[Path]:
         _ours.discard(beside)
 
 
-def _remove_left(path: Path) -> None:
+def remove_left(path: Path) -> None:
     """Remove what killed processes of this machine were writing in the folder of ``path``."""
     with _sweeping, suppress(OSError):
         for name in os.listdir(path.parent):

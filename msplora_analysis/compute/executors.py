@@ -54,7 +54,12 @@ def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
         # A copy of this process starts at once, but only one without threads may be copied.
         method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
         context = multiprocessing.get_context(method)
-        with _one_blas_thread(), ProcessPoolExecutor(workers, context, initializer=_start_worker) as executor:
+        try:
+            pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+        except OSError:  # no room for what processes share: one does all
+            yield None
+            return
+        with _one_blas_thread(), pool as executor:
             try:
                 yield executor
             except BaseException:  # nobody waits for what they still compute

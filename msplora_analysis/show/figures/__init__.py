@@ -34,6 +34,7 @@ from msplora_analysis.show.drawing.venues import style_of
 from msplora_analysis.tables.gather import gather_ablations, gather_redundancy, gather_spectra
 from msplora_analysis.tables.matrices import prepare, weighted
 from msplora_analysis.tables.prepared_pairs import prepare_pairs
+from msplora_core.atomic import remove_left
 
 __all__ = ["FORMATS", "draw_figures", "write_figures"]
 
@@ -158,10 +159,14 @@ def write_figures(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     workers = min(len(plots), cpus() if workers is None else workers)
-    with executor_of(workers, None) as executor:
-        write = partial(_write, folder=out_dir, formats=formats, style=style)
-        written = map(write, plots) if executor is None else executor.map(write, plots)
-        return [path for paths in written for path in paths]
+    try:
+        with executor_of(workers, None) as executor:
+            write = partial(_write, folder=out_dir, formats=formats, style=style)
+            written = map(write, plots) if executor is None else executor.map(write, plots)
+            return [path for paths in written for path in paths]
+    except BaseException:
+        remove_left(out_dir / plots[0].stem)  # workers that were stopped clear nothing away
+        raise
 
 
 def _write(plot: Plot, folder: Path, formats: Sequence[str], style: str | None) -> list[Path]:
