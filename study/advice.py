@@ -41,22 +41,17 @@ did not choose were added afterwards (--rates); the table does not use them.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import math
-import multiprocessing
 import os
 import re
 import tempfile
-import time
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from learning_rates import append_row, hold_out, read_rows
+from searched import Row, Run, Search, prepare_process, read_runs, train_wanted
 
 from msplora_core.methods.lora import Lora
 
@@ -65,7 +60,9 @@ RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 FIRST, MOST = (1e-3, 5e-4, 2e-3), 4
 SEARCH_SEEDS = (1, 2)
 ALPHA = 2  # for each rank
-Row = dict[str, Any]
+SEARCH = Search(RATES, FIRST, MOST, SEARCH_SEEDS)
+Configurations = dict[str, dict[str, int]]
+"""Of a task, by name: the rank of each module."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +75,6 @@ class Patterned(Lora):
         ranks = {f"^{re.escape(name)}$": rank for name, rank in self.ranks}
         alphas = {name: ALPHA * rank for name, rank in ranks.items()}
         return {**super().peft_options(base_model), "rank_pattern": ranks, "alpha_pattern": alphas}
-
-
-class Run(NamedTuple):
-    part: str
-    """``search`` or ``test``."""
-    configuration: str
-    learning_rate: float
-    seed: int
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -118,84 +107,33 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train what is not trained yet, the tasks in turn; after --minutes start none."""
-    everything = json.loads((options.folder / "plan.json").read_text())
-    rows = {task: {_run(row): row for row in read_rows(options.folder / f"{task}.csv")} for task in options.tasks}
-    for task in options.tasks:
-        for seed in SEARCH_SEEDS:
-            hold_out(task, seed, options, most=None)
-    end = time.monotonic() + 60 * options.minutes
-    running: dict[Future[Row], tuple[str, Run]] = {}
-    failed: set[tuple[str, Run]] = set()
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["msplora_core.train.training"])  # imported once, for all of them
-    with ProcessPoolExecutor(options.jobs, processes) as pool:
-        while True:
-            for task in options.tasks if time.monotonic() < end else ():
-                configurations = everything[task]["configurations"]
-                names = [name for name in configurations if name in (options.configurations or configurations)]
-                for run in wanted(names, rows[task], options):
-                    key = (task, run)
-                    taken = run in rows[task] or key in failed | set(running.values())
-                    if len(running) < options.jobs and not taken:
-                        running[pool.submit(train_one, task, run, configurations[run.configuration], options)] = key
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task, run = running.pop(future)
-                if error := future.exception():
-                    failed.add((task, run))
-                    print(f"{task} {run}: failed: {' '.join(repr(error).split())[:500]}", flush=True)
-                else:
-                    rows[task][run] = future.result()
-                    append_row(rows[task][run], options.folder / f"{task}.csv")
-                    print(f"{task} {' '.join(map(str, run))}: {rows[task][run]['last']:.3f}", flush=True)
+    """Train what is not trained yet."""
+    plan = json.loads((options.folder / "plan.json").read_text())
+    configurations = {task: plan[task]["configurations"] for task in options.tasks}
+    train_wanted(options, SEARCH, None, partial(wanted, options, configurations), partial(train_one, configurations))
 
 
-def wanted(configurations: list[str], rows: dict[Run, Row], options: argparse.Namespace) -> Iterator[Run]:
+def wanted(
+    options: argparse.Namespace, configurations: dict[str, Configurations], task: str, rows: dict[Run, Row]
+) -> Iterator[Run]:
     """The searches of all configurations, then a test seed of all after the other; what can be told by now."""
     tests = []
-    for configuration in configurations:
-        rates, best = search(configuration, rows)
-        yield from (Run("search", configuration, rate, seed) for rate in rates for seed in SEARCH_SEEDS)
-        tested = options.rates or [best] * (best is not None)
-        tests += [(configuration, rate) for rate in tested]
+    for name in configurations[task]:
+        if name in (options.configurations or configurations[task]):
+            rates, best = SEARCH.of(name, rows)
+            yield from (run for rate in rates for run in SEARCH.runs(name, rate))
+            tests += [(name, rate) for rate in options.rates or [best] * (best is not None)]
     for seed in options.seeds:
         yield from (Run("test", *test, seed) for test in tests)
 
 
-def search(configuration: str, rows: dict[Run, Row]) -> tuple[list[float], float | None]:
-    """The rates to try, and when all are tried the best of them."""
-    rates = list(FIRST)
-    while all(Run("search", configuration, rate, seed) in rows for rate in rates for seed in SEARCH_SEEDS):
-        scores = {rate: mean_score(configuration, rate, rows) for rate in rates}
-        best = max(rates, key=lambda rate: scores[rate])
-        if len(rates) == MOST or min(rates) < best < max(rates):
-            return rates, best
-        rates.append(RATES[RATES.index(best) + (1 if best == max(rates) else -1)])
-    return rates, None
-
-
-def mean_score(configuration: str, rate: float, rows: dict[Run, Row]) -> float:
-    """The mean metric of a rate; the loss decides between equals, and training that diverged is the worst."""
-    found = [rows[Run("search", configuration, rate, seed)] for seed in SEARCH_SEEDS]
-    score = sum(float(row["last"]) - 1e-6 * float(row["loss"]) for row in found) / len(found)
-    return score if math.isfinite(score) else -1.0
-
-
-def train_one(task: str, run: Run, ranks: dict[str, int], options: argparse.Namespace) -> Row:
+def train_one(configurations: dict[str, Configurations], task: str, run: Run, options: argparse.Namespace) -> Row:
     """Train one run in a folder that is removed; returns its row."""
-    import torch
-
     from msplora_core.run.settings import Settings
     from msplora_core.train.training import train
 
-    warnings.simplefilter("ignore", FutureWarning)
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")  # TF32, on a GPU
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the last run of this process took: those beside it need room
+    prepare_process()
+    ranks = configurations[task][run.configuration]
     most = max(ranks.values())
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
@@ -228,11 +166,10 @@ def tables(options: argparse.Namespace) -> None:
 
     found = []
     for task, planned in json.loads((options.folder / "plan.json").read_text()).items():
-        rows = read_rows(options.folder / f"{task}.csv")
-        runs = {_run(row): row for row in rows}
+        runs = read_runs(options, task)
         scores, about = {}, {}
         for name in planned["configurations"]:
-            _, rate = search(name, runs)
+            _, rate = SEARCH.of(name, runs)
             own = {run.seed: row for run, row in runs.items() if run[:3] == ("test", name, rate)}
             scores[name] = pd.Series({seed: float(row["last"]) for seed, row in own.items()})
             about[name] = {"parameters": next(iter(own.values()))["parameters"], "learning_rate": rate}
@@ -249,10 +186,6 @@ def tables(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "advice_tried.csv"
     pd.DataFrame(found).to_csv(path, index=False, float_format="%.4f", lineterminator="\n")
-
-
-def _run(row: Row) -> Run:
-    return Run(row["part"], row["configuration"], float(row["learning_rate"]), int(row["seed"]))
 
 
 def _options() -> argparse.Namespace:

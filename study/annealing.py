@@ -25,20 +25,15 @@ them: means, and the mean of paired differences to lora-8, with a 95 % interval 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import math
-import multiprocessing
 import os
 import tempfile
-import time
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from learning_rates import append_row, hold_out, read_rows
+from searched import Row, Run, Search, prepare_process, read_runs, train_wanted
 
 TASKS = ("cola", "stsb", "mrpc", "rte")  # the longest first
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -57,96 +52,36 @@ COMPARED = {"lora-8": ("lora-8", "last"), "lora-32": ("lora-32", "last")}
 COMPARED |= {"cut": ("lora-32", "cut"), "cut-task": ("lora-32", "cut_task")}
 COMPARED |= {name: (name, "last") for name in TRAINED}
 """What is compared: which training, and which column of its row."""
-Row = dict[str, Any]
-
-
-class Run(NamedTuple):
-    part: str
-    """``search`` or ``test``."""
-    trained: str
-    learning_rate: float
-    seed: int
+SEARCH = Search(RATES, FIRST, MOST, SEARCH_SEEDS)
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train what is not trained yet, the tasks in turn; after --minutes start none."""
-    rows = {task: {_run(row): row for row in read_rows(options.folder / f"{task}.csv")} for task in options.tasks}
-    for task in options.tasks:
-        for seed in SEARCH_SEEDS:
-            hold_out(task, seed, options, most=SEARCH_ROWS)
-    end = time.monotonic() + 60 * options.minutes
-    running: dict[Future[Row], tuple[str, Run]] = {}
-    failed: set[tuple[str, Run]] = set()
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["msplora_core.train.training"])  # imported once, for all of them
-    with ProcessPoolExecutor(options.jobs, processes) as pool:
-        while True:
-            for task in options.tasks if time.monotonic() < end else ():
-                for run in wanted(rows[task], options):
-                    taken = run in rows[task] or (task, run) in failed | set(running.values())
-                    if len(running) < options.jobs and not taken:
-                        running[pool.submit(train_one, task, run, options)] = task, run
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task, run = running.pop(future)
-                if error := future.exception():
-                    failed.add((task, run))
-                    print(f"{task} {run}: failed: {' '.join(repr(error).split())[:500]}", flush=True)
-                else:
-                    rows[task][run] = future.result()
-                    append_row(rows[task][run], options.folder / f"{task}.csv")
-                    print(f"{task} {' '.join(map(str, run))}: {rows[task][run]['last']:.3f}", flush=True)
+    """Train what is not trained yet."""
+    train_wanted(options, SEARCH, SEARCH_ROWS, partial(wanted, options), train_one)
 
 
-def wanted(rows: dict[Run, Row], options: argparse.Namespace) -> Iterator[Run]:
+def wanted(options: argparse.Namespace, task: str, rows: dict[Run, Row]) -> Iterator[Run]:
     """The searches of all, then a test seed of all after the other; what can be told by now."""
     tests: dict[tuple[str, float], None] = {}
     for trained, column in COMPARED.values():
-        rates, best = search(trained, column, rows)
-        yield from (Run("search", trained, rate, seed) for rate in rates for seed in SEARCH_SEEDS)
+        rates, best = SEARCH.of(trained, rows, column)
+        yield from (run for rate in rates for run in SEARCH.runs(trained, rate))
         tests |= {(trained, best): None} if best is not None else {}
     yield from (Run("test", *test, seed) for seed in options.seeds for test in tests)
 
 
-def search(trained: str, column: str, rows: dict[Run, Row]) -> tuple[list[float], float | None]:
-    """The rates to try, and when all are tried the best of them."""
-    rates = list(FIRST)
-    while all(Run("search", trained, rate, seed) in rows for rate in rates for seed in SEARCH_SEEDS):
-        scores = {rate: mean_score(trained, column, rate, rows) for rate in rates}
-        best = max(rates, key=lambda rate: scores[rate])
-        if len(rates) == MOST or min(rates) < best < max(rates):
-            return rates, best
-        rates.append(RATES[RATES.index(best) + (1 if best == max(rates) else -1)])
-    return rates, None
-
-
-def mean_score(trained: str, column: str, rate: float, rows: dict[Run, Row]) -> float:
-    """The mean metric of a rate; the loss decides between equals, and training that diverged is the worst."""
-    found = [rows[Run("search", trained, rate, seed)] for seed in SEARCH_SEEDS]
-    score = sum(float(row[column]) - 1e-6 * float(row["loss"]) for row in found) / len(found)
-    return score if math.isfinite(score) else -1.0
-
-
 def train_one(task: str, run: Run, options: argparse.Namespace) -> Row:
     """Train one run in a folder that is removed; returns its row."""
-    import torch
-
     from msplora_core.methods.lora import Lora
     from msplora_core.run.settings import Settings
     from msplora_core.train.training import train
 
-    warnings.simplefilter("ignore", FutureWarning)
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")  # TF32, on a GPU
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the last run of this process took: those beside it need room
+    prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
             model=options.model,
             task=task,
-            method=Lora(**TRAINED[run.trained]),
+            method=Lora(**TRAINED[run.configuration]),
             output_dir=Path(folder) / "run",
             data_dir=options.folder / "data" / f"seed-{run.seed}" if run.part == "search" else options.data_dir,
             seed=run.seed,
@@ -155,7 +90,7 @@ def train_one(task: str, run: Run, options: argparse.Namespace) -> Row:
         )
         results = train(settings, report=lambda line: None)
         record = json.loads((settings.output_dir / "run.json").read_text())
-        cuts = cut_after(settings.output_dir) if run.trained == "lora-32" else {"cut": None, "cut_task": None}
+        cuts = cut_after(settings.output_dir) if run.configuration == "lora-32" else {"cut": None, "cut_task": None}
     return (
         {"task": task}
         | run._asdict()
@@ -211,10 +146,10 @@ def tables(options: argparse.Namespace) -> None:
 
     found = []
     for task in (task for task in TASKS if (options.folder / f"{task}.csv").is_file()):
-        runs = {_run(row): row for row in read_rows(options.folder / f"{task}.csv")}
+        runs = read_runs(options, task)
         scores, about = {}, {}
         for name, (trained, column) in COMPARED.items():
-            rates, rate = search(trained, column, runs)
+            rates, rate = SEARCH.of(trained, runs, column)
             own = {run.seed: row for run, row in runs.items() if run[:3] == ("test", trained, rate)}
             scores[name] = pd.Series({seed: float(row[column]) for seed, row in own.items()}, dtype=float)
             about[name] = {"learning_rate": rate, "edge": rate in (min(rates), max(rates))}
@@ -252,10 +187,6 @@ def draw(table: Any, path: Path) -> None:
     axes[0].invert_yaxis()
     figure.supxlabel("metric × 100, difference to LoRA r = 8 (paired by seed, 95 % intervals)", fontsize=8)
     figure.savefig(path, dpi=150)
-
-
-def _run(row: Row) -> Run:
-    return Run(row["part"], row["trained"], float(row["learning_rate"]), int(row["seed"]))
 
 
 def _options() -> argparse.Namespace:

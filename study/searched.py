@@ -1,0 +1,121 @@
+"""What studies of fresh trainings share: a learning rate searched for each configuration, then fresh seeds at it.
+
+A training has a part, ``search`` or ``test``, and its row is appended to <folder>/<task>.csv as it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any, NamedTuple
+
+from learning_rates import append_row, hold_out, read_rows
+
+Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    part: str
+    """``search`` or ``test``."""
+    configuration: str
+    learning_rate: float
+    seed: int
+
+
+class Search(NamedTuple):
+    """The rates to try: ``first`` of them, then the next of ``rates`` while the best is an edge, ``most`` in all."""
+
+    rates: tuple[float, ...]
+    first: tuple[float, ...]
+    most: int
+    seeds: tuple[int, ...]
+
+    def of(self, configuration: str, rows: dict[Run, Row], column: str = "last") -> tuple[list[float], float | None]:
+        """The rates to try, and when all are tried the best of them, by the column of the rows."""
+        tried = list(self.first)
+        while all(run in rows for rate in tried for run in self.runs(configuration, rate)):
+            scores = {rate: self._score(configuration, rate, rows, column) for rate in tried}
+            best = max(tried, key=lambda rate: scores[rate])
+            if len(tried) == self.most or min(tried) < best < max(tried):
+                return tried, best
+            tried.append(self.rates[self.rates.index(best) + (1 if best == max(tried) else -1)])
+        return tried, None
+
+    def runs(self, configuration: str, rate: float) -> list[Run]:
+        """The searches at one rate."""
+        return [Run("search", configuration, rate, seed) for seed in self.seeds]
+
+    def _score(self, configuration: str, rate: float, rows: dict[Run, Row], column: str) -> float:
+        """The mean metric; the loss decides between equals, and training that diverged is the worst."""
+        found = [rows[run] for run in self.runs(configuration, rate)]
+        score = sum(float(row[column]) - 1e-6 * float(row["loss"]) for row in found) / len(found)
+        return score if math.isfinite(score) else -1.0
+
+
+def read_runs(options: argparse.Namespace, task: str) -> dict[Run, Row]:
+    """What is trained already."""
+    rows = read_rows(options.folder / f"{task}.csv")
+    return {Run(row["part"], row["configuration"], float(row["learning_rate"]), int(row["seed"])): row for row in rows}
+
+
+def train_wanted(
+    options: argparse.Namespace,
+    search: Search,
+    most_rows: int | None,
+    wanted: Callable[[str, dict[Run, Row]], Iterable[Run]],
+    train_one: Callable[[str, Run, argparse.Namespace], Row],
+) -> None:
+    """Train what is not trained yet, the tasks in turn, --jobs at once; after --minutes start none.
+
+    Args:
+        options: folder, data_dir, tasks, jobs, minutes.
+        search: Its seeds hold out a tenth of the training rows each.
+        most_rows: Of those that are held out and trained on in a search; None: all.
+        wanted: Of a task and its rows, what is to be trained, as far as it can be told by now.
+        train_one: Trains one run, in a process of its own; returns its row.
+    """
+    rows = {task: read_runs(options, task) for task in options.tasks}
+    for task in options.tasks:
+        for seed in search.seeds:
+            hold_out(task, seed, options, most=most_rows)
+    end = time.monotonic() + 60 * options.minutes
+    running: dict[Future[Row], tuple[str, Run]] = {}
+    failed: set[tuple[str, Run]] = set()
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["msplora_core.train.training"])  # imported once, for all of them
+    with ProcessPoolExecutor(options.jobs, processes) as pool:
+        while True:
+            for task in options.tasks if time.monotonic() < end else ():
+                for run in wanted(task, rows[task]):
+                    taken = run in rows[task] or (task, run) in failed | set(running.values())
+                    if len(running) < options.jobs and not taken:
+                        running[pool.submit(train_one, task, run, options)] = task, run
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, run = running.pop(future)
+                if error := future.exception():
+                    failed.add((task, run))
+                    print(f"{task} {run}: failed: {' '.join(repr(error).split())[:500]}", flush=True)
+                else:
+                    rows[task][run] = future.result()
+                    append_row(rows[task][run], options.folder / f"{task}.csv")
+                    print(f"{task} {' '.join(map(str, run))}: {rows[task][run]['last']:.3f}", flush=True)
+
+
+def prepare_process() -> None:
+    """Before each training: one thread, TF32 on a GPU, and its memory given back for those beside it."""
+    import torch
+
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
