@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import warnings
@@ -15,6 +14,7 @@ from msplora_analysis.commands.shared.declaring import all_commands
 from msplora_analysis.commands.shared.terminal import end_cleanly, with_options
 from msplora_analysis.commands.shared.values import without_pydantic
 from msplora_analysis.errors import AnalysisError, printable
+from msplora_core.streams import make_writable
 
 
 class _Commands(TyperGroup):
@@ -81,12 +81,7 @@ def main() -> NoReturn:
     if sys.argv[1:2] != ["extract"]:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     warnings.showwarning = _print_warning
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # whoever started this has closed it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks is no reason to fail
-            stream.reconfigure(errors="backslashreplace")
+    make_writable()
     end_cleanly()
     try:
         app(prog_name="msplora-analyze")

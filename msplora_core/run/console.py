@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ import typer
 from msplora_core.errors import TrainingError
 from msplora_core.names import printable
 from msplora_core.run.distributed import is_writer
+from msplora_core.streams import make_writable
 from msplora_core.version import __version__
 
 if TYPE_CHECKING:
@@ -110,12 +110,7 @@ def run(app: typer.Typer, options: Iterable[str]) -> None:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _terminate)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # whoever started this has closed it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks is no reason to fail
-            stream.reconfigure(errors="backslashreplace")
+    make_writable()
     try:
         app()
     except TrainingError as error:

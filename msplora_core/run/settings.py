@@ -26,7 +26,10 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 MODEL_DTYPES = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}
 """Types that the base model's weights may have, and the precision that each needs (None: any)."""
 
-_RECIPE = "[default: by the task, see below"
+
+def _by_task(others: str = "") -> str:
+    """What the help says of a default that the recipe of the task has; ``others``: of methods that have their own."""
+    return f"[default: by the task, see below{others}]"
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,21 @@ class Settings:
         Path | None, Option("Folder with {task}_train.jsonl[.gz] and {task}_validation.jsonl[.gz]; else the Hub.")
     ] = None
     seed: Annotated[int, Option("Seed of initialisation, order and dropout.", SEED)] = 0
-    epochs: Annotated[int, Option("Passes over the training data.  " + _RECIPE + "]", COUNT)] = FROM_RECIPE
+    epochs: Annotated[int, Option(f"Passes over the training data.  {_by_task()}", COUNT)] = FROM_RECIPE
     learning_rate: Annotated[
         float,
-        Option(
-            "Largest rate of AdamW; it falls linearly to 0.  [default: by the task, see below; fft: 2e-5]", NOT_NEGATIVE
-        ),
+        Option(f"Largest rate of AdamW; it falls linearly to 0.  {_by_task('; fft: 2e-5')}", NOT_NEGATIVE),
     ] = FROM_RECIPE
     head_learning_rate: Annotated[
         float, Option("That of a new head.  [default: half the learning rate; fft: all of it]", NOT_NEGATIVE)
     ] = FROM_RECIPE
-    batch_size: Annotated[int, Option("Examples of a step.  " + _RECIPE + "]", COUNT)] = FROM_RECIPE
+    batch_size: Annotated[int, Option(f"Examples of a step.  {_by_task()}", COUNT)] = FROM_RECIPE
     micro_batch_size: Annotated[
         int | None, Option("Examples computed at once.  [default: the whole batch; alpaca: 4]")
     ] = None
-    warmup_ratio: Annotated[float, Option(f"Part of the steps.  {_RECIPE}]", FRACTION)] = FROM_RECIPE
-    weight_decay: Annotated[
-        float, Option("Decay of AdamW.  [default: by the task, see below; pissa: 0]", NOT_NEGATIVE)
-    ] = FROM_RECIPE
-    max_length: Annotated[int, Option("Tokens.  " + _RECIPE + "]", COUNT)] = FROM_RECIPE
+    warmup_ratio: Annotated[float, Option(f"Part of the steps.  {_by_task()}", FRACTION)] = FROM_RECIPE
+    weight_decay: Annotated[float, Option(f"Decay of AdamW.  {_by_task('; pissa: 0')}", NOT_NEGATIVE)] = FROM_RECIPE
+    max_length: Annotated[int, Option(f"Tokens.  {_by_task()}", COUNT)] = FROM_RECIPE
     precision: Annotated[str, Option(f"One of {', '.join(PRECISIONS)}.", one_of(PRECISIONS))] = "fp32"
     model_dtype: Annotated[
         str, Option(f"Type of the base model's weights, one of {', '.join(MODEL_DTYPES)}.", one_of(MODEL_DTYPES))

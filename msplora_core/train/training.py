@@ -99,9 +99,7 @@ def _train(settings: Settings, report: Callable[[str], None], until_end: ExitSta
         data_collator=collator(task, tokenizer),
         compute_metrics=metric_function(task),
         preprocess_logits_for_metrics=sum_token_losses if isinstance(task, InstructionTask) else None,
-        method=Annealing(model, method, cuts)
-        if isinstance(method, AnnealedMethod) and cuts
-        else method.training(model, settings.seed),
+        method=_while_training(method, model, settings.seed, cuts),
         head_learning_rate=settings.head_learning_rate,
         weighs_rows=isinstance(task, ClassificationTask),
         base_is_sharded=settings.shard_base,
@@ -149,9 +147,9 @@ def _cuts(settings: Settings, examples: int) -> dict[int, int]:
 
 
 def _while_training(method: Method, model: Any, seed: int, cuts: dict[int, int]) -> Training:
-    return (
-        Annealing(model, method, cuts) if isinstance(method, AnnealedMethod) and cuts else method.training(model, seed)
-    )
+    if isinstance(method, AnnealedMethod) and cuts:
+        return Annealing(model, method, cuts)
+    return method.training(model, seed)
 
 
 def _cut(entry: dict[str, Any]) -> dict[str, float]:

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from msplora_core.errors import TrainingError
-from msplora_core.measure.commands.shared import Adapter, BatchSize, DataDir, Model, Task
-from msplora_core.run.console import quiet_libraries, stopped
+from msplora_core.measure.commands.shared import Adapter, BatchSize, DataDir, Model, Task, measuring
 
 EXAMPLES = (
     "msplora-measure ablate runs/cola",
@@ -35,9 +34,8 @@ def ablate(
     singular values and, with moments beside the adapter, by the task-weighted ones. On the validation examples; the
     trained head stays. The model runs through the data once for each cut. A second call goes on where one was stopped.
     """
-    quiet_libraries()
     chosen = _ranks(ranks)
-    try:
+    with measuring(batch_size, "the same command goes on from what was measured"):
         from tqdm.auto import tqdm
 
         from msplora_core.measure.ablation_folder import FORMATS, ablate_to
@@ -63,10 +61,6 @@ def ablate(
                 say=lambda line: tqdm.write(line, file=sys.stderr),
                 progress=progress,
             )
-    except ModuleNotFoundError as error:
-        raise TrainingError(f"measuring needs the package {error.name}; run: pip install 'msplora[train]'") from error
-    except KeyboardInterrupt as stop:
-        raise stopped(stop, "the same command goes on from what was measured") from None
     print(path)
 
 

@@ -32,8 +32,13 @@ BatchSize = Annotated[
 
 
 @contextmanager
-def measuring(batch_size: int | None) -> Iterator[None]:
-    """For the length of a ``with``: libraries are quiet, and what stops the measurement is told in a line."""
+def measuring(batch_size: int | None, state: str = "nothing was written") -> Iterator[None]:
+    """For the length of a ``with``: libraries are quiet, and what stops the measurement is told in a line.
+
+    Args:
+        batch_size: What was given, for the error of a GPU that is full.
+        state: What a measurement that is told to stop leaves behind.
+    """
     quiet_libraries()
     try:
         yield
@@ -44,4 +49,4 @@ def measuring(batch_size: int | None) -> Iterator[None]:
             raise
         raise TrainingError(f"batch_size={batch_size or 'default'}: too much for the GPU's memory; lower it") from error
     except KeyboardInterrupt as stop:
-        raise stopped(stop, "nothing was written") from None
+        raise stopped(stop, state) from None
