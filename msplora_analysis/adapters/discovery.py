@@ -95,6 +95,10 @@ class Adapter:
         """The parsed adapter_config.json, empty where there is none. Raises AnalysisError if it cannot be read."""
         return read_config(self.file)
 
+    def read(self) -> None:
+        """Read the small files beside it now. Raises AnalysisError if one cannot be read."""
+        _ = self.epoch, self.config  # kept from here on
+
     @property
     def dated(self) -> bool:
         """Whether a step or an epoch is known; the final adapter, saved once more at the end, has none."""
@@ -169,10 +173,11 @@ def _files(
 def _legible(adapter: Adapter, failed: list[AnalysisError]) -> bool:
     """Whether the files beside an adapter can be read; the error is entered if not."""
     try:
-        return (adapter.epoch, adapter.config) is not None
+        adapter.read()
     except AnalysisError as error:
         failed.append(error)
         return False
+    return True
 
 
 def as_paths(source: Any) -> list[StrPath]:

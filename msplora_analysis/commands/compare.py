@@ -116,12 +116,7 @@ def compare(
     from msplora_analysis.ask.comparison.statements import forest, sentences, verdict
     from msplora_analysis.tables.files import write_table
 
-    if style is not None:
-        from msplora_analysis.show.drawing.venues import style_of
-
-        style_of(style)
-        if not figure:
-            raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
+    arguments.check_style(style, figure)
     arguments.make_folder(out)
     with terminal.progress_bar("Reading") as progress:
         options, execution = (

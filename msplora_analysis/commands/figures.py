@@ -53,10 +53,7 @@ def figures(
     formats = tuple(f.value for f in format or (arguments.FigureFormat.pdf, arguments.FigureFormat.png))
     from msplora_analysis.tables.gather import gather_ablations, gather_redundancy, gather_spectra
 
-    if style is not None:
-        from msplora_analysis.show.drawing.venues import style_of
-
-        style_of(style)
+    arguments.check_style(style, formats)
     arguments.make_folder(out)
     options, is_weighted = Options(ignore_unknown, moments=moments), weights is not arguments.Weights.none
     table = pairs = scales = None

@@ -81,12 +81,7 @@ def redundancy(
     """
     if figure and not nulls:
         raise AnalysisError("--figure draws the null models: add --nulls")
-    if style is not None:
-        from msplora_analysis.show.drawing.venues import style_of
-
-        style_of(style)
-        if not figure:
-            raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
+    arguments.check_style(style, figure)
     arguments.make_folder(out)
     from msplora_analysis.tables.files import write_table
     from msplora_analysis.tables.pair_means import summary

@@ -9,7 +9,6 @@ import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Options
 from msplora_analysis.tables.rows import rows_of
 
@@ -75,12 +74,7 @@ def relate(
     and which belong together. After msplora-measure added, also what adding one costs the task of another.
     DIR/relations.FORMAT has a row for each module of each two.
     """
-    if style is not None:
-        from msplora_analysis.show.drawing.venues import style_of
-
-        style_of(style)
-        if not figure:
-            raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
+    arguments.check_style(style, figure)
     from msplora_analysis.tables.files import write_table
     from msplora_analysis.tables.relations import labelled, related
 

@@ -8,7 +8,6 @@ import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
-from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import Options
 
 if TYPE_CHECKING:
@@ -63,12 +62,7 @@ def share(
     and with all three; beside it what is kept of layers with the same singular values in random
     directions. An adapter that is a pyramid, such as an exported MSPLoRA, comes back without error.
     """
-    if style is not None:
-        from msplora_analysis.show.drawing.venues import style_of
-
-        style_of(style)
-        if not figure:
-            raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
+    arguments.check_style(style, figure)
     from msplora_analysis.write.share import shared
 
     options = Options(ignore_unknown, semantics.value, moments=moments)

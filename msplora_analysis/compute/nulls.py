@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from msplora_analysis.compute.linalg.directions import singular_directions
 from msplora_analysis.compute.measures.joint_basis import SHARES, joint_parameters, separate_parameters
 from msplora_analysis.compute.measures.metrics import TOLERANCE
 from msplora_analysis.compute.measures.overlap import Array, expected_overlap, subspace_overlap
@@ -42,14 +43,12 @@ def stacked(factors: Sequence[tuple[Array, Array]]) -> Stacked:
     n, rows, cols = len(factors), len(factors[0][1]), factors[0][0].shape[1]
     found = Stacked(np.zeros((n, most)), np.zeros(n, int), np.zeros((n, most, rows)), np.zeros((n, most, cols)))
     for i, (a, b) in enumerate(factors):
-        q_b, r_b = np.linalg.qr(b)
-        q_a, r_a = np.linalg.qr(a.T)
-        u, sigma, vt = np.linalg.svd(r_b @ r_a.T)
+        (sigma,), (left,), (right,) = singular_directions(a[None], b[None])
         rank = int((sigma > TOLERANCE * sigma[0]).sum())
         found.rank[i] = rank
         found.sigma[i, :rank] = sigma[:rank]
-        found.left[i, :rank] = (q_b @ u[:, :rank]).T
-        found.right[i, :rank] = vt[:rank] @ q_a.T
+        found.left[i, :rank] = left[:rank]
+        found.right[i, :rank] = right[:rank]
     return found
 
 

@@ -77,15 +77,14 @@ def section(evidence: Evidence, options: Options, file: Path) -> str:
     lines += _table(evidence.metrics, evidence.spectra)
     lines += ["", f"![Singular values by layer]({FIGURE})", ""]
     for advice in advise_known(evidence, options):
-        lines += [f"- **{plain(answer.question)}** {plain(answer.answer)} {plain(answer.evidence)}".rstrip()
-                  for answer in advice.answers]  # fmt: skip
+        for answer in advice.answers:
+            lines.append(f"- **{plain(answer.question)}** {plain(answer.answer)} {plain(answer.evidence)}".rstrip())
     for kind, rows in diagnose(evidence).groupby("id", sort=False):
         found = (
             f"{rows['severity'].iloc[0]}: {KINDS[str(kind)].title} ({len(rows)} of {len(evidence.metrics)} matrices)"
         )
         lines.append(f"- {plain(found)}")
-    with file.open("rb") as opened:
-        digest = hashlib.sha256(opened.read()).hexdigest()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     lines += [
         "",
         "Effective rank: exp of the entropy of the normalised singular values (high: broad). Rank for 99 %: how many "

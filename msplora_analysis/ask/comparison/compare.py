@@ -4,7 +4,7 @@
     from msplora_analysis.ask.comparison.statements import sentences, verdict
 
     table = compare(Side("MSPLoRA", spectra_a, pairs_a), Side("LoRA", spectra_b, pairs_b))
-    print(verdict(table), *sentences(table), sep="\n")
+    print(verdict(table), *sentences(table), sep="\\n")
 
 Measures, each a mean over all pairs of layers or over neighbours, of the ``layer`` parts:
 - ``kl``: D_KL(i‖j) of the normalised spectra in nats: Figure 4 of arXiv 2503.21838 as it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,6 +80,18 @@ StyleOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+def check_style(style: str | None, figures: Sequence[object] | None) -> None:
+    """Raise AnalysisError, before the work, for a style that there is not, or one without a figure to draw."""
+    if style is None:
+        return
+    from msplora_analysis.show.drawing.venues import style_of
+
+    style_of(style)
+    if not figures:
+        raise AnalysisError("--style is that of a figure: add --figure pdf, png or svg")
+
 
 Base = Annotated[
     str | None,

@@ -158,7 +158,8 @@ class Run:
             folder = Folder(str(place), files, [], parts(place), str(place))
             found = adapters_in(folder)
             adapters = [adapter for name in found for adapter in discover(place / name)]
-            _ = [(adapter.epoch, adapter.config) for adapter in adapters]  # read, while errors are caught
+            for adapter in adapters:
+                adapter.read()  # while errors are caught
             if found and STATE in files:
                 self._read_state(place / STATE)
         except AnalysisError as error:
