@@ -86,14 +86,9 @@ def test_check_of_one_adapter_imports_no_library_but_numpy_and_rich(tmp_path):
 
 
 def test_values_that_typer_itself_must_look_at_are_still_refused(runs, tmp_path, capsys, monkeypatch):
-    for option, value, words in (
-        ("--format", "xls", "'xls' is not one of"),
-        ("--workers", "0", "greater than or equal to 1"),
-        ("--workers", "two", "valid integer"),
-        ("--top-k", "-3", "greater than or equal to 1"),
-    ):
+    for option, value in (("--format", "xls"), ("--workers", "0"), ("--workers", "two"), ("--top-k", "-3")):
         status, _, stderr = run(capsys, monkeypatch, "spectra", runs, "--out", tmp_path / "out", option, value)
-        assert (status, words in stderr, option in stderr) == (2, True, True)
+        assert (status, f"Invalid value for '{option}': " in stderr) == (2, True)  # the rest differs by typer's version
 
 
 def test_lazy_names():

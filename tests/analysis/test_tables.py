@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,8 @@ def test_tables_that_are_no_spectra(tmp_path, runs):
     write_table(spectra.assign(scale="other"), tmp_path / "scale.csv")
     assert read_error(tmp_path / "scale.csv").endswith("scale must be one of global, mid, layer, total, got 'other'")
     (tmp_path / "twice.csv").write_text("run,k,run\na,1,b\n")
-    assert read_error(tmp_path / "twice.csv").endswith("column run occurs twice")
+    twice = "column run occurs twice|non-unique column"  # pandas 2 says the latter
+    assert re.search(twice, read_error(tmp_path / "twice.csv"))
     for name, start in (("text.csv", "cannot be read as a table"), ("text.parquet", "a column is not of its type")):
         write_table(spectra.astype({"step": object}).assign(step="ten"), tmp_path / name)
         assert read_error(tmp_path / name).startswith(f"{tmp_path / name}: {start}: ")
