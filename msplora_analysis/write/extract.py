@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,16 +25,14 @@ from msplora_analysis.compute.linalg.best import best
 from msplora_analysis.compute.linalg.device import CPU, check_device, like, to_device
 from msplora_analysis.compute.linalg.spectra import not_finite, whole_matrix
 from msplora_analysis.errors import AnalysisError
-from msplora_analysis.files.addresses import StrPath, natural_key, parse, read_json
+from msplora_analysis.files.addresses import StrPath, parse
 from msplora_analysis.files.opening import BASE
 from msplora_analysis.files.tensors import FloatArray, TensorFile
-from msplora_analysis.formats.full import is_table
-from msplora_analysis.formats.helpers.base import align
-from msplora_analysis.formats.helpers.parts import is_head, trained_in_full
 from msplora_analysis.formats.names import PREFIX, module_of, stack_and_layer
-from msplora_analysis.formats.updates import Contents, Factor, Matrix, Whole
+from msplora_analysis.formats.updates import Factor, Matrix, Whole
 from msplora_analysis.options import Options, Progress
 from msplora_analysis.tables.files import write_table
+from msplora_analysis.write.extract_plan import Plan, config_of, plan_of, settings_of, tensor_of
 from msplora_analysis.write.work import Work, beside
 from msplora_analysis.write.write import (
     DTYPES,
@@ -58,14 +54,6 @@ LOW_RANK, SAVED, LEFT_OUT, UNCHANGED = "low rank", "whole", "left out", "unchang
 
 _PIECE = 2**22  # values of a tensor that are held at once where it is only compared
 _ROWS = 512  # likewise rows of a product
-# Layers that transformers stores (in, out): Conv1D, of these models.
-_CONV1D = re.compile(r"(.+\.)?(c_attn|c_proj|c_fc|q_attn)")
-_WITH_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}  # fmt: skip
 
 
 def extract(
@@ -155,8 +143,8 @@ def extracted(
             opened(found, options, base_notes=False) as (file, contents),
         ):
             try:
-                settings = _settings(found)
-                plan = _plan(file, contents, modules_to_save, settings)
+                settings = settings_of(found)
+                plan = plan_of(file, contents, modules_to_save, settings)
                 job = {
                     "job": "extract", "version": __version__, "choice": choice, "dtype": dtype, "whole": plan.saved,
                     "files": sorted([str(path), *map(str, state)] for path, state in file.states.items()),
@@ -175,7 +163,7 @@ def extracted(
                 raise AnalysisError(
                     f"{found.file}: no linear layer differs from the base's: there is nothing to extract"
                 )
-            config = peft_config(ranks, _kept(settings, plan, options))
+            config = peft_config(ranks, config_of(settings, plan, options))
             work.join(folder / WEIGHTS_NAME)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             write_table(table, folder / TABLE_NAME)
@@ -196,123 +184,6 @@ def _find_model(model: StrPath) -> Adapter:
     return here[0]
 
 
-# What becomes of which tensor
-
-
-class _Plan(NamedTuple):
-    """What becomes of the tensors of the model.
-
-    low: updates to approximate. saved: tensors to copy, by the module of ``modules_to_save`` that each is in. left: the
-    others, and what the base calls them (None: it has none). transposed: weights that are stored (in, out). notes: what
-    a user must know of the rest.
-    """
-
-    low: list[Matrix]
-    saved: dict[str, str]
-    left: dict[str, str | None]
-    transposed: set[str]
-    notes: list[str]
-
-
-def _plan(file: TensorFile, contents: Contents, modules_to_save: Sequence[str], settings: dict[str, Any]) -> _Plan:
-    tuned = [name for name in file.shapes if not name.startswith(BASE)]
-    base = [name.removeprefix(BASE) for name in file.shapes if name.startswith(BASE)]
-    of_base = align(tuned, base)
-    saved: dict[str, str] = {}
-    for module in modules_to_save:
-        inside = [name for name in tuned if f"{module}." in name]  # PEFT takes all whose path ends so
-        if not inside:
-            raise AnalysisError(f"modules_to_save={module}: no tensor of the model is in it", "modules_to_save")
-        saved |= dict.fromkeys(inside, module)
-    _check_nesting(saved, modules_to_save)
-    for name in tuned:  # PEFT expects a task's head to be trained in full
-        new = name not in of_base and trained_in_full(name, {}) and name not in contents.unknown
-        if (new or is_head(name)) and name not in saved:
-            saved[name] = _head(name)
-    low = []
-    for matrix in contents.matrices:
-        assert isinstance(matrix.update, Whole)
-        tensor, other = matrix.update.factor.tensors
-        shape = file.shapes[tensor]
-        grouped = len(shape) > 2 and shape[1] == 1  # a convolution in groups, each of one channel
-        is_layer = tensor.endswith(".weight") and not is_table(tensor) and not grouped
-        if is_layer and tensor not in saved and shape == file.shapes[other]:
-            low.append(matrix)
-    tensors = {_tensor(matrix) for matrix in low}
-    left = {name: of_base.get(name) for name in tuned if name not in saved and name not in tensors}
-    transposed = {name for name in tensors if _is_transposed(name, file, settings)}
-    notes = [
-        f"{name} has shape {list(file.shapes[name])}, in the base {list(file.shapes[BASE + other])}: tokens were added "
-        "or taken away; resize the base's embeddings before the adapter is loaded, "
-        "and save them whole (modules_to_save)"
-        for name, other in of_base.items()
-        if file.shapes[name] != file.shapes[BASE + other] and name not in saved
-    ]
-    if lost := sorted(set(base).difference(of_base.values()), key=natural_key):
-        listed = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
-        notes.append(f"tensors of the base that the model does not have ({len(lost)}): {listed}")
-    order = {name: i for i, name in enumerate(file.shapes)}  # of the files: one shard after another
-    return _Plan(sorted(low, key=lambda matrix: order[_tensor(matrix)]), saved, left, transposed, notes)
-
-
-def _check_nesting(saved: Iterable[str], modules_to_save: Sequence[str]) -> None:
-    """Raises AnalysisError where PEFT would wrap a module inside another that it wraps, which it cannot load."""
-    ends = tuple(modules_to_save)
-    modules = {name[: at.start()] for name in saved for at in re.finditer(r"\.", name)}
-    wrapped = sorted(module for module in modules if ends and module.endswith(ends))
-    for outer in wrapped:
-        if inner := next((module for module in wrapped if module.startswith(f"{outer}.")), None):
-            raise AnalysisError(
-                f"modules_to_save={','.join(modules_to_save)}: names both {outer} and {inner} inside it, which PEFT "
-                "cannot load; name the inner modules alone",
-                "modules_to_save",
-            )
-
-
-def _tensor(matrix: Matrix) -> str:
-    assert isinstance(matrix.update, Whole)
-    return matrix.update.factor.tensors[0]
-
-
-def _head(name: str) -> str:
-    """The module that PEFT would train in full: "classifier" for "classifier.dense.weight"."""
-    path = name.split(".")[:-1]
-    return next((part for part in path if is_head(f"{part}.weight")), path[-1])
-
-
-def _is_transposed(name: str, file: TensorFile, settings: dict[str, Any]) -> bool:
-    if not _CONV1D.fullmatch(name.removesuffix(".weight")):
-        return False
-    if kind := settings.get("model_type"):
-        return kind in _WITH_CONV1D
-    # Without a configuration: queries, keys and values side by side are the longer side's, which is that of outputs.
-    wide = [shape for other, shape in file.shapes.items() if re.search(r"\.c_(attn|fc)\.weight$", other)]
-    return bool(wide) and all(rows < cols for rows, cols in wide)
-
-
-def _settings(model: Adapter) -> dict[str, Any]:
-    """The model's config.json; empty without one."""
-    place = model.file.parent / "config.json"
-    return read_json(place) if place.is_file() else {}
-
-
-def _kept(settings: dict[str, Any], plan: _Plan, options: Options) -> dict[str, Any]:
-    """What adapter_config.json says of the model."""
-    names = settings.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
-    return {
-        "base_model_name_or_path": os.fspath(options.base or "").removeprefix("hf://"),
-        "task_type": task,
-        "bias": "none",
-        "fan_in_fan_out": bool(plan.transposed),
-        "modules_to_save": sorted(set(plan.saved.values()), key=natural_key) or None,
-    }
-
-
-# What is written of it
-
-
 class _Row(NamedTuple):
     """A row of the table. ``base``: the norm of the base's weight; NaN where it has none."""
 
@@ -331,7 +202,7 @@ class _Row(NamedTuple):
 
 def _rows(
     file: TensorFile,
-    plan: _Plan,
+    plan: Plan,
     choice: Choice,
     dtype: str,
     device: str,
@@ -350,9 +221,9 @@ def _rows(
 
 
 def _low_rank(
-    file: TensorFile, matrix: Matrix, plan: _Plan, choice: Choice, dtype: str, device: str, work: Work
+    file: TensorFile, matrix: Matrix, plan: Plan, choice: Choice, dtype: str, device: str, work: Work
 ) -> _Row:
-    update, tensor = matrix.update, _tensor(matrix)
+    update, tensor = matrix.update, tensor_of(matrix)
     assert isinstance(update, Whole)
     difference = to_device(whole_matrix(file, update, tensor), device)
     found = best(difference, rank=choice.rank, energy=choice.energy)
@@ -387,7 +258,7 @@ def _norms(difference: Any, b: NDArray[Any], a: NDArray[Any]) -> tuple[float, fl
     return float(norm), float(error)
 
 
-def _saved(file: TensorFile, name: str, plan: _Plan, work: Work) -> _Row:
+def _saved(file: TensorFile, name: str, plan: Plan, work: Work) -> _Row:
     values = file.read(name)
     row = _row(file, name, SAVED, values.size, math.nan, math.nan, 0.0)
     work.put({PREFIX + name: np.ascontiguousarray(values)}, {}, row._asdict())
