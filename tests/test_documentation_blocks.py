@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -174,7 +175,13 @@ def check_make(words: list[str]) -> None:
 
 
 def check_pip(words: list[str]) -> None:
-    """Extras are those of the package, versions those of constraints.txt."""
+    """Extras are those of the package, versions those of constraints.txt; a project of the page is made known."""
+    if words[-2:] == ["-e", "."]:
+        about = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+        made = Path(f"{about['name']}-{about['version']}.dist-info")  # what pip makes of it
+        made.mkdir()
+        lines = [f"{name} = {value}" for name, value in about["entry-points"]["msplora.formats"].items()]
+        (made / "entry_points.txt").write_text("\n".join(["[msplora.formats]", *lines]), encoding="utf-8")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     for word in words[2:]:
@@ -201,6 +208,11 @@ def check_script(words: list[str]) -> None:
         assert not word.startswith("--") or word in source, word
 
 
+def run_script(words: list[str]) -> None:
+    """A script of the page."""
+    runpy.run_path(words[1])
+
+
 def check_nothing(words: list[str]) -> None:
     """Another project's program."""
 
@@ -221,6 +233,7 @@ NOT_RUN: list[tuple[str, str, Callable[[list[str]], None]]] = [
     ),
     (r"msplora-measure added ", "needs runs of several tasks; tests/core/test_adding.py has", check_parsing),
     (r"msplora-analyze export runs/alpaca/", "of a training of full length; docs/export.md runs export", check_parsing),
+    (r"python invent\.py", "runs in this process", run_script),
     (r"python (study|benchmarks|examples|notebooks)/\w+\.py", "takes minutes", check_script),
 ]
 
