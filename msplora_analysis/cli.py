@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from msplora_analysis.commands.shared.declaring import all_commands
+from msplora_analysis.commands.shared.declaring import find_commands
 from msplora_analysis.commands.shared.terminal import end_cleanly, with_options
 from msplora_analysis.commands.shared.values import without_pydantic
 from msplora_analysis.errors import AnalysisError, printable
@@ -52,8 +52,8 @@ def _with_dashes(name: str) -> str:
     return name.replace("_", "-")
 
 
-def make_app() -> typer.Typer:
-    """The command line, of all commands that are found."""
+def make_app(only: str = "") -> typer.Typer:
+    """The command line, of all commands that are found; of one alone, if there is one called ``only``."""
     made = typer.Typer(
         cls=_Commands,
         help="What did an adapter learn, what rank does it need, what may go? Adapter files are all that is "
@@ -67,12 +67,15 @@ def make_app() -> typer.Typer:
         context_settings={"token_normalize_func": _with_dashes},
         callback=_options,
     )
-    for command in all_commands():
+    for command in find_commands(only):
         command.add_to(made)
     return made
 
 
-app = make_app()
+def __getattr__(name: str) -> typer.Typer:
+    if name == "app":  # all commands; main makes no more than it needs
+        return make_app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> NoReturn:
@@ -84,7 +87,7 @@ def main() -> NoReturn:
     make_writable()
     end_cleanly()
     try:
-        app(prog_name="msplora-analyze")
+        make_app(*sys.argv[1:2])(prog_name="msplora-analyze")
     except AnalysisError as error:
         message = with_options(error)
     except OSError as error:  # whatever no module foresaw, such as a full disk

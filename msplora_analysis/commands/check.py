@@ -9,6 +9,7 @@ import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.errors import printable
 from msplora_analysis.options import Options
 from msplora_core.records import text_of
 
@@ -87,8 +88,6 @@ def _write_sarif(path: Path, faults: list[Fault], file: Place) -> None:
 
 def _print(found: list[Fault], faults: list[Fault], reader: str | None) -> None:
     """What comes of it with each reader, then the faults, the worst first."""
-    from rich.markup import escape
-
     from msplora_analysis.ask.readers import readers, verdicts
     from msplora_analysis.ask.readers.base import WANTS_EXPORT
 
@@ -98,14 +97,14 @@ def _print(found: list[Fault], faults: list[Fault], reader: str | None) -> None:
             mine = [finding.severity for finding in found if finding.reader in ("", one.name)]
             outcome = f"{verdict} --to {one.to.split()[0]}" if verdict == WANTS_EXPORT else verdict
             rows.append([one.title, outcome, str(mine.count("error")), str(mine.count("warning"))])
-    with terminal.printed_whole() as console:
-        console.print(terminal.plain_table(["reader", "outcome", "errors", "warnings"], rows), end="\n\n")
-        for finding in faults:
-            colour = _COLOURS[finding.severity]
-            who = readers()[finding.reader].title if finding.reader else "every reader"
-            console.print(f"[bold {colour}]{finding.severity}[/] [bold]{escape(who)}[/]: {escape(finding.title)}")
-            for line in (escape(finding.evidence), f"[dim]source:[/] {escape(finding.source)}"):
-                console.print(f"  {line}", soft_wrap=True)
-            console.print(f"  [dim]try:[/] {escape(finding.remedy)}\n", soft_wrap=True)  # a command is copied whole
-        if not faults:
-            console.print("No findings.")
+    print(terminal.plain_table(["reader", "outcome", "errors", "warnings"], rows), end="\n\n")
+    for finding in faults:
+        who = readers()[finding.reader].title if finding.reader else "every reader"
+        severity = terminal.bold(finding.severity, _COLOURS[finding.severity])
+        print(f"{severity} {terminal.bold(who)}: {printable(finding.title)}")
+        terminal.say(f"  {finding.evidence}")
+        terminal.say(f"  source: {finding.source}")
+        terminal.say(f"  try: {finding.remedy}")
+        print()
+    if not faults:
+        print("No findings.")

@@ -89,9 +89,8 @@ def compress(
         headers = ["module", "number", "rank", "rank\nkept", "parameters", "parameters\nkept", "energy\nkept", "error"]
         if "task_norm" in table:  # in the place of what the last line says too, to fit into 80 letters
             headers = [head for head in headers if head != "parameters"] + ["task energy\nkept", "task\nerror"]
-        with terminal.printed_whole() as console:
-            groups = [[name, *_cells(rows)] for name, rows in terminal.by_module(table)]
-            console.print(terminal.plain_table(headers, groups), end="\n\n")
+        groups = [[name, *_cells(rows)] for name, rows in terminal.by_module(table)]
+        print(terminal.plain_table(headers, groups), end="\n\n")
         if table["rank"].equals(table["rank_before"]):
             terminal.say("nothing was left out: no update has a higher rank than is kept")
         dropped = table.loc[table["rank"] == 0, "name"]

@@ -57,8 +57,7 @@ def export(
             [module, str(len(rows)), terminal.span(rows["rank"]), f"{rows['parameters'].sum():,}"]
             for module, rows in terminal.by_module(table)
         ]
-        with terminal.printed_whole() as console:
-            console.print(terminal.plain_table(["module", "number", "rank", "parameters"], groups), end="\n\n")
+        print(terminal.plain_table(["module", "number", "rank", "parameters"], groups), end="\n\n")
         what = find_target(to).what
         print(f"parameters: {source.parameters:,} in the file, {table['parameters'].sum():,} as {what} ({chosen})")
         terminal.print_paths([out])

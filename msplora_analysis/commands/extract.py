@@ -99,9 +99,8 @@ def _print(done: Extracted) -> None:
     table = done.table
     low, saved, left = (table[table["kept"] == kept] for kept in ("low rank", "whole", "left out"))
     headers = ["module", "number", "rank", "parameters", "relative\nchange", "energy\nkept", "error"]
-    with terminal.printed_whole() as console:
-        groups = [[name, *_cells(rows)] for name, rows in terminal.by_module(low)]
-        console.print(terminal.plain_table(headers, groups), end="\n\n")
+    groups = [[name, *_cells(rows)] for name, rows in terminal.by_module(low)]
+    print(terminal.plain_table(headers, groups), end="\n\n")
     lost = float(((low["norm"] * low["error"]) ** 2).sum())
     change, beside = float((low["norm"] ** 2).sum()), float((left["norm"] ** 2).sum())
     terminal.say(f"of all that changed and is not saved whole, {(change - lost) / (change + beside):.2%} is kept")

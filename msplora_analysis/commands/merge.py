@@ -91,8 +91,7 @@ def merge(
             ]
             for name, rows in terminal.by_module(table)
         ]
-        with terminal.printed_whole() as console:
-            console.print(terminal.plain_table(headers, groups), end="\n\n")
+        print(terminal.plain_table(headers, groups), end="\n\n")
         some = int((table["adapters"] < len(done.sources)).sum())
         if some:
             terminal.say(f"modules that not all {len(done.sources)} adapters have: {some} of {len(table)}")

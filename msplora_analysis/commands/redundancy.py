@@ -121,45 +121,39 @@ def redundancy(
 
 
 def _print(means: pd.DataFrame) -> None:
-    from rich.markup import escape
-
     from msplora_analysis.tables.labels import when
 
-    with terminal.printed_whole() as console:
-        for run, rows in means.groupby("run", sort=False):
-            at = when(rows_of(rows.head(1))[0])
-            console.print(f"[bold]{escape(str(run))}[/bold]: means over pairs and modules{at and f', {at}'}")
-            cells = [
-                [row["between"], str(row["pairs"]), *("-" if math.isnan(row[n]) else f"{row[n]:.3g}" for n in _SHOWN)]
-                for row in rows_of(rows)
-            ]
-            console.print(terminal.plain_table(["between", "pairs", *_SHOWN.values()], cells), end="\n\n")
+    for run, rows in means.groupby("run", sort=False):
+        at = when(rows_of(rows.head(1))[0])
+        print(f"{terminal.bold(str(run))}: means over pairs and modules{at and f', {at}'}")
+        cells = [
+            [row["between"], str(row["pairs"]), *("-" if math.isnan(row[n]) else f"{row[n]:.3g}" for n in _SHOWN)]
+            for row in rows_of(rows)
+        ]
+        print(terminal.plain_table(["between", "pairs", *_SHOWN.values()], cells), end="\n\n")
 
 
 def _print_nulls(table: pd.DataFrame, joint: pd.DataFrame) -> None:
-    from rich.markup import escape
-
     heads = ("part", "measure", "neighbours,\none run", "neighbours,\ntwo runs", "one layer,\ntwo runs", "by\nchance")
-    with terminal.printed_whole() as console:
-        for method, rows in table.groupby("method", sort=False):
-            first = rows_of(rows)[0]
-            console.print(f"[bold]{escape(str(method))}[/bold]: {first['runs']} runs, tasks: {first['tasks']}")
-            cells = []
-            for row in rows_of(rows):
-                values = ["-" if math.isnan(row[n]) else f"{row[n]:.3f}" for n in (*_KINDS, "chance", "normalised")]
-                if not math.isnan(row["low"]):
-                    values[-1] += f" ({row['low']:.2f}, {row['high']:.2f})"
-                cells.append([row["part"], row["measure"], *values])
-            console.print(terminal.plain_table([*heads, "of what one\nlayer shares"], cells), end="\n\n")
-            mine = joint[joint["method"] == method].groupby(["part", "energy"], sort=False)
-            sums = rows_of(mine[["joint", "rotated", "separate"]].sum().reset_index())
-            cells = [
-                [
-                    row["part"],
-                    f"{row['energy']:.0%}",
-                    *(f"{row['joint'] / row[n]:.3f}" for n in ("rotated", "separate")),
-                ]
-                for row in sums
+    for method, rows in table.groupby("method", sort=False):
+        first = rows_of(rows)[0]
+        print(f"{terminal.bold(str(method))}: {first['runs']} runs, tasks: {first['tasks']}")
+        cells = []
+        for row in rows_of(rows):
+            values = ["-" if math.isnan(row[n]) else f"{row[n]:.3f}" for n in (*_KINDS, "chance", "normalised")]
+            if not math.isnan(row["low"]):
+                values[-1] += f" ({row['low']:.2f}, {row['high']:.2f})"
+            cells.append([row["part"], row["measure"], *values])
+        print(terminal.plain_table([*heads, "of what one\nlayer shares"], cells), end="\n\n")
+        mine = joint[joint["method"] == method].groupby(["part", "energy"], sort=False)
+        sums = rows_of(mine[["joint", "rotated", "separate"]].sum().reset_index())
+        cells = [
+            [
+                row["part"],
+                f"{row['energy']:.0%}",
+                *(f"{row['joint'] / row[n]:.3f}" for n in ("rotated", "separate")),
             ]
-            by = ["part", "energy", "one basis /\nrotated layers", "one basis /\na pair each"]
-            console.print(terminal.plain_table(by, cells), end="\n\n")
+            for row in sums
+        ]
+        by = ["part", "energy", "one basis /\nrotated layers", "one basis /\na pair each"]
+        print(terminal.plain_table(by, cells), end="\n\n")

@@ -120,8 +120,7 @@ def _print(table: pd.DataFrame) -> None:
         for own, row in zip(names, first, strict=True)
     ]
     headers = [*(["module"] if two else ["a", "b"]), *((_COLUMNS | _COSTS)[name] for name in shown)]
-    with terminal.printed_whole() as console:
-        console.print(terminal.plain_table(headers, cells), end="\n\n")
+    print(terminal.plain_table(headers, cells), end="\n\n")
     if len(rows) > _SHOWN:
         what = "modules" if two else "pairs"
         terminal.say(f"the {_SHOWN} {what} of largest cosine, of {len(rows)}; all are in the table")

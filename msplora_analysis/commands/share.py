@@ -97,8 +97,7 @@ def _print(done: Shared) -> None:
     for row in table.to_dict("records"):
         shares = [f"{row[column]:.1%}" for column in ("energy", "chance", "unshared")]
         rows.append([row["module"], row["scales"], f"{row['parameters']:,}", *shares, f"{row['error']:.3g}"])
-    with terminal.printed_whole() as console:
-        console.print(terminal.plain_table(headers, rows), end="\n\n")
+    print(terminal.plain_table(headers, rows), end="\n\n")
     for sentence in sentences(done):
         terminal.say(sentence)
 

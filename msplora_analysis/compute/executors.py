@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import gc
-import logging
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from msplora_analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from distributed import Client
 
 _PATIENCE = 10  # seconds to reach a Dask scheduler
@@ -49,7 +48,8 @@ def executor_of(workers: int, dask: str | None) -> Iterator[Executor | None]:
             finally:
                 executor.shutdown(wait=False)  # the cluster forgets what is not done
     elif workers > 1:
-        from concurrent.futures import ProcessPoolExecutor  # one process needs none of it
+        import multiprocessing  # one process needs none of it
+        from concurrent.futures import ProcessPoolExecutor
 
         # A copy of this process starts at once, but only one without threads may be copied.
         method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
@@ -100,7 +100,9 @@ def _start_worker() -> None:
 
 def _end_with_parent() -> None:
     """However the first process ends, ``kill -9`` included, its workers do, and what they hold open is closed."""
-    parent = multiprocessing.parent_process()
+    from multiprocessing import parent_process
+
+    parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
@@ -108,6 +110,8 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _dask_client(address: str) -> Iterator[Client]:
+    import logging
+
     try:
         from distributed import Client  # takes a second
     except ImportError:

@@ -11,12 +11,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.moments import moments_file
@@ -31,6 +30,9 @@ from msplora_analysis.errors import AnalysisError, ChangedError, NotFiniteError
 from msplora_analysis.formats import is_built_in
 from msplora_analysis.formats.updates import Matrix
 from msplora_analysis.options import Execution, Options
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 _TASK = 2**24  # bytes of adapter files in one task
 _LOOKS, _PAUSE = 3, 0.2  # how often a file that changes is read, and seconds between
@@ -137,24 +139,26 @@ def _in_order(
 ) -> Iterator[tuple[Piece, T | Failure]]:
     """The result of every piece. Tasks are given out ahead, but only so far that memory stays flat."""
     ahead = 4 * getattr(executor, "_max_workers", 16) if executor is not None else 0
-    pending: deque[tuple[list[Piece], Future[Results[T]]]] = deque()
+    pending: deque[tuple[list[Piece], Callable[[], Results[T]]]] = deque()
     for pieces, known in tasks:
         if known is None and executor is not None:
-            pending.append((pieces, executor.submit(_compute, pieces, options, work)))
+            pending.append((pieces, executor.submit(_compute, pieces, options, work).result))
         else:
-            done: Future[Results[T]] = Future()
-            done.set_result(_compute(pieces, options, work) if known is None else [known])
-            pending.append((pieces, done))
+            pending.append((pieces, (_compute(pieces, options, work) if known is None else [known]).copy))
         while len(pending) > ahead:
             yield from _result(*pending.popleft())
     while pending:
         yield from _result(*pending.popleft())
 
 
-def _result(pieces: list[Piece], future: Future[Results[T]]) -> Iterator[tuple[Piece, T | Failure]]:
+def _result(pieces: list[Piece], wait: Callable[[], Results[T]]) -> Iterator[tuple[Piece, T | Failure]]:
     try:
-        yield from zip(pieces, future.result(), strict=True)
-    except BrokenExecutor:
+        yield from zip(pieces, wait(), strict=True)
+    except RuntimeError as error:
+        from concurrent.futures import BrokenExecutor
+
+        if not isinstance(error, BrokenExecutor):
+            raise
         message = "a worker process died (out of memory?); workers=1 needs the least memory"
         raise AnalysisError(message, "workers") from None
 

@@ -76,13 +76,27 @@ def test_the_package_and_help_import_nothing_heavy():
 
 def test_spectra_imports_neither_torch_nor_plots(runs, tmp_path):
     for options in ([], ["--format", "csv"], ["--workers", 2]):
-        assert imported(MAIN, f"{HEAVY} pandas pydantic", "spectra", runs, "--out", tmp_path / "out", *options) == ""
+        names = f"{HEAVY} pandas pydantic rich"
+        assert imported(MAIN, names, "spectra", runs, "--out", tmp_path / "out", *options) == ""
 
 
-def test_check_of_one_adapter_imports_no_library_but_numpy_and_rich(tmp_path):
+def test_spectra_of_a_few_adapters_starts_nothing_of_processes(runs, tmp_path):
+    names = "multiprocessing concurrent.futures pyarrow.compute"
+    assert imported(MAIN, names, "spectra", runs, "--out", tmp_path / "out") == ""
+
+
+def test_check_of_one_adapter_imports_no_library_but_numpy(tmp_path):
     adapter = write_adapter(tmp_path / "a", lora_tensors("layer.0.q"))
-    names = f"{HEAVY} pandas pyarrow safetensors pydantic"
-    assert imported(MAIN, names, "check", adapter, "--for", "peft") == ""
+    names = f"{HEAVY} pandas pyarrow safetensors pydantic rich"
+    for options in ([], ["--for", "peft"], ["--json"]):
+        assert imported(MAIN, names, "check", adapter, *options) == ""
+
+
+def test_a_command_that_is_named_is_the_only_one_imported(tmp_path):
+    adapter = write_adapter(tmp_path / "a", lora_tensors("layer.0.q"))
+    names = " ".join(f"msplora_analysis.commands.{name}" for name in commands.ORDER)
+    assert imported(MAIN, names, "check", adapter) == "msplora_analysis.commands.check"
+    assert imported(MAIN, names, "--help").split() == names.split()
 
 
 def test_values_that_typer_itself_must_look_at_are_still_refused(runs, tmp_path, capsys, monkeypatch):
@@ -137,6 +151,18 @@ def test_summary(runs, tmp_path, capsys, monkeypatch):
     means = ma.load_metrics(runs / "lora").query("epoch == 10")
     expected = [f"{means[name].mean():.4g}" for name in ("sigma_1", "effective_rank", "stable_rank", "m_eff_1")]
     assert rows[-1] == ["layer", "10", "2", *expected, "1"]
+
+
+def test_names_of_a_table_are_wrapped_to_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "34")
+    rows = [["encoder.layer.0.attention.self.query", "12"], ["red \x1b[31m", "8"]]
+    assert terminal.plain_table(["module", "energy\nkept"], rows).splitlines() == [
+        "                            energy",
+        "module                        kept",
+        "encoder.layer.0.attention.      12",
+        "self.query",
+        "red \\x1b[31m                     8",
+    ]
 
 
 def test_summary_of_many_checkpoints_is_spread_over_them():
@@ -325,6 +351,7 @@ def toy(name: str, loud: bool = False) -> None:
 
 
 def test_a_new_command_is_one_file(tmp_path, monkeypatch):
+    assert [found.name for found in typer.main.get_command(cli.app).commands.values()] == [*commands.ORDER]
     (tmp_path / "toy.py").write_text(TOY)
     monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
     app, invoke = cli.make_app(), CliRunner().invoke
@@ -334,4 +361,3 @@ def test_a_new_command_is_one_file(tmp_path, monkeypatch):
     )
     listed = re.findall(r"^  ([a-z]\w*)  ", invoke(app, ["--help"]).output.partition("Commands:")[2], re.MULTILINE)
     assert listed == [*commands.ORDER, "toy"]
-    assert [found.name for found in typer.main.get_command(cli.app).commands.values()] == [*commands.ORDER]

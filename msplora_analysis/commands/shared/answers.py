@@ -21,7 +21,7 @@ def print_advice(advice: RunAdvice) -> None:
 
     with printed_whole() as console:
         _answers(console, advice, evidence=True)
-        console.print(plain_table(RANK_HEADERS, rank_cells(advice.ranks)), end="\n\n")
+        console.out(plain_table(RANK_HEADERS, rank_cells(advice.ranks)), end="\n\n")
 
 
 def print_answers(found: Sequence[RunAdvice]) -> None:

@@ -50,8 +50,13 @@ def command(
     return declare
 
 
-def all_commands() -> list[Command]:
-    """The commands of all modules of ``msplora_analysis.commands``, in the order of the help."""
+def find_commands(only: str = "") -> list[Command]:
+    """The commands of all modules of ``msplora_analysis.commands``, in the order of the help.
+
+    Args:
+        only: if there is a command of this name, it alone: typer needs milliseconds for each.
+    """
     modules = [found.name for found in pkgutil.iter_modules(commands.__path__) if not found.ispkg]
     order = [*commands.ORDER, *sorted(set(modules) - set(commands.ORDER))]
-    return [_DECLARED[importlib.import_module(f"{commands.__name__}.{name}").__name__] for name in order]
+    wanted = [only] if only in order else order
+    return [_DECLARED[importlib.import_module(f"{commands.__name__}.{name}").__name__] for name in wanted]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import typer
 
 from msplora_analysis.errors import AnalysisError, printable
 
@@ -18,7 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from rich.console import Console
-    from rich.table import Table
 
     from msplora_analysis.options import Progress
 
@@ -37,6 +40,7 @@ _TASK_COLUMNS = {name: column for name, column in _COLUMNS.items() if column not
 
 
 _MOST_RUNS = 20  # in a summary
+_LEAST = 20  # letters of a table's names, however narrow the terminal is
 
 _Checkpoint: TypeAlias = "tuple[int | None, float | None]"  # step and epoch
 _T = TypeVar("_T")
@@ -139,17 +143,31 @@ def printed_whole() -> Iterator[Console]:
     print("\n".join(line.rstrip() for line in capture.get().split("\n")), end="")
 
 
-def plain_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Rows under their headers, without lines: names to the left, numbers to the right."""
-    from rich.markup import escape
-    from rich.table import Table
+def bold(text: str, colour: str | None = None) -> str:
+    """Text for one line of standard output: bold, and in a colour, where that is a terminal."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    return printable(text) if plain else typer.style(printable(text), fg=colour, bold=True)
 
-    table = Table(headers[0], box=None, pad_edge=False)
-    for header in headers[1:]:
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
+
+def plain_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows under their headers, without lines: names to the left, numbers to the right.
+
+    Names are wrapped where a row is too long for the terminal.
+    """
+    titles = [header.split("\n") for header in headers]
+    most = max(map(len, titles))
+    titles = [[""] * (most - len(title)) + title for title in titles]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, [*title, *(row[i] for row in cells)])) for i, title in enumerate(titles)]
+    room = shutil.get_terminal_size().columns - sum(widths[1:]) - 2 * len(widths[1:])
+    widths[0] = min(widths[0], max(room, _LEAST))
+    lines = list(zip(*titles, strict=True))
+    for name, *numbers in cells:
+        first, *rest = textwrap.wrap(name, widths[0], break_on_hyphens=False) or [""]
+        lines += [(first, *numbers), *((more, *[""] * len(numbers)) for more in rest)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
 
 
 def by_module(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -182,15 +200,12 @@ class Summary:
 
     def print(self) -> None:
         """One small table a run; the middle of a long run is left out."""
-        from rich.markup import escape
-
-        with printed_whole() as console:
-            for run, scales in islice(self._runs.items(), _MOST_RUNS):
-                checkpoints = list(dict.fromkeys(key for of_scale in scales.values() for key in of_scale))
-                shown = _spread(checkpoints)
-                some = "" if shown == checkpoints else f" ({len(shown)} of {len(checkpoints)} checkpoints shown)"
-                console.print(f"[bold]{escape(run)}[/bold]: means over matrices{some}")
-                console.print(_table(scales, shown, self._columns), end="\n\n")
+        for run, scales in islice(self._runs.items(), _MOST_RUNS):
+            checkpoints = list(dict.fromkeys(key for of_scale in scales.values() for key in of_scale))
+            shown = _spread(checkpoints)
+            some = "" if shown == checkpoints else f" ({len(shown)} of {len(checkpoints)} checkpoints shown)"
+            print(f"{bold(run)}: means over matrices{some}")
+            print(_table(scales, shown, self._columns), end="\n\n")
         if (more := len(self._runs) - _MOST_RUNS) > 0:
             print(f"... and {more} more runs, in the tables")
 
@@ -214,7 +229,7 @@ class _Means:
         return [f"{total / n:.4g}" if n else "-" for total, n in zip(self._sums, self._counts, strict=True)]
 
 
-def _table(scales: dict[str, dict[_Checkpoint, _Means]], shown: list[_Checkpoint], columns: Iterable[str]) -> Table:
+def _table(scales: dict[str, dict[_Checkpoint, _Means]], shown: list[_Checkpoint], columns: Iterable[str]) -> str:
     rows = []
     for scale, of_scale in scales.items():
         for step, epoch in shown:
