@@ -3,8 +3,9 @@
 ``base_model.vera_A`` (r, largest in) and ``base_model.vera_B`` (largest out, r) are random and
 frozen; a module uses their first columns and rows, and trains ``<name>.vera_lambda_d`` (r) and
 ``vera_lambda_b`` (out). The update is diag(b) B diag(d) A (Kopiczko et al. 2023, arXiv 2310.11454,
-eq. 2). In PVeRA the second half of A and d is the logarithm of a variance, by which training
-samples; the first half is what PEFT merges.
+eq. 2). How many columns a module uses is not in the file; the base tells it, where one is given.
+In PVeRA the second half of A and d is the logarithm of a variance, by which training samples; the
+first half is what PEFT merges.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.files.opening import BASE
 from msplora_analysis.files.tensors import TensorFile
+from msplora_analysis.formats.helpers.base import base_shape, needed_base
 from msplora_analysis.formats.helpers.parts import expect_shape, group_parts, layer_matrix, shared
 from msplora_analysis.formats.names import module_of
 from msplora_analysis.formats.protocol import Format
@@ -49,7 +52,9 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         )
     stored, cols = expect_shape(shapes, a, None, None)
     largest, rank = expect_shape(shapes, b, None, stored // 2 if prefix == "pvera" else stored)
-    _check_inputs({name: shapes[parts[names[0]]] for name, parts in modules.items()}, cols)
+    bases = needed_base(file, modules, "VeRA's input sizes") if file.base is not None else {}
+    if not bases:
+        _check_inputs({name: shapes[parts[names[0]]] for name, parts in modules.items()}, cols)
 
     matrices = []
     for name, parts in modules.items():
@@ -58,23 +63,41 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
         expect_shape(shapes, lambda_d, stored)
         if rows > largest:
             raise AnalysisError(f"tensor {lambda_b} has {rows} values, but {b} only {largest} rows")
+        used = _inputs(file, bases[name], rows, cols, bool(config.get("fan_in_fan_out"))) if bases else cols
         product = Product(
-            Factor((a, lambda_d), rank, cols, partial(_scaled, rows=rank)),
-            Factor((b, lambda_b), rows, rank, partial(_scaled, rows=rows)),
+            Factor((a, lambda_d), rank, used, partial(_scaled, rows=rank, cols=used)),
+            Factor((b, lambda_b), rows, rank, partial(_scaled, rows=rows, cols=rank)),
             1.0,
         )
         matrices.append(layer_matrix(name, Sum((product,))))
-    notes = [
-        f"the input sizes of modules are not in a VeRA file: {cols}, the width of {prefix}_A, is taken for all "
-        f"({', '.join(sorted({module_of(name) for name in modules}))})"
-    ]
+    notes = (
+        []
+        if bases
+        else [
+            f"the input sizes of modules are not in a VeRA file: {cols}, the width of {prefix}_A, is taken for all "
+            f"({', '.join(sorted({module_of(name) for name in modules}))})"
+        ]
+    )
     if prefix == "pvera":
         notes.append("PVeRA samples its update in training: the spectra are of the mean")
     return contents(matrices, unknown, notes)
 
 
-def _scaled(values: NDArray[Any], scales: NDArray[Any], rows: int) -> NDArray[np.float64]:
-    return np.multiply(values[:rows], scales[:rows, None], dtype=np.float64)
+def _scaled(values: NDArray[Any], scales: NDArray[Any], rows: int, cols: int) -> NDArray[np.float64]:
+    return np.multiply(values[:rows, :cols], scales[:rows, None], dtype=np.float64)
+
+
+def _inputs(file: TensorFile, base: str, rows: int, most: int, turned: bool) -> int:
+    """The columns of the base's weight of a module with this many rows."""
+    stored = base_shape(file, base)
+    outputs, inputs = stored[::-1] if turned else stored
+    if outputs != rows or inputs > most:
+        raise AnalysisError(
+            f"tensor {base.removeprefix(BASE)} of the base has shape {list(stored)}, its update {rows} rows and "
+            f"at most {most} columns; is it another model, or quantised?",
+            "base",
+        )
+    return inputs
 
 
 def _check_inputs(modules: Mapping[str, Shape], cols: int) -> None:
@@ -99,8 +122,9 @@ def _check_inputs(modules: Mapping[str, Shape], cols: int) -> None:
 def _undetermined(what: str, cols: int) -> AnalysisError:
     return AnalysisError(
         f"{what}; which of them have {cols} inputs, and which fewer, is not in a VeRA file, and the update depends on "
-        "it: convert the adapter to LoRA with peft.convert_to_lora, or adapt modules of one input"
+        "it: give the model that it was trained on as base=",
+        "base",
     )
 
 
-FORMAT = Format(name="VeRA", read=read, peft_types=tuple(_PREFIXES))
+FORMAT = Format(name="VeRA", read=read, peft_types=tuple(_PREFIXES), takes_base=lambda config: True)

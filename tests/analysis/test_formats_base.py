@@ -43,7 +43,7 @@ def merged(tmp_path: Path, config, kind=Layers, turned: bool = False) -> tuple[P
     """The folder of an adapter, that of its base, and the change of each weight that PEFT merges."""
     torch.manual_seed(0)
     base = kind()
-    (tmp_path / "base").mkdir()
+    (tmp_path / "base").mkdir(parents=True)
     save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")
     model = filled(copy.deepcopy(base), config)
     with torch.no_grad():
@@ -148,26 +148,44 @@ def test_miss_without_its_base_or_with_another(tmp_path):
         ma.load_spectra(adapter, base=base, cache=False)
 
 
-# C3A, HiRA, (IA)³, RandLoRA
+# C3A, FourierFT, HiRA, (IA)³, RandLoRA, VeRA
 
 
 @pytest.mark.parametrize(
     "config",
     [
         peft.C3AConfig(block_size=6, target_modules=["linear"]),
-        peft.HiraConfig(r=3, target_modules=["linear"]),
+        peft.FourierFTConfig(n_frequency=40, n_frequency_pattern={"odd": 9}, target_modules=["linear", "odd"]),
+        peft.HiraConfig(r=3, target_modules=["linear", "conv", "embedding"]),
         peft.IA3Config(target_modules=["linear"], feedforward_modules=[]),
         peft.IA3Config(target_modules=["linear"], feedforward_modules=["linear"]),
+        # Of convolutions the factors have one shape for inputs and outputs.
+        peft.IA3Config(target_modules=["conv"], feedforward_modules=[]),
+        peft.IA3Config(target_modules=["conv"], feedforward_modules=["conv"]),
         peft.RandLoraConfig(r=3, randlora_alpha=12, target_modules=["linear", "odd", "narrow"]),
+        peft.VeraConfig(r=5, target_modules=["linear", "odd", "narrow"]),
     ],
 )
-def test_updates_of_the_base_and_of_full_rank(tmp_path, config):
+@pytest.mark.filterwarnings("ignore")
+def test_updates_that_need_the_base(tmp_path, config):
     assert_changes(*merged(tmp_path, config))
     if config.peft_type.value != "C3A":
         with pytest.raises(AnalysisError, match="give the model that it was trained on"):
             ma.load_spectra(tmp_path / "adapter", cache=False)
     with pytest.raises(AnalysisError):
         ma.export(tmp_path / "adapter", tmp_path / "plain")
+
+
+def test_fourierft_and_vera_with_the_base_of_another_model(tmp_path):
+    config = peft.FourierFTConfig(n_frequency=200, target_modules=["linear"])
+    adapter, base, _ = merged(tmp_path, config)
+    save_file({"linear.weight": torch.ones(4, 12)}, base / "model.safetensors")
+    with pytest.raises(AnalysisError, match=r"linear.fourierft_spectrum has 200 values, the base's weight \[4, 12\]"):
+        ma.load_spectra(adapter, base=base, cache=False)
+    adapter, base, _ = merged(tmp_path / "vera", peft.VeraConfig(r=5, target_modules=["linear"]))
+    save_file({"linear.weight": torch.ones(18, 13)}, base / "model.safetensors")
+    with pytest.raises(AnalysisError, match=r"linear.weight of the base has shape \[18, 13\], its update 18 rows and"):
+        ma.load_spectra(adapter, base=base, cache=False)
 
 
 # Weights that are products themselves

@@ -49,7 +49,7 @@ def vera(outputs: dict[str, int], width: int = 8) -> dict[str, np.ndarray]:
 def test_vera_of_modules_that_may_read_other_inputs(tmp_path, outputs, reason):
     message = error(written(tmp_path, vera(outputs)), {"peft_type": "VERA"})
     assert message.startswith(reason)
-    assert "convert_to_lora" in message
+    assert "give the model that it was trained on as base=" in message
 
 
 def test_factors_that_only_multiply_transposed(tmp_path):

@@ -676,7 +676,7 @@ def test_adapter_names_and_values_that_are_not_finite(tmp_path, kind, shapes):
 # All methods
 
 READ = {"LORA", "ADALORA", "VERA", "PVERA", "VBLORA", "DELORA", "GRALORA", "LOHA", "LOKR", "LILY", "MSPLORA"}
-READ |= {"SORA", "MISS", "C3A", "HIRA", "IA3", "RANDLORA"}  # all but C3A with --base
+READ |= {"SORA", "MISS", "C3A", "HIRA", "IA3", "RANDLORA", "FOURIERFT"}  # all but C3A with --base
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in peft.PeftType])

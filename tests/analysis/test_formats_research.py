@@ -198,6 +198,41 @@ def test_hydralora_whose_parts_are_missing(tmp_path):
     assert "has no A beside it" in error(write_adapter(tmp_path / "c", alone, HYDRA))
 
 
+# LoRAMoE: Ablustrund/LoRAMoE, peft/tuners/lora.py, Linear.forward; MixLoRA: moe_peft/model.py, get_lora_layer_weight
+
+
+def test_the_experts_of_loramoe(tmp_path):
+    pairs = [(values(RANK, COLS), values(ROWS, RANK)) for _ in range(3)]
+    tensors = {f"{KEY}.lora_{part}{i}.weight": pair["AB".index(part)] for i, pair in enumerate(pairs) for part in "AB"}
+    tensors[f"{KEY}.lora_route.weight"] = values(3, COLS)
+    expected = {f"{QUERY}.{i}": 16 / RANK * b.astype(float) @ a for i, (a, b) in enumerate(pairs)}
+    assert_read(write_adapter(tmp_path / "a", tensors, HYDRA), expected, notes=1)
+    del tensors[f"{KEY}.lora_A1.weight"]
+    assert "has no A1 beside it" in error(write_adapter(tmp_path / "b", tensors, HYDRA))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_experts_of_mixlora(tmp_path, earlier):
+    pairs = [(values(RANK, COLS), values(ROWS, RANK)) for _ in range(2)]
+    a, b = values(2, COLS), values(ROWS, 2)
+    place = "experts.{}.up_proj" if earlier else "mlp.up_proj.experts.{}"
+    tensors = {
+        f"mixlora.layers.1.{place.format(i)}.lora_{part}.weight": pair["AB".index(part)]
+        for i, pair in enumerate(pairs)
+        for part in "AB"
+    }
+    tensors["mixlora.layers.1.gate.weight" if earlier else "mixlora.layers.1.mlp.moe_gate.weight"] = values(2, COLS)
+    attention = "layers.1.self_attn.q_proj"
+    tensors |= {f"mixlora.{attention}.lora_A.weight": a, f"mixlora.{attention}.lora_B.weight": b}
+    experts = {"r": RANK, "lora_alpha": 16, "use_rslora": True}
+    config = {"peft_type": "MIXLORA", "r": 2, "lora_alpha": 6, "num_experts": 2, "expert_lora": experts}
+    name = "model.layers.1.up_proj" if earlier else "model.layers.1.mlp.up_proj"
+    expected = {f"{name}.{i}": 16 / RANK**0.5 * b.astype(float) @ a for i, (a, b) in enumerate(pairs)}
+    expected[f"model.{attention}"] = 3 * b.astype(float) @ a
+    assert_read(write_adapter(tmp_path / "a", tensors, config), expected, notes=1)
+    assert "num_experts 3" in error(write_adapter(tmp_path / "b", tensors, {**config, "num_experts": 3}))
+
+
 # Lily: PEFT trains and saves it, and its own forward mixes the experts
 
 

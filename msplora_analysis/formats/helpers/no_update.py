@@ -22,7 +22,6 @@ REASONS = {
     "CARTRIDGE": "it learns a prefix of keys and values, and changes no weight",
     "CPT": _PROMPT,
     "DEFT": "it takes a projection of the base weight out of it; the update needs the base model",
-    "FOURIERFT": f"its update is sparse in frequencies, whose positions are not in the file{_CONVERT}",
     "FROD": _SUBSPACE,
     "GLORA": "its update has a product with the base weight; it needs the base model",
     "HRA": _ORTHOGONAL,
