@@ -2,9 +2,9 @@
 
     python study/merging.py --calibration FOLDER --data-dir glue --out figures/merging
 
-Of the MiniLM runs of study/calibration.py: LoRA rank 8, seed 0. Each task is evaluated with its own head and the merged
-update, on its first EXAMPLES validation examples. Methods that add have a weight of 1 / n each, those that take a mean
-have 1.
+Of the MiniLM runs of study/calibration.py: LoRA rank 8, adapters of one seed together. Each task is evaluated with its
+own head and the merged update, on its first EXAMPLES validation examples. Methods that add have a weight of 1 / n each,
+those that take a mean have 1. tasks.csv has every metric; kept.csv the share of what the adapters give that is left.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 from relations import TASKS, TITLES, adapters, added, factors_of
+from scipy.stats import t
 
 from msplora_analysis.show.drawing import text
 from msplora_analysis.show.drawing.colours import PALETTE
@@ -31,7 +32,7 @@ from msplora_analysis.show.drawing.venues import Style
 ADD, MEAN = ("cat", "svd", "linear", "dare", "tsv", "iso"), ("ties", "knots", "lego")
 METHODS = (*ADD, *MEAN)
 METRICS = {"cola": "Matthews", "stsb": "Pearson", "mrpc": "accuracy", "rte": "accuracy"}
-EXAMPLES = 128
+EXAMPLES = 400
 
 
 def main() -> None:
@@ -40,28 +41,48 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_validation.jsonl[.gz]")
     parser.add_argument("--out", type=Path, default=Path("figures/merging"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 3], help="of the sets that are merged")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the adapters")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table = pd.DataFrame(_rows(options))
+        table = pd.DataFrame({"seed": seed} | row for seed in options.seeds for row in _rows(options, seed))
     table.round(4).to_csv(options.out / "tasks.csv", index=False)
     draw(table).savefig(options.out / "tasks.png", dpi=200)
-    kept = table.groupby(["n", "method", "task"])["metric"].mean().unstack()
-    print(kept.round(3).to_string())
+    left = kept(table)
+    left.round(3).to_csv(options.out / "kept.csv", index=False)
+    print(left.round(2).to_string())
+
+
+def kept(table: pd.DataFrame) -> pd.DataFrame:
+    """The share of each adapter's gain that is left, by size and method, beside that of ``cat``.
+
+    Means over sets and tasks, RTE left out, whose adapter gains too little. ``half``: of the 95 % t interval over
+    seeds, of the difference to ``cat``.
+    """
+    alone = table[table["method"] == "alone"].set_index(["seed", "task"])["metric"]
+    none = table[table["method"] == "none"].set_index(["seed", "task"])["metric"]
+    merged = table[(table["n"] > 1) & (table["task"] != "rte")].set_index(["seed", "task"])
+    share = merged.assign(share=(merged["metric"] - none) / (alone - none))
+    by_seed = share.groupby(["n", "method", "seed"])["share"].mean().unstack()
+    beyond = by_seed.sub(by_seed.xs("cat", level="method"), axis=0, level="n")
+    lowest = share.groupby(["n", "method"])["share"].min()
+    half = t.ppf(0.975, by_seed.shape[1] - 1) * beyond.std(axis=1) / by_seed.shape[1] ** 0.5
+    found = pd.DataFrame({"share": by_seed.mean(axis=1), "lowest": lowest, "to_cat": beyond.mean(axis=1), "half": half})
+    return found.reset_index().sort_values(["n", "share"], ascending=[True, False])
 
 
 @styled
 def draw(table: pd.DataFrame, style: Style) -> Figure:
     """The metric of each task after each merge, between those without the adapter and with it alone."""
-    figure = Figure(figsize=(style.widest, 2.8), layout="constrained")
+    figure, seeds = Figure(figsize=(style.widest, 2.8), layout="constrained"), table["seed"].nunique()
     axes = figure.subplots(1, len(TASKS), sharey=True)
     merged = table[table["n"] > 1]
     sizes = sorted(set(merged["n"]))
     for ax, task in zip(axes, TASKS, strict=True):
         for method, line in (("none", ":"), ("alone", "-")):
             at = table[(table["task"] == task) & (table["method"] == method)]["metric"]
-            ax.axvline(float(at.iloc[0]), color="0.4", linewidth=0.8, linestyle=line)
+            ax.axvline(float(at.mean()), color="0.4", linewidth=0.8, linestyle=line)
         for n, colour, mark in zip(sizes, PALETTE, "os", strict=False):
             rows = merged[(merged["task"] == task) & (merged["n"] == n)]
             place = [METHODS.index(method) + 0.22 * (2 * sizes.index(n) - len(sizes) + 1) for method in rows["method"]]
@@ -77,22 +98,25 @@ def draw(table: pd.DataFrame, style: Style) -> Figure:
     ]
     shown += [Line2D([], [], color="0.4", linewidth=0.8, linestyle=line) for line in ("-", ":")]
     names = [f"merged with {n - 1} other{'s' if n > 2 else ''}" for n in sizes]
-    text.title(figure, "What merging leaves of each task", f"MiniLM, LoRA r = 8, {EXAMPLES} validation examples")
+    text.title(
+        figure,
+        "What merging leaves of each task",
+        f"MiniLM, LoRA r = 8, {seeds} seeds, {EXAMPLES} examples or fewer",
+    )
     text.legend_below(figure, shown, [*names, "its adapter alone", "no adapter"])
     text.fit(figure)
     return figure
 
 
-def _rows(options: Any) -> Iterator[dict[str, Any]]:
+def _rows(options: Any, seed: int) -> Iterator[dict[str, Any]]:
     import torch
 
     import msplora_analysis as ma
     from msplora_core.measure.loading import load_subject
 
     torch.set_num_threads(1)
-    own = {
-        name.split("/")[0]: path for name, path in adapters(options.calibration, ("lora-8",)).items() if name[-1] == "0"
-    }
+    lora = adapters(options.calibration, ("lora-8",))
+    own = {name.split("/")[0]: path for name, path in lora.items() if name.endswith(f"/seed-{seed}")}
     merged: dict[tuple[tuple[str, ...], str], Any] = {}
     sets = [chosen for n in options.sizes for chosen in combinations(TASKS, n)]
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +141,7 @@ def _rows(options: Any) -> Iterator[dict[str, Any]]:
                 }
                 about = {"n": len(chosen), "tasks": "+".join(chosen), "method": method, "task": task}
                 yield about | {"metric": evaluated(subject, batches, change)}
-        print(task, flush=True)
+        print(f"seed {seed}, {task}", flush=True)
 
 
 def evaluated(subject: Any, batches: Any, update: Any) -> float:

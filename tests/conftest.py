@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# One thread for each process of the tests: two that share two cores, with two threads each, take twice as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test reads or fills the user's cache of spectra.
 os.environ["MSPLORA_CACHE"] = ""
 # A shell lets a background job ignore Ctrl-C. The commands that tests interrupt would inherit that.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +22,7 @@ from msplora_analysis.options import Options, Progress
 from msplora_analysis.write.directions import Ranked, chosen_by_kl, cut, ranked
 from msplora_analysis.write.names import Module
 from msplora_analysis.write.source import Source, factors, find_adapter, open_source, warn_of
-from msplora_analysis.write.write import as_pair, check_dtype, new_folder, write_adapter
+from msplora_analysis.write.write import Pair, as_pair, check_dtype, finish, new_folder, write_peft
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,28 +114,32 @@ def merged(
                 f"{found[1].file}: shares no module with {found[0].file}; expected adapters of one base model"
             )
         cuts = [_cut_by_kl(*each, settings.kl, options) for each in zip(sources, shares, strict=True)]
-        pairs, rows = [], []
-        for done, (name, of) in enumerate(modules.items()):
-            parts = [_part(sources[i], module, shares[i], cuts[i]) for i, module in of.items()]
-            a, b = known.merge(parts, settings)
-            if not known.cuts and (settings.rank or settings.energy):
-                a, b = _cut(a, b, settings)
-            module = replace(next(iter(of.values())), name=name)
-            norm = float(np.sqrt(max(0.0, np.sum((a @ a.T) * (b.T @ b)))))
-            if len(a) and norm:
-                pairs.append(as_pair(module, a, b, chosen))
-            update, rank = module.update, len(a) if norm else 0
-            about = (name, module_of(name), stack_and_layer(name)[1], update.rows, update.cols)
-            rows.append((*about, len(of), rank, norm, rank * (update.rows + update.cols)))
-            if progress:
-                progress((done + 1) * len(found) / len(modules), len(found))
-        if not pairs:
-            raise AnalysisError(f"{found[0].file}: nothing is left of the merged adapters: every update is zero")
+        rows: list[tuple[Any, ...]] = []
+
+        def pairs() -> Iterator[Pair]:
+            for done, (name, of) in enumerate(modules.items(), 1):
+                parts = [_part(sources[i], module, shares[i], cuts[i]) for i, module in of.items()]
+                a, b = known.merge(parts, settings)
+                if not known.cuts and (settings.rank or settings.energy):
+                    a, b = _cut(a, b, settings)
+                module = replace(next(iter(of.values())), name=name)
+                norm = float(np.sqrt(max(0.0, np.sum((a @ a.T) * (b.T @ b)))))
+                update, rank = module.update, len(a) if norm else 0
+                about = (name, module_of(name), stack_and_layer(name)[1], update.rows, update.cols)
+                rows.append((*about, len(of), rank, norm, rank * (update.rows + update.cols)))
+                if rank:
+                    yield as_pair(module, a, b, chosen)
+                if progress:
+                    progress(done * len(found) / len(modules), len(found))
+            if not any(row[6] for row in rows):
+                raise AnalysisError(f"{found[0].file}: nothing is left of the merged adapters: every update is zero")
+
+        write_peft(folder, pairs(), chosen, sources[0])
         table = _table(rows)
         if settings.kl is not None:
             table.attrs["predicted_kl"] = [cut_.by_kl.predicted for cut_ in cuts if cut_]
         _tell_of_heads(sources)
-        write_adapter(folder, pairs, chosen, sources[0], table)
+        finish(folder, table)
     for source in sources:
         warn_of(source)
     return Merged(table, sources)

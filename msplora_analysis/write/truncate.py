@@ -21,9 +21,10 @@ from msplora_analysis.write.source import Source, factors, find_adapter, open_so
 from msplora_analysis.write.write import (
     as_pair,
     check_dtype,
+    finish,
     new_folder,
     widest_dtype,
-    write_adapter,
+    write_peft,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def compressed(
         table = _table(ranking, kept)
         if any(one.weights is not None for one in ranking.modules):
             table.attrs["predicted_kl"] = by_kl.predicted if by_kl else predicted_kl(ranking, ranks)
-        write_adapter(folder, pairs, chosen, source, table)
+        write_peft(folder, pairs, chosen, source)
+        finish(folder, table)
     warn_of(source)
     return Compressed(table, source, chosen, ranking.by_task, by_kl, ranking.regression)
 

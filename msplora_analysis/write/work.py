@@ -1,7 +1,6 @@
 """A long job in parts: each is kept as it is finished, so that a job that ends early goes on where it was.
 
-The parts are safetensors files in a folder beside the output. At the end they are joined into one file, by copying
-bytes: the memory that takes does not grow with them.
+The parts are safetensors files in a folder beside the output. At the end they are joined into one file.
 """
 
 from __future__ import annotations
@@ -9,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from msplora_analysis.errors import AnalysisError
+from msplora_analysis.write.parts import header, join
 from msplora_analysis.write.write import Array, save_tensors
 from msplora_core.atomic import replacing, replacing_folder
 
@@ -94,42 +94,9 @@ class Work:
         shutil.rmtree(self.folder)
 
 
-def join(parts: Iterable[Path], path: Path) -> None:
-    """Write safetensors files, of different tensors, as one."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    sources = []
-    for part in parts:
-        of_part, begin = _header(part)
-        last = end
-        for name, entry in of_part.items():
-            if name == "__metadata__":
-                continue
-            offsets = [end + at for at in entry["data_offsets"]]
-            header[name] = {**entry, "data_offsets": offsets}
-            last = max(last, offsets[1])
-        sources.append((part, begin))
-        end = last
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # data begin at a multiple of 8 bytes
-    with open(path, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for part, begin in sources:
-            with open(part, "rb") as file:
-                file.seek(begin)
-                shutil.copyfileobj(file, out, 2**22)
-
-
 def _facts(part: Path) -> tuple[str, dict[str, Any]]:
-    facts = json.loads(_header(part)[0]["__metadata__"][_FACTS])
+    facts = json.loads(header(part)[0]["__metadata__"][_FACTS])
     return facts["name"], facts
-
-
-def _header(part: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file of ours, and where its data begin."""
-    with open(part, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)), 8 + size
 
 
 def beside(out: str | os.PathLike[str]) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import Place, StrPath
 from msplora_analysis.formats.names import PREFIX
 from msplora_analysis.tables.files import write_table
+from msplora_analysis.write.parts import join
 from msplora_analysis.write.source import Module, Source
 from msplora_core.atomic import replacing_folder
 from msplora_core.names import CONFIG
@@ -92,20 +94,6 @@ def as_pair(module: Module, a: Array, b: Array, dtype: str) -> Pair:
     return Pair(module, rounded(a, dtype), rounded(b, dtype))
 
 
-def write_adapter(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source, table: pd.DataFrame) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and ranks.csv.
-
-    Args:
-        folder: Where to.
-        pairs: What is adapted.
-        dtype: Of the factors, a key of DTYPES; the pairs have it already, or float32 where numpy has none.
-        source: What else is copied, and what the config says of the base model.
-        table: What ranks.csv holds.
-    """
-    write_peft(folder, pairs, dtype, source)
-    finish(folder, table)
-
-
 def finish(folder: Path, table: pd.DataFrame) -> None:
     """Write ranks.csv, and let everybody read what may read it: safetensors makes files for their owner alone."""
     write_table(table, folder / TABLE_NAME)
@@ -113,22 +101,24 @@ def finish(folder: Path, table: pd.DataFrame) -> None:
         os.chmod(path, (folder / TABLE_NAME).stat().st_mode)
 
 
-def write_peft(folder: Path, pairs: Sequence[Pair], dtype: str, source: Source) -> None:
-    """adapter_config.json and adapter_model.safetensors; see ``write_adapter``."""
-    tensors: dict[str, Array] = {}
-    kinds: dict[str, str] = {}
-    for pair in pairs:
-        part, suffix = ("lora_embedding_", "") if pair.module.is_embedding else ("lora_", ".weight")
-        for factor, values in (("A", pair.a), ("B", pair.b)):
-            key = f"{PREFIX}{pair.module.name}.{part}{factor}{suffix}"
-            tensors[key], kinds[key] = values, DTYPES[dtype]
-    config = peft_config({pair.module.name: len(pair.a) for pair in pairs}, source.config)
-    dropped = {module.name for module in source.modules}.difference(config["target_modules"])
-    for key, tensor in source.copied.items():
-        if key.removeprefix(PREFIX).partition(".base_layer.")[0] in dropped:  # PEFT wraps it no more
-            key = key.replace(".base_layer.", ".", 1)
-        tensors[key], kinds[key] = source.file.read(tensor), source.stored.get(tensor, "")
-    save_tensors(tensors, kinds, folder / WEIGHTS_NAME)
+def write_peft(folder: Path, pairs: Iterable[Pair], dtype: str, source: Source) -> None:
+    """adapter_config.json and adapter_model.safetensors; see ``write_adapter``. One pair is held at a time."""
+    ranks: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as parts:
+        for pair in pairs:
+            part, suffix = ("lora_embedding_", "") if pair.module.is_embedding else ("lora_", ".weight")
+            keys = [f"{PREFIX}{pair.module.name}.{part}{factor}{suffix}" for factor in "AB"]
+            file = Path(parts) / f"{len(ranks):06d}.safetensors"
+            save_tensors(dict(zip(keys, (pair.a, pair.b), strict=True)), dict.fromkeys(keys, DTYPES[dtype]), file)
+            ranks[pair.module.name] = len(pair.a)
+        config = peft_config(ranks, source.config)
+        dropped = {module.name for module in source.modules}.difference(config["target_modules"])
+        for i, (key, tensor) in enumerate(source.copied.items()):
+            if key.removeprefix(PREFIX).partition(".base_layer.")[0] in dropped:  # PEFT wraps it no more
+                key = key.replace(".base_layer.", ".", 1)
+            file = Path(parts) / f"copied-{i:06d}.safetensors"
+            save_tensors({key: source.file.read(tensor)}, {key: source.stored.get(tensor, "")}, file)
+        join(sorted(Path(parts).iterdir()), folder / WEIGHTS_NAME)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -119,7 +119,7 @@ def ablate(
     """Measure what each cut of an adapter costs.
 
     Args:
-        model: A PEFT model with LoRA, AdaLoRA or MSPLoRA; on any device. It is left as it was.
+        model: A PEFT model with LoRA, AdaLoRA, SoRA or MSPLoRA; on any device. It is left as it was.
         batches: What the model takes, each with ``labels``: (rows,) classes or numbers, or (rows, length) tokens, -100
             where nothing is learnt. Padding is told by ``attention_mask``.
         cuts: What to leave out; default: :func:`msplora_core.measure.cuts.standard_cuts`.

@@ -166,7 +166,7 @@ def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def factors_of(base: nn.Module, folders: Sequence[Path]) -> list[Factors]:
-    """The updates of several PEFT adapters, without their heads: LoRA, AdaLoRA or MSPLoRA of linear modules.
+    """The updates of several PEFT adapters, without their heads: LoRA, AdaLoRA, SoRA or MSPLoRA of linear modules.
 
     Args:
         base: The base model, without an adapter; it is as before afterwards.

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from msplora_core.errors import TrainingError
 from msplora_core.measure.updates import Update
 from msplora_core.tuners.msplora.layer import MSPLoraLinear
+from msplora_core.tuners.sora import SoraLinear
 
 _DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 
@@ -41,7 +42,7 @@ def hooked(update: Update, take: Took) -> Any:
     adapter = update.adapter
     if isinstance(layer, MSPLoraLinear):
         return layer.hidden.register_forward_hook(partial(_inside, take))
-    if isinstance(update.layer, AdaLoraLayer):
+    if isinstance(layer, (AdaLoraLayer, SoraLinear)):
         a, b = update.a(), update.b()
         return layer.register_forward_hook(partial(_outside, take, lambda x: linear(x.to(a.dtype), a), b))
     variant = layer.lora_variant.get(adapter)

@@ -53,8 +53,8 @@ def record_moments(
     all get the result of one.
 
     Args:
-        peft_model: A model with an active low-rank adapter: LoRA (rsLoRA, PiSSA, DoRA), AdaLoRA or MSPLoRA, on linear
-            layers, ``Conv1D``, quantised ones, embeddings or convolutions. The same in every process.
+        peft_model: A model with an active low-rank adapter: LoRA (rsLoRA, PiSSA, DoRA), AdaLoRA, SoRA or MSPLoRA, on
+            linear layers, ``Conv1D``, quantised ones, embeddings or convolutions. The same in every process.
         batches: Dictionaries of tensors as the model takes them, with ``labels`` or without. The same in every process.
         labels: ``sampled``: from the model's own distribution, which makes the scores' mean squares the Fisher
             information, and predicts KL; ``given``: those of the batches.

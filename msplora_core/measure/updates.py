@@ -17,6 +17,7 @@ from msplora_core.errors import TrainingError
 from msplora_core.moments import Array
 from msplora_core.names import SCALES
 from msplora_core.tuners.msplora.layer import MSPLoraLinear
+from msplora_core.tuners.sora import SoraLinear
 
 _PREFIX = "base_model.model."
 
@@ -118,7 +119,7 @@ class Update:
 def updates_of(model: nn.Module) -> dict[str, Update]:
     """The updates of a PEFT model's active adapter, by the dotted path of their modules.
 
-    LoRA and what its layers hold (rsLoRA, PiSSA, DoRA, quantised bases), AdaLoRA and MSPLoRA.
+    LoRA and what its layers hold (rsLoRA, PiSSA, DoRA, quantised bases), AdaLoRA, SoRA and MSPLoRA.
 
     Args:
         model: What ``peft.get_peft_model`` or ``PeftModel.from_pretrained`` gives.
@@ -137,7 +138,7 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
             if parts := _parts(name, layer, adapter):
                 found[name] = Update(name, layer, adapter, parts)
     if not found:
-        raise TrainingError("the model has no low-rank adapter; expected LoRA, AdaLoRA or MSPLoRA")
+        raise TrainingError("the model has no low-rank adapter; expected LoRA, AdaLoRA, SoRA or MSPLoRA")
     return found
 
 
@@ -152,6 +153,11 @@ def _parts(name: str, layer: Any, adapter: str) -> tuple[Part, ...]:
         a, b = layer.lora_A[adapter] * layer.lora_E[adapter], layer.lora_B[adapter]
         # the very sum that PEFT divides by
         return (Part("layer", a.data, b.data, layer.scaling[adapter] / (float(layer.ranknum[adapter]) + 1e-5)),)
+    if isinstance(layer, SoraLinear):
+        if adapter not in layer.sora_pair:
+            return ()
+        pair: Any = layer.sora_pair[adapter]
+        return (Part("layer", (pair.lora_A * pair.gate.T).data, pair.lora_B.data, pair.scaling),)
     if isinstance(layer, LoraLayer):
         if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
             return ()
@@ -161,7 +167,7 @@ def _parts(name: str, layer: Any, adapter: str) -> tuple[Part, ...]:
         if fits and kinds <= {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d} and not isinstance(layer, ParamWrapper):
             return (Part("layer", a, b, layer.scaling[adapter]),)
     raise TrainingError(
-        f"{name}: {type(layer).__name__} cannot be measured; expected modules with LoRA, AdaLoRA or MSPLoRA"
+        f"{name}: {type(layer).__name__} cannot be measured; expected modules with LoRA, AdaLoRA, SoRA or MSPLoRA"
     )
 
 
@@ -181,7 +187,10 @@ def evaluating(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[None
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Any, Any]:
-    """The parameters A and B of a layer of LoRA or AdaLoRA; those of a convolution have four dimensions."""
+    """The parameters A and B of a layer of LoRA, AdaLoRA or SoRA; those of a convolution have four dimensions."""
+    if isinstance(layer, SoraLinear):
+        gated: Any = layer.sora_pair[adapter]
+        return gated.lora_A, gated.lora_B
     if adapter not in layer.lora_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     pair = layer.lora_A[adapter], layer.lora_B[adapter]

@@ -25,6 +25,7 @@ from msplora_core import MSPLoraConfig, record_moments
 from msplora_core.errors import TrainingError
 from msplora_core.measure.updates import updates_of
 from msplora_core.moments import directions
+from msplora_core.tuners.sora import SoraConfig
 
 from .conftest import make_bert, make_gpt2, make_llama, make_t5
 
@@ -500,6 +501,7 @@ KINDS = {
     "pissa": peft.LoraConfig(r=3, init_lora_weights="pissa"),
     "dora": peft.LoraConfig(r=3, use_dora=True),
     "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=7, total_step=10),
+    "sora": SoraConfig(r=3, lora_alpha=7, init_weights=False),
     "msplora": MSPLoraConfig(ranks={"global": 3, "mid": 2, "layer": 1}, lora_alpha=7),
     "two scales": MSPLoraConfig(ranks={"global": 3, "layer": 2}),
 }
