@@ -312,7 +312,7 @@ def _blocks(module: str, config: Config) -> tuple[int, int]:
 def _why_no_lora(config: Config, shapes: Shapes, matrices: Iterable[Matrix]) -> str | None:
     for key, reason in _NOT_PLAIN.items():
         if config.get(key):
-            return f"adapter_config.json: {key}: {reason}; it cannot be written as a plain LoRA"
+            return f"adapter_config.json: {key}: {reason}; for other readers merge it with merge_and_unload"
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_SPLIT_OFF):
         return (

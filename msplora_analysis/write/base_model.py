@@ -77,16 +77,27 @@ def placed(names: Iterable[str], base: BaseModel | None) -> dict[str, str]:
     names = list(names)
     if all(map(PIPELINE.match, names)):
         return {name: name for name in names}
-    parts = {part for part, known in base.names.items() if known.issuperset(names)} if base else set()
+    known = base.names if base else {}
+    parts = {part for part, of in known.items() if of.issuperset(names)}
+    if known and not parts:
+        nowhere = next((name for name in names if not any(name in of for of in known.values())), names[0])
+        raise AnalysisError(
+            f"{nowhere}: no model of base={base and base.place} has this module and all others; give its own", "base"
+        )
     if base and base.config:
         parts.add(_part(base.config))
     parts.update(part for pattern, part in _FAMILIES.items() if any(re.match(pattern, name) for name in names))
     parts.discard("")
     if len(parts) != 1:
+        where = "the folder of the pipeline or the model"
+        if base and not parts:
+            kind = ", ".join(classes_of(base.config)) or "a model of no class that is known"
+            where = f"the folder of the pipeline in the place of base={base.place} ({kind})"
         raise AnalysisError(
-            f"which model of a pipeline has the module {names[0]} is not known; give the folder of the pipeline or "
-            "the model as base=",
+            f"which model of a pipeline has the module {names[0]} is not known; give {where}"
+            f"{'' if base else ' as base='}; for a language model alone there are to=peft, to=mlx and to=gguf",
             "base",
+            "to",
         )
     (part,) = parts
     return {name: f"{part}.{name}" for name in names}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from msplora_analysis.adapters.opening import reads_base
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.addresses import StrPath
+from msplora_analysis.formats.helpers.parts import is_of_the_base
 from msplora_analysis.formats.names import module_of, stack_and_layer
 from msplora_analysis.options import Options
 from msplora_analysis.write.base_model import read_base
@@ -92,7 +93,7 @@ def exported(
         if chosen not in target.dtypes:
             source.notes.append(f"{target.what} has no {chosen}: its factors are rounded to float32")
             chosen = "float32"
-        if source.copied and not target.rest:
+        if not target.rest:
             _leave_out(source, target, options)
         pairs = [as_pair(module, *factors(source, module), chosen) for module in source.modules]
         table = _table(pairs)
@@ -106,9 +107,14 @@ def exported(
 
 
 def _leave_out(source: Source, target: Target, options: Options) -> None:
-    """Notes of what is trained beside the factors. Raises AnalysisError unless it may be left out."""
-    own = [tensor for tensor in source.copied.values() if ".base_layer." in tensor]
-    trained = [tensor for tensor in source.copied.values() if ".base_layer." not in tensor]
+    """Notes of what PEFT's folder alone has a place for. Raises AnalysisError unless it may be left out."""
+    if source.config.get("layer_replication"):
+        raise AnalysisError(
+            f"{source.adapter.file}: adapter_config.json: layer_replication: PEFT makes the model deeper before it "
+            f"adapts it, and {target.what} cannot say so; merge it into the model with PEFT's merge_and_unload"
+        )
+    own = [tensor for tensor in source.copied.values() if is_of_the_base(tensor)]
+    trained = [tensor for tensor in source.copied.values() if not is_of_the_base(tensor)]
     if own:
         source.notes.append(f"{_first(own)} of the base model left out; it matters where the vocabulary was changed")
     if trained and not options.ignore_unknown:

@@ -331,6 +331,7 @@ def test_reference_run_through_the_command(reference, tmp_path):
         ("give energy=, rank= or budget=64", ["energy", "rank", "budget"], "give --energy, --rank or --budget 64"),
         ("runs/rank=8/seed=1: no adapter", [], "runs/rank=8/seed=1: no adapter"),
         ("runs/rank=8: give rank=4", ["rank"], "runs/rank=8: give --rank 4"),
+        ("none of base=../model; give base=.", ["base"], "none of --base ../model; give --base."),
     ],
 )
 def test_a_message_speaks_of_options_on_the_command_line(message, arguments, expected):

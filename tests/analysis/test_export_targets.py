@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
 from test_export import adapted, error, loaded, save, updates
 
 import msplora_analysis as ma
 
 peft = pytest.importorskip("peft")
+from msplora_core import MSPLoraConfig  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -157,7 +159,8 @@ def test_what_a_reader_has_no_place_for(tmp_path):
         ("gguf", {"architectures": ["BertModel"]}, "of the classes ['BertModel']"),
         ("gguf", {"architectures": ["LlamaForCausalLM"]}, "num_hidden_layers of its config.json is None"),
         ("kohya", None, "which model of a pipeline has the module model.layers.0.mlp.down_proj is not known"),
-        ("diffusers", None, "which model of a pipeline"),
+        ("diffusers", None, "the model as base=; for a language model alone there are to=peft, to=mlx and to=gguf"),
+        ("kohya", {"architectures": ["LlamaForCausalLM"]}, "config.json (LlamaForCausalLM); for a language model"),
     ],
 )
 def test_refused(tmp_path, to, base, message):
@@ -200,6 +203,29 @@ def test_mlx_lm_computes_the_same(tmp_path, base):
     theirs = load_adapters(loading.load_model(base)[0], str(tmp_path / "b"))(mlx.array(tokens.numpy()))
     with torch.no_grad():
         assert np.array(theirs) == pytest.approx(model(tokens).logits.numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("to", ["mlx", "gguf", "diffusers", "kohya"])
+def test_half_precision_there_and_back(tmp_path, base, to, dtype):
+    """Where alpha / r is a power of two, every bit is that of the plain LoRA for PEFT."""
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    language = to in ("mlx", "gguf")
+    if language:  # its global and mid products are in every module
+        model = adapted(llama(), MSPLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"]))
+    else:
+        model = adapted(unet(), peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "proj_in", "conv1"]))
+    save(model.to(dtype), tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", to, base=base if language else None)
+    export(tmp_path / "b", tmp_path / "c", "peft", base=base if language else None)
+    export(tmp_path / "a", tmp_path / "d", "peft")
+    there, here = (load_torch_file(tmp_path / name / "adapter_model.safetensors") for name in "cd")
+    assert there.keys() == here.keys()
+    back = torch.float32 if (to, dtype) == ("gguf", torch.bfloat16) else dtype  # read as float32, which holds it
+    for name, values in here.items():
+        assert (there[name].dtype, values.dtype) == (back, dtype)
+        assert torch.equal(there[name].to(dtype), values), name
 
 
 # Diffusion pipelines
@@ -313,6 +339,29 @@ def test_gguf_is_optional(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     message = error(ma.export, tmp_path / "a", tmp_path / "b", to="gguf", base=tmp_path / "config.json")
     assert message.endswith("pip install 'msplora[gguf]'")
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_a_base_without_the_modules(tmp_path, base, to):
+    save(adapted(unet(), peft.LoraConfig(**OF_UNET)), tmp_path / "a")
+    message = error(ma.export, tmp_path / "a", tmp_path / "b", to=to, base=base)
+    assert "down_blocks" in message
+    assert f"no model of base={base} has this module" in message
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_trained_biases_are_no_weights_of_the_base(tmp_path, to):
+    """PEFT saves those of adapted modules as base_layer.bias."""
+    save(adapted(unet(), peft.LoraConfig(bias="lora_only", **OF_UNET)), tmp_path / "a")
+    message = error(ma.export, tmp_path / "a", tmp_path / "b", to=to)
+    assert ".base_layer.bias and " in message
+    assert "would be lost" in message
+
+
+def test_a_model_that_peft_makes_deeper(tmp_path, base):
+    save(adapted(llama(), mixed(layer_replication=[[0, 2], [1, 2]])), tmp_path / "a")
+    assert "layer_replication" in error(ma.export, tmp_path / "a", tmp_path / "b", to="mlx", base=base)
+    assert len(ma.export(tmp_path / "a", tmp_path / "b")) == 12
 
 
 @pytest.mark.parametrize(

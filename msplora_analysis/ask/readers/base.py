@@ -54,8 +54,9 @@ def left_out(source: str, severity: str = "error") -> Rule:
     """The rule of a reader that knows no tensors but factors, and passes over others."""
 
     def rule(facts: Facts) -> Iterator[Fault]:
-        if found := [name for name in facts.rest if ".base_layer." not in name]:
-            yield Fault("rest", severity, "in part", "what is trained beside the factors", listed(found), source, MERGE)
+        if facts.rest:
+            about = listed(facts.rest)
+            yield Fault("rest", severity, "in part", "what is trained beside the factors", about, source, MERGE)
 
     return rule
 

@@ -14,7 +14,7 @@ from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
 from msplora_analysis.formats import find_format
-from msplora_analysis.formats.helpers.parts import pair_factors
+from msplora_analysis.formats.helpers.parts import is_of_the_base, pair_factors
 from msplora_analysis.formats.helpers.settings import by_pattern, count, needed_count, needed_number
 from msplora_analysis.formats.lora import FACTOR, magnitude_vectors
 from msplora_analysis.formats.updates import Shape, Sum
@@ -63,7 +63,7 @@ class Facts:
         shapes: Of all tensors.
         metadata: Of the file.
         modules: What is adapted.
-        rest: Tensors that are no factors: heads, biases, magnitudes.
+        rest: Tensors that are trained and no factors: heads, biases, magnitudes.
         unknown: Those of them that the configuration does not explain.
         zero: Modules whose B is zero.
         wide: Whether factors are float64.
@@ -172,7 +172,7 @@ def _facts(
         shapes=file.shapes,
         metadata=file.metadata,
         modules=modules,
-        rest=[name for name in file.shapes if name not in factors and not name.endswith((".alpha", ".scalar"))],
+        rest=[name for name in file.shapes if name not in factors and not _is_no_weight(name)],
         unknown=unknown,
         zero=zero,
         wide=wide,
@@ -188,6 +188,10 @@ def _layout(adapter: Adapter, file: TensorFile) -> str:
     if any(name.startswith(("lora_unet_", "lora_te", "lycoris_")) for name in file.shapes):
         return "kohya"
     return "diffusers" if "diffusers" in known else "other"
+
+
+def _is_no_weight(name: str) -> bool:
+    return is_of_the_base(name) or name.endswith((".alpha", ".scalar"))
 
 
 def without(names: list[str], *parts: str) -> Iterator[str]:

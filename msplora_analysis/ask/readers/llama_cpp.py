@@ -17,7 +17,7 @@ def scale(facts: Facts, module: Module) -> float:
 
 
 def rest(facts: Facts) -> Iterator[Fault]:
-    if facts.layout == "peft" and (others := list(without(facts.rest, ".base_layer.", "_layernorm", ".norm"))):
+    if facts.layout == "peft" and (others := list(without(facts.rest, "_layernorm", ".norm"))):
         yield Fault(
             "keys",
             "error",

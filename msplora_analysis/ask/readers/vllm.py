@@ -27,7 +27,7 @@ def refused(facts: Facts) -> Iterator[Fault]:
     elif (config.get("bias") or "none") != "none":
         what = f"adapter_config.json: bias is {config['bias']!r}"
         yield Fault("bias", "error", "refuses it", "trained biases", what, _HELPER, MERGE)
-    elif others := [name for name in without(facts.rest, ".base_layer.", "lora_magnitude") if not _embedding(name)]:
+    elif others := [name for name in without(facts.rest, "lora_magnitude") if not _embedding(name)]:
         yield Fault(
             "keys",
             "error",

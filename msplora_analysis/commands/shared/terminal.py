@@ -251,6 +251,6 @@ def with_options(error: AnalysisError) -> str:
     message = str(error)
     for name in error.arguments:
         option = "--" + name.replace("_", "-")
-        message = re.sub(rf"(?<!\S){name}=(True\b|(?=[,;:.\s]|$))", option, message)
+        message = re.sub(rf"(?<!\S){name}=(True\b|(?=[,;:\s]|\.?(?:\s|$)))", option, message)
         message = re.sub(rf"(?<!\S){name}=", f"{option} ", message)
     return message

@@ -140,6 +140,11 @@ def trained_in_full(name: str, config: Config) -> bool:
     return bool(path) and path[-1] in _EMBEDDINGS and parameter in ("weight", "bias")
 
 
+def is_of_the_base(name: str) -> bool:
+    """Whether a tensor is a weight of the base model, which PEFT saves, untrained, beside a LoRA of embeddings."""
+    return name.endswith(".base_layer.weight")  # a bias of this name was trained
+
+
 def layer_matrix(name: str, update: Update) -> Matrix:
     """The update of the module ``name``, of scale "layer"."""
     return Matrix("layer", stack_and_layer(name)[1], module_of(name), name, update)
