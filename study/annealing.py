@@ -27,13 +27,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from searched import Row, Run, Search, prepare_process, read_runs, train_wanted
+from searched import Row, Run, Search, read_runs, train_run, train_wanted
 
 TASKS = ("cola", "stsb", "mrpc", "rte")  # the longest first
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -73,33 +72,14 @@ def wanted(options: argparse.Namespace, task: str, rows: dict[Run, Row]) -> Iter
 def train_one(task: str, run: Run, options: argparse.Namespace) -> Row:
     """Train one run in a folder that is removed; returns its row."""
     from msplora_core.methods.lora import Lora
-    from msplora_core.run.settings import Settings
-    from msplora_core.train.training import train
 
-    prepare_process()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(
-            model=options.model,
-            task=task,
-            method=Lora(**TRAINED[run.configuration]),
-            output_dir=Path(folder) / "run",
-            data_dir=options.folder / "data" / f"seed-{run.seed}" if run.part == "search" else options.data_dir,
-            seed=run.seed,
-            epochs=options.epochs,
-            learning_rate=run.learning_rate,
-        )
-        results = train(settings, report=lambda line: None)
-        record = json.loads((settings.output_dir / "run.json").read_text())
-        cuts = cut_after(settings.output_dir) if run.configuration == "lora-32" else {"cut": None, "cut_task": None}
-    return (
-        {"task": task}
-        | run._asdict()
-        | {"parameters": record["parameters"]["adapter"], "metric": record["metric"]["name"]}
-        | {"last": results[-1].metric, **cuts, "kept": " ".join(f"{cut['kept']:.4f}" for cut in record.get("cuts", []))}
-        | {"loss": results[-1].validation_loss, "train_loss": results[-1].train_loss}
-        | {f"{name}_rows": data["rows"] for name, data in record["data"].items()}
-        | {"epochs": results[-1].epoch, "seconds": record["seconds"], "device": record["device"]}
-    )
+    def look(folder: Path) -> Row:
+        cuts = json.loads((folder / "run.json").read_text()).get("cuts", [])
+        after = cut_after(folder) if run.configuration == "lora-32" else {"cut": None, "cut_task": None}
+        return {**after, "kept": " ".join(f"{cut['kept']:.4f}" for cut in cuts)}
+
+    data_dir = options.folder / "data" / f"seed-{run.seed}" if run.part == "search" else options.data_dir
+    return train_run(task, run, options, look, method=Lora(**TRAINED[run.configuration]), data_dir=data_dir)
 
 
 def cut_after(run: Path) -> dict[str, float]:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import multiprocessing
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from learning_rates import append_row, hold_out, read_rows
@@ -71,19 +74,34 @@ def train_wanted(
     wanted: Callable[[str, dict[Run, Row]], Iterable[Run]],
     train_one: Callable[[str, Run, argparse.Namespace], Row],
 ) -> None:
+    """Train what is not trained yet: :func:`train_all`, with the rows that the searches hold out.
+
+    Args:
+        options: As there, and data_dir.
+        search: Its seeds hold out a tenth of the training rows each.
+        most_rows: Of those that are held out and trained on in a search; None: all.
+        wanted: As there.
+        train_one: As there.
+    """
+    for task in options.tasks:
+        for seed in search.seeds:
+            hold_out(task, seed, options, most=most_rows)
+    train_all(options, wanted, train_one)
+
+
+def train_all(
+    options: argparse.Namespace,
+    wanted: Callable[[str, dict[Run, Row]], Iterable[Run]],
+    train_one: Callable[[str, Run, argparse.Namespace], Row],
+) -> None:
     """Train what is not trained yet, the tasks in turn, --jobs at once; after --minutes start none.
 
     Args:
-        options: folder, data_dir, tasks, jobs, minutes.
-        search: Its seeds hold out a tenth of the training rows each.
-        most_rows: Of those that are held out and trained on in a search; None: all.
+        options: folder, tasks, jobs, minutes.
         wanted: Of a task and its rows, what is to be trained, as far as it can be told by now.
         train_one: Trains one run, in a process of its own; returns its row.
     """
     rows = {task: read_runs(options, task) for task in options.tasks}
-    for task in options.tasks:
-        for seed in search.seeds:
-            hold_out(task, seed, options, most=most_rows)
     end = time.monotonic() + 60 * options.minutes
     running: dict[Future[Row], tuple[str, Run]] = {}
     failed: set[tuple[str, Run]] = set()
@@ -107,6 +125,44 @@ def train_wanted(
                     rows[task][run] = future.result()
                     append_row(rows[task][run], options.folder / f"{task}.csv")
                     print(f"{task} {' '.join(map(str, run))}: {rows[task][run]['last']:.3f}", flush=True)
+
+
+def train_run(
+    task: str,
+    run: Run,
+    options: argparse.Namespace,
+    look: Callable[[Path], Row] = lambda folder: {},
+    **given: Any,
+) -> Row:
+    """Train one run in a folder that is removed; returns its row.
+
+    Args:
+        task: Of msplora-train.
+        run: What is trained; its rate and seed are the training's.
+        options: model (name or folder) and epochs.
+        look: Called with the run folder when training has ended: what the row has besides.
+        given: More of ``Settings``, such as method and data_dir.
+    """
+    from msplora_core.run.settings import Settings
+    from msplora_core.train.training import train
+
+    prepare_process()
+    with tempfile.TemporaryDirectory() as folder:
+        about = {"model": options.model, "seed": run.seed, "epochs": options.epochs, "learning_rate": run.learning_rate}
+        settings = Settings(task=task, output_dir=Path(folder) / "run", **about | given)
+        results = train(settings, report=lambda line: None)
+        record = json.loads((settings.output_dir / "run.json").read_text())
+        seen = look(settings.output_dir)
+    return (
+        {"task": task}
+        | run._asdict()
+        | {"parameters": record["parameters"]["adapter"], "metric": record["metric"]["name"]}
+        | {"first": results[0].metric, "last": results[-1].metric}
+        | {"loss": results[-1].validation_loss, "train_loss": results[-1].train_loss}
+        | {f"{name}_rows": data["rows"] for name, data in record["data"].items()}
+        | {"epochs": results[-1].epoch, "seconds": record["seconds"], "device": record["device"]}
+        | seen
+    )
 
 
 def prepare_process() -> None:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration import Part, Run, chosen_rate, in_processes, is_trained, thin, train_with
 from learning_rates import METHODS, TASKS, shuffled
+from paired import estimates
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,24 +162,9 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
 
     ``p`` of the averages is corrected for all methods (exact or drawn sign flips, see docs/statistics.md).
     """
-    import pandas as pd
-
-    from msplora_analysis.ask.comparison.uncertainty import estimate, p_values, sample
-
     table = runs.pivot(index=["task", "seed"], columns="method", values="last")
     table = table[[name for name in NAMES if name in means(runs)["method"].unique()]].dropna()
-    minus = table.drop(columns=OURS).rsub(table[OURS], axis=0)
-    rows = []
-    for task, tasks in GROUPS.items():
-        of = minus[minus.index.get_level_values("task").isin(tasks)]
-        values = sample(of.to_numpy(), of.index.get_level_values("task").tolist())
-        found = estimate(values)
-        low, high = found.interval(0.95)
-        p = p_values(values) if len(tasks) > 1 else [float("nan")] * len(low)
-        for i, other in enumerate(minus):
-            about = {"task": task, "other": other, "pairs": len(of)}
-            rows.append(about | {"difference": found.mean[i], "low": low[i], "high": high[i], "p": p[i]})
-    return pd.DataFrame(rows).round(5)
+    return estimates(table.drop(columns=OURS).rsub(table[OURS], axis=0), GROUPS)
 
 
 def draw_front(table: pd.DataFrame, style: str | None) -> Figure:

@@ -1,0 +1,169 @@
+"""What findings find of planted faults, and how often they speak of healthy runs: the tables of docs/findings.md.
+
+    python study/fault_tables.py --folder runs/faults          # of the rows that study/faults.py left
+    python study/fault_tables.py                               # redraws from the published rows, runs.csv.gz
+
+A run counts for a kind of finding only if the check could speak of it: `norm-jump` needs a checkpoint between the first
+and the last. A fault in a layer counts as found where that layer is named. Bounds are exact (Clopper and Pearson 1934),
+one-sided, at 95 %; they take runs as independent, which seeds of one task are not quite. Healthy means that nothing was
+planted: some of these runs learned little, as `metric` in runs.csv.gz shows.
+
+    runs.csv.gz         a row for each run: places that each kind of finding names, and the number behind it
+    false_alarms.csv    for each kind: in how many healthy runs it was seen, and the bounds
+    detected.csv        for each fault, strength and kind: in how many runs it was found, and the bounds; kinds that
+                        were never found are left out
+    fitted.csv          thresholds set on half of the runs so that no healthy run there has the finding, and what they
+                        do on the other half; the same of the thresholds that are shipped. A half is of tasks: CoLA,
+                        STS-B and SST-2, or MRPC, RTE and QNLI
+    detected.png        detected.csv as a picture, for errors and warnings
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+from signs import ASKED, SIGNS
+
+from msplora_analysis.ask.findings import KINDS
+
+ABOUT = ["model", "task", "method", "seed", "fault", "strength", "trained", "checkpoints", "metric", "learning_rate"]
+HALVES = {"cola": 0, "stsb": 0, "sst2": 0, "mrpc": 1, "rte": 1, "qnli": 1}
+ANY = "an error or a warning"
+GRAVE = [kind for kind in ASKED if KINDS[kind].severity in ("error", "warning")]
+NAMES = {"learning rate": "learning rate × {:.2g}", "alpha": "alpha × {:g}", "a layer": "a layer × {:g}"}
+NAMES |= {"all layers": "all layers × {:g}", "noisy labels": "labels, {:.0%} noise", "rank": "rank {:g}"}
+NAMES |= {"frozen layers": "{:g} layers not trained", "tied layers": "{:g} layers tied"}
+NAMES |= {"frozen layer": "a layer as before training", "copied layer": "a layer copied", "NaN": "NaN"}
+NAMES |= {"half precision": "gradients in float16, × {:g}", "healthy": "healthy"}
+
+
+def gathered(folder: Path) -> pd.DataFrame:
+    """All rows of a folder of study/faults.py."""
+    planted = [pd.read_csv(path).assign(trained=False) for path in sorted(folder.glob("planted/*.csv"))]
+    trained = [pd.read_csv(path).assign(trained=True) for path in sorted(folder.glob("*/*.csv"))]
+    both = planted + [table.rename(columns={"last": "metric"}) for table in trained if "fault" in table]
+    table = pd.concat(both, ignore_index=True)
+    columns = [name for kind in ASKED for name in (f"{kind} value", kind) if name in table]
+    return table.reindex(columns=ABOUT + columns).drop_duplicates([*ABOUT[:6]], keep="last")
+
+
+def bounds(count: int, runs: int) -> dict[str, Any]:
+    """The one-sided bounds of a rate."""
+    low, high = (
+        getattr(binomtest(count, runs, alternative=side).proportion_ci(0.95, "exact"), end)
+        for side, end in (("greater", "low"), ("less", "high"))
+    )
+    return {"runs": runs, "at_least": round(low, 4), "at_most": round(high, 4)}
+
+
+def false_alarms(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    healthy = runs[runs["fault"] == "healthy"]
+    for model in ("all", *sorted(healthy["model"].unique())):
+        own = healthy if model == "all" else healthy[healthy["model"] == model]
+        for kind in ASKED:
+            able = own[kind].dropna()
+            seen = int((able > 0).sum())
+            about = {"model": model, "id": kind, "severity": KINDS[kind].severity, "seen": seen}
+            yield about | (bounds(seen, len(able)) if len(able) else {"runs": 0})
+
+
+def detected(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    for (fault, strength), own in runs.groupby(["fault", "strength"], sort=False):
+        of_kinds = {kind: own[kind].dropna() for kind in ASKED}
+        of_kinds[ANY] = own[GRAVE].sum(axis="columns")
+        for kind, able in of_kinds.items():
+            if found := int((able > 0).sum()):
+                yield {"fault": fault, "strength": strength, "id": kind, "found": found} | bounds(found, len(able))
+
+
+def fitted(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Of each kind with a number: thresholds by half, false alarms and detection on the other half."""
+    half = runs["task"].map(HALVES)
+    for kind, sign in SIGNS.items():
+        value = runs[f"{kind} value"] * (-1 if sign.falls else 1)
+        is_healthy = (runs["fault"] == "healthy") & value.notna()
+        if kind == "norm-outlier" and not (is_healthy & (half == 0)).any():
+            continue
+        shipped = getattr(sign.module, sign.threshold) * (-1 if sign.falls else 1)
+        for source in ("shipped", "fitted"):
+            seen = pd.Series(np.nan, index=runs.index)
+            thresholds = []
+            for other in (0, 1):
+                known, asked = is_healthy & (half == 1 - other), value.notna() & (half == other)
+                if not known.any():
+                    continue
+                threshold = shipped if source == "shipped" else value[known].max()
+                # what is fitted must be passed: the largest healthy number is none
+                is_seen = value[asked] >= threshold if source == "shipped" else value[asked] > threshold
+                seen[asked] = is_seen.astype(float)
+                thresholds.append(abs(threshold))
+            for (fault, strength), own in seen.groupby([runs["fault"], runs["strength"]], sort=False):
+                able = own.dropna()
+                if len(able):
+                    about = {"id": kind, "threshold": source, "values": " ".join(f"{x:.3g}" for x in thresholds)}
+                    yield (
+                        about
+                        | {"fault": fault, "strength": strength, "found": int(able.sum())}
+                        | bounds(int(able.sum()), len(able))
+                    )
+
+
+def draw(runs: pd.DataFrame, path: Path) -> None:
+    """A row for each fault and strength, a column for each error and warning: in how many runs of a hundred."""
+    from matplotlib.figure import Figure
+
+    order = runs[["fault", "strength"]].drop_duplicates()
+    order["place"] = order["fault"].map(list(NAMES).index)
+    order = order.sort_values(["place", "strength"]).sort_values("fault", key=lambda x: x != "healthy", kind="stable")
+    columns = [*GRAVE, ANY]
+    shares, names = [], []
+    for fault, strength in order[["fault", "strength"]].itertuples(index=False):
+        own = runs[(runs["fault"] == fault) & (runs["strength"] == strength)]
+        of_kinds = own.assign(**{ANY: own[GRAVE].sum(axis="columns")})
+        shares.append([(of_kinds[kind].dropna() > 0).mean() for kind in columns])
+        names.append(f"{NAMES[fault].format(strength)}  ({len(own)})")
+    values = np.array(shares, dtype=float)
+    figure = Figure(figsize=(7, 0.6 + 0.22 * len(names) + 1), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(values, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    for (row, column), share in np.ndenumerate(values):
+        if not np.isnan(share):
+            text = "·" if share == 0 else f"{100 * share:.0f}"
+            ax.text(column, row, text, ha="center", va="center", fontsize=7, color="0.6" if share == 0 else "black")
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.axhline(0.5, color="0.4", linewidth=0.8)
+    ax.axvline(len(columns) - 1.5, color="0.4", linewidth=0.8)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title("runs of a hundred that have the finding; in brackets how many runs", fontsize=8, loc="left")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = Path(__file__).parents[1]
+    parser.add_argument("--folder", type=Path, help="of study/faults.py; default: the published runs.csv.gz of --out")
+    parser.add_argument("--out", type=Path, default=root / "figures" / "findings", help="default: figures/findings")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "runs.csv.gz"
+    if options.folder:
+        compressed = {"method": "gzip", "mtime": 0}
+        gathered(options.folder).to_csv(
+            path, index=False, float_format="%.5g", lineterminator="\n", compression=compressed
+        )
+    runs = pd.read_csv(path)
+    for table in (false_alarms, detected, fitted):
+        pd.DataFrame(table(runs)).to_csv(options.out / f"{table.__name__}.csv", index=False, lineterminator="\n")
+    draw(runs, options.out / "detected.png")
+
+
+if __name__ == "__main__":
+    main()
