@@ -10,7 +10,7 @@
     all layers          of all, times 10, 30
     frozen layer        one layer as it was before training
     copied layer        one layer has the update of its neighbour
-    NaN                 one value is not a number
+    not finite          one value is not a number
 
 Runs are <folder>/<model>/<task>/<method>/seed-<n>, as study/table1.py and study/calibration.py leave them. All are
 asked as they are; LoRA and MSPLoRA, of which a layer's own part is edited, with faults too.
@@ -119,7 +119,7 @@ PLANTED: dict[str, tuple[Edit, tuple[float, ...]]] = {
     "all layers": (times, (10, 30)),
     "frozen layer": (frozen, (1,)),
     "copied layer": (copied, (1,)),
-    "NaN": (not_finite, (1,)),
+    "not finite": (not_finite, (1,)),
 }
 EDITED = ("lora-8", "lora-5", "msplora-8-4-2", "msplora-8-8-8")
 

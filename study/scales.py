@@ -100,7 +100,7 @@ def train(options: argparse.Namespace) -> None:
 def wanted(options: argparse.Namespace, task: str, rows: dict[Run, Row]) -> Iterator[Run]:
     """The searches of all, then a test seed of all after the other; what can be told by now."""
     tests = []
-    for name in CONFIGURATIONS:
+    for name in options.configurations:
         rates, best = SEARCH.of(name, rows)
         yield from (run for rate in rates for run in SEARCH.runs(name, rate))
         tests += [(name, best)] * (best is not None)
@@ -145,6 +145,7 @@ def _options() -> argparse.Namespace:
     training = parts.add_parser("train")
     training.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
     training.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    training.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     training.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13], help="default: 11 to 13")
     training.add_argument("--epochs", type=int, default=10)
     training.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")

@@ -2,18 +2,21 @@
 
     python study/table1.py train --data-dir glue --jobs 15
     python study/table1.py tables                       # redraws the published ones from runs.csv
+    python study/table1.py train --model smollm2 --methods lora-8 lora-2 msplora-8-4-2 --data-dir glue --jobs 6
+    python study/table1.py tables --model smollm2       # published: of the runs of study/calibration.py
 
 Every method has the learning rate that its search chose (study/learning_rates/), 10 epochs, and the recipe of the task
-for all else; AdaLoRA and PiSSA their own settings. The searches read parts of *train* alone, so the validation split,
-scored at the last epoch, is a test set. `train` may be stopped and called again, also several times at once on one
-folder, with other --seeds or on another GPU: what is complete is skipped. One seed of all comes after the other.
+for all else; AdaLoRA and PiSSA their own settings. SmolLM2 has 3 epochs, and the rate of docs/study.md for all. The
+searches read parts of *train* alone, so the validation split, scored at the last epoch, is a test set. `train` may be
+stopped and called again, also several times at once on one folder, with other --seeds or on another GPU: what is
+complete is skipped. One seed of all comes after the other.
 
 Sizes. Of QNLI, whose train file is a tenth of the official one (10,475 rows), 5,000 rows are trained on and 2,000
 scored; of SST-2 5,000 are trained on; a shuffle with the seed 0 chooses them. The other tasks are whole.
 
-    FOLDER/models/minilm                                the base model, as a folder
+    FOLDER/models/<model>                               the base model, as a folder
     FOLDER/data/                                        the rows of the tasks that are cut
-    FOLDER/runs/minilm/<task>/<method>/seed-<n>/        run folders of msplora-train
+    FOLDER/runs/<model>/<task>/<method>/seed-<n>/       run folders of msplora-train, as study/calibration.py's
 
 Kept of a low-rank method's run are the checkpoint before training and the last, each with adapter and head; of MRPC
 under LoRA and MSPLoRA that of every epoch. Of the other methods only the record is kept.
@@ -32,7 +35,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration import Part, Run, chosen_rate, in_processes, is_trained, thin, train_with
+from calibration import MODELS, Part, Run, in_processes, is_trained, thin, train_with
 from learning_rates import METHODS, TASKS, shuffled
 from paired import estimates
 
@@ -59,7 +62,6 @@ NAMES = {
     "msplora-8-4-2": "MSPLoRA 8/4/2",
 }
 OURS = "msplora-8-4-2"
-GROUPS = {task: (task,) for task in TASKS} | {"average": TASKS, "without stsb": tuple(t for t in TASKS if t != "stsb")}
 
 
 def train(options: argparse.Namespace) -> None:
@@ -78,7 +80,7 @@ def train(options: argparse.Namespace) -> None:
 def wanted(options: argparse.Namespace) -> list[Run]:
     """The tasks of a method beside each other: some wait for the processor, others for the GPU."""
     runs = product(options.seeds, options.methods, options.tasks)
-    return [Run("minilm", task, method, seed) for seed, method, task in runs]
+    return [Run(options.model, task, method, seed) for seed, method, task in runs]
 
 
 def train_one(run: Run, options: argparse.Namespace) -> str:
@@ -87,8 +89,8 @@ def train_one(run: Run, options: argparse.Namespace) -> str:
         run,
         options,
         data_dir=options.folder / "data" if run.task in CUT else options.data_dir,
-        epochs=options.epochs or 10,
-        learning_rate=chosen_rate(run.task, run.method),
+        epochs=options.epochs or MODELS[run.model].epochs,
+        learning_rate=MODELS[run.model].rate(run.task, run.method),
         **METHODS[run.method][1],
     )
     folder = run.folder(options)
@@ -106,13 +108,15 @@ def tables(options: argparse.Namespace) -> None:
 
     from msplora_analysis.show.drawing.plot import Plot
 
-    path = options.out / "runs.csv"
-    if rows := [row_of(file) for file in sorted(options.folder.glob("runs/minilm/*/*/*/run.json"))]:
+    out = options.out if options.model == "minilm" else options.out / options.model
+    path = out / "runs.csv"
+    if rows := [row_of(file) for file in sorted(options.folder.glob(f"runs/{options.model}/*/*/*/run.json"))]:
         path.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame([row for row in rows if row]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
     runs = pd.read_csv(path)
-    Plot("table1", means(runs), draw_front).write(options.out, options.formats)
-    Plot("differences", differences(runs)).write(options.out, [])
+    is_front = options.model == "minilm"  # elsewhere few methods ran
+    Plot("table1", means(runs), draw_front).write(out, options.formats if is_front else [])
+    Plot("differences", differences(runs)).write(out, [])
 
 
 def row_of(file: Path) -> dict[str, Any]:
@@ -133,6 +137,15 @@ def row_of(file: Path) -> dict[str, Any]:
     )
 
 
+def groups_of(runs: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+    """Each task, and averages."""
+    tasks = tuple(task for task in TASKS if task in set(runs["task"]))
+    return {task: (task,) for task in tasks} | {
+        "average": tasks,
+        "without stsb": tuple(t for t in tasks if t != "stsb"),
+    }
+
+
 def means(runs: pd.DataFrame) -> pd.DataFrame:
     """Of each method and task the mean over seeds, with its 95 % interval by t; averages give tasks equal weight.
 
@@ -143,11 +156,12 @@ def means(runs: pd.DataFrame) -> pd.DataFrame:
     from msplora_analysis.ask.comparison.uncertainty import estimate, sample
 
     rows = []
+    groups = groups_of(runs)
     for method, name in NAMES.items():
         own = runs[runs["method"] == method]
-        if own.groupby("task")["seed"].count().reindex(TASKS).fillna(0).min() < 3:
+        if own.groupby("task")["seed"].count().reindex(groups["average"]).fillna(0).min() < 3:
             continue
-        for task, tasks in GROUPS.items():
+        for task, tasks in groups.items():
             of = own[own["task"].isin(tasks)]
             found = estimate(sample(of[["last"]].to_numpy(), of["task"].tolist()))
             low, high = found.interval(0.95)
@@ -164,7 +178,7 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     """
     table = runs.pivot(index=["task", "seed"], columns="method", values="last")
     table = table[[name for name in NAMES if name in means(runs)["method"].unique()]].dropna()
-    return estimates(table.drop(columns=OURS).rsub(table[OURS], axis=0), GROUPS)
+    return estimates(table.drop(columns=OURS).rsub(table[OURS], axis=0), groups_of(runs))
 
 
 def draw_front(table: pd.DataFrame, style: str | None) -> Figure:
@@ -203,19 +217,22 @@ def _options() -> argparse.Namespace:
     parts = parser.add_subparsers(dest="part", required=True)
     training = parts.add_parser("train")
     training.add_argument("--folder", type=Path, default=Path("runs/table1"), help="default: runs/table1")
+    training.add_argument("--model", choices=MODELS, default="minilm", help="default: minilm")
     training.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
     training.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     training.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     training.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 11 to 15")
-    training.add_argument("--epochs", type=int, help="default: 10")
+    training.add_argument("--epochs", type=int, help="default: 10 for minilm, 3 for smollm2")
     training.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
-    training.set_defaults(models=["minilm"])
     drawing = parts.add_parser("tables")
     drawing.add_argument("--folder", type=Path, default=Path("runs/table1"), help="default: runs/table1")
+    drawing.add_argument("--model", choices=MODELS, default="minilm", help="default: minilm")
     drawing.add_argument("--out", type=Path, default=Path("figures/table1"), help="default: figures/table1")
     drawing.add_argument("--formats", nargs="+", choices=("png", "pdf", "svg"), default=["png", "pdf"])
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.models = [options.model]  # as study/calibration.py has it
+    return options
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def wanted(options: argparse.Namespace, task: str, rows: dict[Run, Row]) -> Iter
     for seed in options.seeds:
         if (options.runs / task / "lora-8" / f"seed-{seed}").is_dir():
             rate = float(f"{RATE * chosen_rate(task, 'lora-8'):.4g}")
-            yield from (Run("tuned", configuration, rate, seed) for configuration in CONFIGURATIONS)
+            yield from (Run("tuned", name, rate, seed) for name in options.configurations)
 
 
 def train_one(task: str, run: Run, options: argparse.Namespace) -> Row:
@@ -186,6 +186,7 @@ def _options() -> argparse.Namespace:
     tuning.add_argument("--runs", type=Path, required=True, help="folder with <task>/lora-8/seed-<n>")
     tuning.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
     tuning.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    tuning.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=CONFIGURATIONS)
     tuning.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14], help="default: 11 to 14")
     tuning.add_argument("--epochs", type=int, default=1)
     tuning.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
