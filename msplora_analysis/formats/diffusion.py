@@ -4,6 +4,7 @@ sd-scripts (kohya), LyCORIS, OneTrainer and ComfyUI: ``lora_unet_<flattened>.lor
 ``.lora_mid.weight`` (a Tucker core), ``.hada_*``, ``.lokr_*``, ``.diff``, each with ``.alpha``. diffusers, at several
 ages: ``<name>.lora.down.weight``, ``<name>_lora.down.weight``, ``<name>.lora_linear_layer.down.weight``,
 ``<name>.lora_A.weight``. The last is PEFT's spelling too, as ai-toolkit and others write it without a config.
+Control-LoRAs of ControlNets have ``<name>.down`` and ``.up`` (ComfyUI, comfy/controlnet.py), and whole tensors beside.
 
 The scaling is alpha / r, alpha from ``.alpha`` or from the metadata that diffusers writes, else r: then it is 1, as
 all their readers take it. LyCORIS saves alpha so that alpha / r is right with rsLoRA too, and saves its ``scalar``
@@ -51,9 +52,14 @@ _SPELLINGS = tuple(
         r"\.(?P<part>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|diff)",
     )
 )
-_BESIDE = re.compile(r"(?P<name>.+)\.(?P<part>alpha|scalar|dora_scale|lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?")
+_WITH_ALPHA = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])")  # loralib's spelling too, which has no alpha
+_CONTROL = re.compile(r"(?P<name>.+)\.(?P<part>down|up)")
+_IS_CONTROL = "lora_controlnet"
+_BESIDE = re.compile(
+    r"(?P<name>.+)\.(?P<part>alpha|scalar|dora_scale|lora_magnitude_vector|reshape_weight)(?:\.[^.]+)?(?:\.weight)?"
+)
 _EMBEDDINGS = "bundle_emb."  # textual inversions that stand beside a LoRA in one file
-_VECTOR = re.compile(r".+\.(?:diff_b|w_norm|b_norm|lora_(?:B|up)\.bias)")
+_VECTOR = re.compile(r".+\.(?:diff_b|w_norm|b_norm|lora_(?:B|up)\.bias|(?:query|key)_norm\.scale)")
 # Updates that are the weights of the model times or through something, so that they need the model itself.
 _UNSUPPORTED = {
     re.compile(r".+\.(?:oft_blocks|oft_diag)"): "OFT and BOFT rotate the weights of the model",
@@ -65,14 +71,23 @@ _NAMES = {"A": "down", "B": "up"}
 
 
 def _has_factors(names: Collection[str]) -> bool:
-    return any(_factor(name) or _unsupported(name, names) for name in names)
+    spellings = _spellings(names)
+    return any(_factor(name, spellings) or _unsupported(name, names) for name in names)
+
+
+def _spellings(names: Collection[str]) -> tuple[re.Pattern[str], ...]:
+    if _IS_CONTROL in names:
+        return (_CONTROL,)
+    with_alpha = any(name.endswith(".alpha") for name in names)
+    return (*_SPELLINGS, _WITH_ALPHA) if with_alpha else _SPELLINGS
 
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per adapted module, all of scale "layer"."""
     modules: dict[str, Parts] = {}
     beside: dict[str, Parts] = {}
-    unknown, vectors, embeddings = [], [], []
+    unknown, vectors, embeddings, whole_ones = [], [], [], []
+    spellings = _spellings(file.shapes)
     for key, shape in file.shapes.items():
         if reason := _unsupported(key, file.shapes):
             raise AnalysisError(f"tensor {key}: {reason}, so the file does not hold the update; it is not supported")
@@ -80,15 +95,17 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
             embeddings.append(key)
         elif _VECTOR.fullmatch(key) or (key.endswith(".diff") and len(shape) < 2):
             vectors.append(key)
-        elif factor := _factor(key):
+        elif factor := _factor(key, spellings):
             add_part(modules, *factor, key)
         elif match := _BESIDE.fullmatch(key):
             add_part(beside, _path(match["name"]), match["part"], key)
+        elif _IS_CONTROL in file.shapes:
+            whole_ones += [key] if key != _IS_CONTROL else []
         elif not trained_in_full(key.removeprefix(PREFIX), config):
             unknown.append(key)
 
     configs = _metadata(file)
-    matrices, unscaled, decomposed = [], [], []
+    matrices, unscaled, decomposed, widened = [], [], [], []
     for name, parts in modules.items():
         extra = beside.pop(name, {})
         r = _rank(parts, file.shapes)
@@ -97,10 +114,12 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
             scaling *= _alpha(file, extra["alpha"]) / r
         elif configs and "diff" not in parts:
             scaling *= _from_metadata(configs, name, r, parts)
-        elif r:
+        elif r and _IS_CONTROL not in file.shapes:
             unscaled.append(name)
         if "dora_scale" in extra or "lora_magnitude_vector" in extra:
             decomposed.append(name)
+        if "reshape_weight" in extra:
+            widened.append(name)
         if _is_mora(parts, file):
             raise AnalysisError(
                 f"tensors {parts['down']} and {parts['up']} are one square matrix, as MoRA's are: its update is no "
@@ -116,15 +135,21 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     notes = _notes(file, len(modules), unscaled, decomposed, vectors)
     if embeddings:
         notes.append(f"{len(embeddings)} tensors of bundled embeddings ({embeddings[0]}, ...) are left out")
+    if whole_ones:
+        notes.append(f"a Control-LoRA: {len(whole_ones)} tensors trained whole ({whole_ones[0]}, ...) are left out")
+    if widened:
+        notes.append(
+            f"{widened[0]} is of another shape than the base's weight, to which readers add rows or columns of zeros"
+        )
     return contents(matrices, unknown, notes)
 
 
 # Names
 
 
-def _factor(key: str) -> tuple[str, str] | None:
+def _factor(key: str, spellings: Iterable[re.Pattern[str]]) -> tuple[str, str] | None:
     """Which module a tensor adapts, and as what; None for any other tensor."""
-    for spelling in _SPELLINGS:
+    for spelling in spellings:
         if match := spelling.fullmatch(key):
             groups = match.groupdict(default="")
             part = groups["part"]

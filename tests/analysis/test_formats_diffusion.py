@@ -514,6 +514,33 @@ def test_diffusers_metadata(tmp_path):
     assert "not valid JSON" in error(written(tmp_path, tensors, {"lora_adapter_metadata": "{"}))
 
 
+def test_control_lora(tmp_path):
+    """As ComfyUI applies them: up times down, both flattened; the other tensors are weights of their own."""
+    down, up = random(2, 5, 3, 3), random(6, 2, 1, 1)
+    tensors = {"lora_controlnet": torch.zeros(0), "a.0.up": up, "a.0.down": down, "zero.weight": random(3, 3)}
+    found, sigma = read(written(tmp_path, tensors))
+    assert_spectrum(sigma["a.0"], up.double().flatten(1) @ down.double().flatten(1))
+    assert (found.unknown, len(found.notes)) == ([], 1)
+    assert "1 tensors trained whole (zero.weight" in found.notes[0]
+
+
+def test_factors_without_a_suffix_have_an_alpha_beside_them(tmp_path):
+    down, up = pair()
+    found, sigma = read(written(tmp_path, {"b.0.q.lora_A": down, "b.0.q.lora_B": up, "b.0.q.alpha": torch.tensor(6.0)}))
+    assert_spectrum(sigma["b.0.q"], 3 * up.double() @ down.double())
+    assert not found.notes
+
+
+def test_flux_control_files_have_trained_norms(tmp_path):
+    down, up = pair()
+    tensors = {"img_in.lora_A.weight": down, "img_in.lora_B.weight": up, "img_in.reshape_weight": torch.tensor([5, 6])}
+    tensors["double_blocks.0.img_attn.norm.key_norm.scale"] = random(4)
+    found, sigma = read(written(tmp_path, tensors))
+    assert_spectrum(sigma["img_in"], up.double() @ down.double())
+    assert ["key_norm.scale" in note for note in found.notes] == [False, True, False]
+    assert "img_in is of another shape" in found.notes[2]
+
+
 def test_a_dora_file_without_a_config(tmp_path):
     down, up = pair()
     key = "diffusion_model.blocks.0.to_q"

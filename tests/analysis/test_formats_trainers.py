@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from adapters import assert_dense, lora_config
 from safetensors.numpy import save_file
 
@@ -108,6 +109,13 @@ def test_megatron(tmp_path):
     }
     folder = written(tmp_path / "a", {"r": 2, "lora_alpha": 4}, tensors, "weights")
     assert_read(folder, expected, "fused weights")
+    of_dora = {
+        f"{key}.mlp.linear_fc2.adapter.linear_in.weight": a,
+        f"{key}.mlp.linear_fc2.adapter.linear_out.weight": b,
+    }
+    of_dora[f"{key}.mlp.linear_fc2.adapter.weight_magnitude"] = np.ones(12, np.float32)
+    dora = written(tmp_path / "dora", {"r": 2, "lora_alpha": 4}, of_dora, "weights")
+    assert_read(dora, {"decoder.layers.3.mlp.linear_fc2": 2 * b @ a}, "DoRA")
     (folder / "adapter_config.json").unlink()
     assert "alpha / dim" in error(folder)
 
@@ -122,9 +130,19 @@ def test_megatron_in_a_distributed_checkpoint_with_all_layers_in_one_tensor(tmp_
         "decoder.final_layernorm.weight": torch.ones(3),
     }
     dcp.save(state, checkpoint_id=folder, no_dist=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6}))
+    # As ConfigContainer.to_yaml of Megatron-Bridge writes it, with yaml.safe_dump.
+    peft = {"_target_": "megatron.bridge.peft.lora.LoRA", "alpha": 6, "dim": 2, "target_modules": ["linear_fc2"]}
+    settings = {
+        "_target_": "ConfigContainer",
+        "model": {"alpha": 9, "inner": {"dim": 7}},
+        "peft": peft,
+        "rng": {"dim": 8},
+    }
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(settings, default_flow_style=False))
     assert_read(tmp_path, {f"decoder.layers.{i}.mlp.linear_fc2": 3 * b @ a for i, (a, b) in enumerate(pairs)})
     assert discover(tmp_path)[0].step == 5
+    (folder / "run_config.yaml").unlink()
+    assert "copy the checkpoint's run_config.yaml beside it" in error(tmp_path)
 
 
 # OpenDelta
