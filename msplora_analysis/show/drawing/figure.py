@@ -5,8 +5,10 @@ from __future__ import annotations
 from base64 import b64encode
 from html import escape
 from io import BytesIO
+from typing import Any
 
 import matplotlib.figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from msplora_analysis.errors import printable
 
@@ -19,6 +21,10 @@ class Figure(matplotlib.figure.Figure):
     """
 
     placed = False
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        FigureCanvasAgg(self)  # one renderer as long as the size stays, which knows the texts that it has measured
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         """Twice as many pixels as it is wide on the page."""

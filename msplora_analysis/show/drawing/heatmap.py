@@ -235,8 +235,10 @@ def label_layers(figure: Figure, axes: Sequence[Axis], layers: list[int]) -> Non
 
     In the largest letters that fit, and across the page lying down if they can.
     """
+    chosen = [_choose(axis, layers) for axis in axes]  # near what fits, so that one layout often does
+    for axis, choice in zip(axes, chosen, strict=True):
+        _label(axis, layers, *choice)
     fit(figure)
-    chosen: list[tuple[int, float, bool]] = []
     for _ in range(3):  # labels change the room that the layout leaves for them
         known, chosen = chosen, [_choose(axis, layers) for axis in axes]
         if chosen == known:

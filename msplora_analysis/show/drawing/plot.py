@@ -6,13 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import matplotlib as mpl
 import pandas as pd
+from matplotlib.backend_bases import get_registered_canvas_class
 
 from msplora_analysis.ask.comparison.pairing import units
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.options import NO_MOMENTS
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.style import settings
+from msplora_analysis.show.drawing.style import lean_fonts, settings
 from msplora_analysis.show.drawing.text import lay_out, noting
 from msplora_analysis.show.drawing.venues import style_of
 from msplora_analysis.tables.files import marked
@@ -71,13 +73,15 @@ class Plot:
         paths = [_write(folder / f"{self.stem}.csv", lambda file: file.write(self.csv))]
         if self.draw and formats:
             figure = self.figure(style)
-            with settings(style_of(style)):
-                # One layout for all formats, rather than one for the resolution of each.
+            with settings(style_of(style)), lean_fonts():
+                # One layout for all formats, rather than one for the resolution of each; savefig would draw each twice.
                 if not figure.placed:
                     lay_out(figure)
                 figure.set_layout_engine("none")
                 for name in formats:
-                    save = partial(figure.savefig, format=name, metadata=_METADATA[name])
+                    canvas = get_registered_canvas_class(name)(figure)
+                    figure.set_dpi(mpl.rcParams["savefig.dpi"])
+                    save = partial(getattr(canvas, f"print_{name}"), metadata=_METADATA[name])
                     paths.append(_write(folder / f"{self.stem}.{name}", save))
         return paths
 

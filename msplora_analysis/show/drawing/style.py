@@ -1,7 +1,7 @@
 """How every figure looks: fonts, colours, and the settings that make files identical from run to run."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -81,3 +81,16 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def settings(style: Style = DEFAULT) -> AbstractContextManager[None]:
     """matplotlib's defaults (not the user's matplotlibrc) with ours over them, for the length of a `with`."""
     return mpl_style.context(["default", SETTINGS, SERIF if style.serif else {}])
+
+
+@contextmanager
+def lean_fonts() -> Iterator[None]:
+    """Fonts in files without tables that place letters: no file needs them, and cutting them takes most of the time."""
+    from fontTools.subset import Options
+
+    before = Options._drop_tables_default
+    Options._drop_tables_default = [*before, "GDEF", "GPOS", "GSUB"]
+    try:
+        yield
+    finally:
+        Options._drop_tables_default = before

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from scipy.cluster.hierarchy import dendrogram
 
 from msplora_analysis.ask.relations import linkage, matrix
 from msplora_analysis.errors import AnalysisError
@@ -41,6 +40,8 @@ def plots(relations: pd.DataFrame, epoch: float | None = None) -> Iterator[Plot]
 
 @styled
 def draw_matrix(numbers: pd.DataFrame, style: Style) -> Figure:
+    from scipy.cluster.hierarchy import dendrogram  # slow to import
+
     labels, tree = linkage(numbers)
     _, cosine = matrix(numbers)
     order = dendrogram(tree, no_plot=True)["leaves"]
