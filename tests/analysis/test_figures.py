@@ -1,13 +1,17 @@
 """Figures: their numbers against plain numpy and scipy, what the artists show, and what reaches the disk."""
 
+import re
 import subprocess
 import sys
 import warnings
+import zlib
+from io import BytesIO
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.ttLib import TTFont
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from scipy.stats import entropy, t
@@ -499,9 +503,17 @@ def test_write_figures_writes_all_that_the_table_allows(tmp_path):
     assert dict(mpl.rcParams) == settings
     pdf = (tmp_path / "first/figure4_msplora-8-4-2_minus_lora-8.pdf").read_bytes()
     assert b"CreationDate" not in pdf
-    assert b"/FontFile2" in pdf  # TrueType
+    fonts = [set(TTFont(BytesIO(font)).keys()) for font in streams(pdf, b"/Length1")]  # TrueType
+    assert fonts
+    assert all("glyf" in tables and not {"GSUB", "GPOS"} & tables for tables in fonts)
     svg = (tmp_path / "first/figure3_msplora-8-4-2.svg").read_text()
     assert ">epoch</text>" in svg
+
+
+def streams(pdf, key):
+    """What the streams of a PDF hold whose dictionary has the key."""
+    heads = [match for match in re.finditer(rb"<<[^>]*>>\nstream\n", pdf) if key in match[0]]
+    return [zlib.decompress(pdf[head.end() : pdf.index(b"\nendstream", head.end())]) for head in heads]
 
 
 def test_csv_holds_the_numbers_of_the_figure(tmp_path, spectra):
