@@ -73,7 +73,6 @@ def diagnose(
     if not _is_table(source):
         if any(table is not None for table in (metrics, pairs, scales)):
             raise AnalysisError("metrics, pairs and scales belong to a spectra table: give that first, or paths alone")
-        options = replace(options, moments=NO_MOMENTS)
         return Findings(findings.diagnose(evidence.gather(as_paths(source), options, execution, model=base)))
     _refuse(Options(base=base), options, execution)
     return Findings(findings.diagnose(evidence.of_tables(source, metrics, pairs, scales)))

@@ -47,6 +47,7 @@ class Evidence:
         relative: Updates beside the weights they change: the table of ``tables.against_base``.
         broken: Checkpoints that hold NaN or Inf.
         adapters: What was read; none of runs that come from tables.
+        options: How the adapters were read.
         notes: What the numbers must be read with.
     """
 
@@ -57,6 +58,7 @@ class Evidence:
     relative: pd.DataFrame = field(default_factory=pd.DataFrame)
     broken: Sequence[Broken] = ()
     adapters: Sequence[Adapter] = ()
+    options: Options = field(default_factory=Options)
     notes: Sequence[str] = ()
 
     @cached_property
@@ -139,7 +141,7 @@ def gather(
             found = replace(found, spectra=pd.concat(known, ignore_index=True), pairs=pairs, scales=scales)
     for warning in caught:
         warnings.warn(str(warning.message), category=warning.category, stacklevel=2)
-    return replace(found, adapters=adapters, notes=[str(warning.message) for warning in caught])
+    return replace(found, adapters=adapters, options=options, notes=[str(warning.message) for warning in caught])
 
 
 def of_results(

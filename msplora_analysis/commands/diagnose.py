@@ -56,9 +56,8 @@ def diagnose(
 
     with terminal.progress_bar("Reading") as progress:
         execution = Execution(workers, cache=cache, progress=progress)
-        options = Options(ignore_unknown)
-        evidence = gather(paths, options, execution, model=base)
-        found, advice = findings_of(evidence), advise_known(evidence, options)
+        evidence = gather(paths, Options(ignore_unknown), execution, model=base)
+        found, advice = findings_of(evidence), advise_known(evidence)
     with terminal.closed_pipe_ignored():
         if as_json:
             print(text_of({"findings": as_objects(found), "advice": [as_object(one) for one in advice]}))

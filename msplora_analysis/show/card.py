@@ -67,16 +67,16 @@ def write_card(adapter: StrPath, options: Options, execution: Execution) -> list
     with replacing(picture) as beside:
         figure.savefig(beside, format="png", dpi=150)
     with replacing(readme) as beside:
-        beside.write_text(_placed(section(evidence, options, file), before), encoding="utf-8", newline="\n")
+        beside.write_text(_placed(section(evidence, file), before), encoding="utf-8", newline="\n")
     return [readme, picture]
 
 
-def section(evidence: Evidence, options: Options, file: Path) -> str:
+def section(evidence: Evidence, file: Path) -> str:
     """The section in Markdown, without its marks."""
     lines = ["## What this adapter changed", ""]
     lines += _table(evidence.metrics, evidence.spectra)
     lines += ["", f"![Singular values by layer]({FIGURE})", ""]
-    for advice in advise_known(evidence, options):
+    for advice in advise_known(evidence):
         for answer in advice.answers:
             lines.append(f"- **{plain(answer.question)}** {plain(answer.answer)} {plain(answer.evidence)}".rstrip())
     for kind, rows in diagnose(evidence).groupby("id", sort=False):

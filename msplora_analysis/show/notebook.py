@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
-from msplora_analysis.ask.advice.advise import Answer, RunAdvice
+from msplora_analysis.ask.advice.advise import RunAdvice
+from msplora_analysis.ask.advice.subject import Answer
 from msplora_analysis.ask.advice.tell import RANK_HEADERS, rank_cells, title
 from msplora_analysis.errors import printable
 from msplora_analysis.tables.ablation import each_adapter

@@ -69,6 +69,19 @@ def test_the_head_is_the_trained_one_and_examples_are_the_first_of_the_file(run:
         np.testing.assert_allclose(found.modules[name].s_b, module.s_b, rtol=1e-3, atol=1e-12)
 
 
+def test_checkpoints_are_measured_one_after_another(run: Settings, tmp_path: Path) -> None:
+    copy = shutil.copytree(run.output_dir, tmp_path / "run")
+    folders = [copy / f"checkpoint-{step}" for step in (0, 3)]
+    result = measured(*folders, "--examples", 5)
+    assert result.exit_code == 0, result.output
+    untrained, trained = (read_moments(folder / "moments.safetensors") for folder in folders)
+    assert all(not module.s_b.any() for module in untrained.modules.values())  # B is zero
+    alone = measured(folders[1], "--examples", 5, "--out", tmp_path / "alone.safetensors")
+    assert alone.exit_code == 0, alone.output
+    for name, module in read_moments(tmp_path / "alone.safetensors").modules.items():
+        np.testing.assert_array_equal(trained.modules[name].s_b, module.s_b)
+
+
 def test_an_adapter_without_a_run_needs_model_and_task(run: Settings, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(find_adapter(run.output_dir).adapter, adapter)
@@ -104,6 +117,7 @@ def test_bad_input_is_one_line(run: Settings, tmp_path: Path) -> None:
         ([run.output_dir, "--data-dir", tmp_path], "cola_train.jsonl"),
         ([run.output_dir, "--task", "stsb", "--data-dir", run.data_dir], "stsb_train.jsonl"),
         ([run.output_dir, "--out", tmp_path], "out"),
+        ([run.output_dir, run.output_dir, "--out", tmp_path / "one"], "2 adapters"),
     ):
         result = measured(*arguments)
         assert isinstance(result.exception, TrainingError), (arguments, result.output)

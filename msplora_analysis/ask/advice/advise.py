@@ -6,92 +6,27 @@ open, with the command that would tell it.
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.ask.advice.checkpoint import LOSS, which
 from msplora_analysis.ask.advice.cuts import of_scale, pattern_below, predicted, whole
+from msplora_analysis.ask.advice.learned import learned
 from msplora_analysis.ask.advice.ranks import rank_table
+from msplora_analysis.ask.advice.subject import Answer, Subject
 from msplora_analysis.ask.advice.training import Course, course_of
-from msplora_core.names import SCALES, TOTAL
-
-if TYPE_CHECKING:
-    from msplora_core.moments import Moments
 
 KL = 0.003
 """Nats an example that a cut may cost by its gates, where no ablation says what it does to the metric.
 
 Chosen on 17 adapters of docs/calibration.md, none of which lost more than LOSS; of 18 others two did.
 """
-LOSS = 0.01
-"""Of the metric that a cut may lose, where an ablation measured it."""
 PAYS = 0.15
 """The share of parameters from which on a rank for each module is worth its trouble."""
-NOTHING = 1e-3
-"""Nats an example below which leaving out a whole adapter, or a scale, changes next to nothing."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One adapter and all that is known of it.
-
-    Args:
-        spectra, metrics: Its rows of the tidy tables.
-        moments: What its task asks of it, if recorded.
-        ablation: What leaving out its parts did, if measured.
-    """
-
-    adapter: Adapter
-    spectra: pd.DataFrame
-    metrics: pd.DataFrame
-    moments: Moments | None = None
-    ablation: pd.DataFrame | None = None
-
-    @property
-    def whole(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Both tables, of the whole updates alone."""
-        if (self.metrics["scale"] == TOTAL).any():
-            return self.of_scale(TOTAL)
-        return self.spectra, self.metrics
-
-    def of_scale(self, scale: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Both tables, of one scale."""
-        return self.spectra[self.spectra["scale"] == scale], self.metrics[self.metrics["scale"] == scale]
-
-    @property
-    def scales(self) -> list[str]:
-        """The scales of MSPLoRA that it has, in the order of ``SCALES``."""
-        present = set(self.metrics["scale"])
-        return [scale for scale in SCALES if scale in present]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer to one question.
-
-    Args:
-        question: As a user asks it.
-        answer: In a sentence.
-        evidence: The numbers behind it.
-        sure: How sure it is, and why.
-        command: What to run next: to do it, or to know it.
-        value: What a program reads: a rank, a scale, a step.
-    """
-
-    question: str
-    answer: str
-    evidence: str = ""
-    sure: str = ""
-    command: str | None = None
-    value: object = None
 
 
 @dataclass(frozen=True)
@@ -126,29 +61,25 @@ def advise(subject: Subject) -> RunAdvice:
     if learned.value is not False:
         answer, rank = _rank(subject, ranks)
         answers += [answer, *_modules(subject, ranks, rank), *_anew(ranks, rank)]
-        answers += [*_scales(scales, _limit(subject)), *_checkpoint(course)]
+        answers += [*_scales(scales, _limit(subject)), *which(subject, course)]
     return RunAdvice(subject, answers, ranks, scales, rank)
 
 
 def _learned(subject: Subject, course: Course | None) -> Answer:
     question = "Did it learn anything?"
     spectra, _ = subject.whole
-    if not spectra["sigma"].to_numpy().any():
-        return Answer(question, "No: every update is zero.", sure="Certain: the file says so.", value=False)
-    evidence, learned = [], None
-    if subject.moments is not None and (scores := whole(subject.moments)) is not None:
-        kl = predicted(subject.moments, scores)
-        evidence.append(f"Without it the outputs move by about {kl:.2g}{_unit(subject)} (predicted).")
-        learned = kl > NOTHING
-    if course is not None and len(course.points) > 1 and course.points[0][0] == 0:
-        (_, before), (_, after) = course.points[0], course.points[-1]
-        evidence.append(f"{course.metric} {before:.3f} before training, {after:.3f} now; a head learned too.")
-    if learned is None:
-        answer = "It changed the weights. Whether that serves the task, weights alone do not tell."
-        return Answer(question, answer, " ".join(evidence), command=_moments_command(subject))
-    answer = "Yes." if learned else "Next to nothing."
-    sure = "Effects as large as this are predicted roughly, within a factor of 4 or so." if learned else ""
-    return Answer(question, answer, " ".join(evidence), sure, value=bool(learned))
+    is_zero = not spectra["sigma"].to_numpy().any()
+    found = learned(subject.adapter, subject.moments, is_zero=is_zero)
+    evidence, sure = [found.evidence] if found.evidence else [], ""
+    if is_zero:
+        sure = "Certain: the file says so."
+    elif course is not None and len(course.points) > 1 and course.points[0][0] == 0:
+        (_, before), (_, now) = course.points[0], course.at(subject.adapter.epoch)
+        evidence.append(f"{course.metric} {before:.3f} before training, {now:.3f} now; a head learned too.")
+    if found.value:
+        sure = "Effects as large as this are predicted roughly, within a factor of 4 or so."
+    command = subject.moments_command if found.value is None else None
+    return Answer(question, found.answer, " ".join(evidence), sure, command, found.value)
 
 
 def _lowest(ranks: pd.DataFrame, enough: pd.Series[bool]) -> pd.Series[Any]:
@@ -158,7 +89,7 @@ def _lowest(ranks: pd.DataFrame, enough: pd.Series[bool]) -> pd.Series[Any]:
 
 def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
     question, full = "What rank does it use?", int(ranks["rank"].max())
-    compress = f"msplora-analyze compress {_path(subject)} --out DIR --rank"
+    compress = f"msplora-analyze compress {subject.path} --out DIR --rank"
     if ranks["metric_change"].notna().sum() > 1:
         sign = -1 if subject.ablation is not None and (subject.ablation["metric_name"] == "perplexity").all() else 1
         row = _lowest(ranks, sign * ranks["metric_change"] >= -LOSS)
@@ -171,15 +102,15 @@ def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
     if (limit := _limit(subject)) is not None and ranks["predicted_kl"].notna().any():
         row = _lowest(ranks, ranks["predicted_kl"] <= limit)
         rank = int(row["rank"])
-        evidence = f"Cut to rank {rank}, the outputs move by {row['predicted_kl']:.2g}{_unit(subject)}."
+        evidence = f"Cut to rank {rank}, the outputs move by {row['predicted_kl']:.2g}{subject.unit}."
         if rank == full:
-            evidence = f"Every lower rank listed moves the outputs by more than {limit:.2g}{_unit(subject)}."
+            evidence = f"Every lower rank listed moves the outputs by more than {limit:.2g}{subject.unit}."
         sure = "Predicted from the task's gates. Of 18 adapters cut so, two lost more than 0.01 of the metric "
         sure += "(docs/calibration.md). msplora-measure ablate would measure it here."
         return _rank_answer(question, rank, full, evidence, sure, compress), rank
-    energy = _lowest(ranks, ranks["energy"] >= 0.99)["rank"]
+    energy = int(_lowest(ranks, ranks["energy"] >= 0.99)["rank"])
     evidence = f"Rank {energy} holds 99 % of the energy. Energy tells what is large, not what the task needs."
-    return Answer(question, "Weights alone do not tell.", evidence, command=_moments_command(subject)), None
+    return Answer(question, "Weights alone do not tell.", evidence, command=subject.moments_command), None
 
 
 def _limit(subject: Subject) -> float | None:
@@ -211,7 +142,7 @@ def _modules(subject: Subject, ranks: pd.DataFrame, rank: int | None) -> list[An
     sure = "Predicted from the task's gates, on examples that the choice did not see."
     if saved < PAYS:
         return [Answer(question, "Hardly: one rank for all does as well.", evidence, sure, value=False)]
-    command = f"msplora-analyze compress {_path(subject)} --out DIR --kl {nats:.3g}"
+    command = f"msplora-analyze compress {subject.path} --out DIR --kl {nats:.3g}"
     answer = f"Yes: that saves {saved:.0%} of the parameters."
     return [Answer(question, answer, evidence, sure, command, pattern.ranks)]
 
@@ -267,34 +198,3 @@ def _scales(scales: pd.DataFrame, limit: float | None) -> list[Answer]:
     sure = "Measured on the validation data." if measured else "Predicted from the task's gates."
     answer = f"Not {' and '.join(idle)}." if idle else "All of them carry something."
     return [Answer(question, answer, evidence, sure, value=idle)]
-
-
-def _checkpoint(course: Course | None) -> list[Answer]:
-    if course is None or len(course.points) < 3:
-        return []
-    question = "Which checkpoint?"
-    (best_at, best), (last_at, last) = course.best, course.points[-1]
-    ahead = (best - last) * (1 if course.greater_is_better else -1)
-    evidence = f"{course.metric} {last:.3f} at the last epoch ({last_at:g}), {best:.3f} at its best ({best_at:g})."
-    sure = "The best of many on the same data is best partly by chance."
-    if ahead <= LOSS:
-        return [Answer(question, "The last.", evidence, sure, value=last_at)]
-    return [Answer(question, f"That of epoch {best_at:g}.", evidence, sure, value=best_at)]
-
-
-def _unit(subject: Subject) -> str:
-    is_regression = subject.moments is not None and subject.moments.is_regression
-    return " (mean squared difference)" if is_regression else " nats an example"
-
-
-def _moments_command(subject: Subject) -> str:
-    return f"msplora-measure moments {_path(subject)}"
-
-
-def _path(subject: Subject) -> str:
-    """As a shell takes it, from the working directory where that is shorter."""
-    folder = str(subject.adapter.file.parent)
-    if isinstance(subject.adapter.file, Path):
-        with suppress(ValueError, OSError):  # on another drive; a working directory that is gone
-            folder = min(os.path.relpath(folder), folder, key=len)
-    return shlex.quote(folder)

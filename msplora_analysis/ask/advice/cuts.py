@@ -30,6 +30,11 @@ def predicted(moments: Moments, scores: Sequence[Array]) -> float:
     return 2 * kl if moments.is_regression else kl
 
 
+def unit_of(moments: Moments | None) -> str:
+    """What ``predicted`` counts, to stand behind its number."""
+    return " (mean squared difference)" if moments is not None and moments.is_regression else " nats an example"
+
+
 def beyond(moments: Moments, rank: int) -> list[Array] | None:
     """Of each module, the summed scores of its task directions beyond ``rank``; None where no scores are kept."""
     return _of_each(moments, "task", lambda module, scores: scores[:, rank:])

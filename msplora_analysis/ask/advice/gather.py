@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from msplora_analysis.adapters.discovery import Adapter, discover
-from msplora_analysis.adapters.moments import moments_file, open_moments
-from msplora_analysis.ask.advice.advise import RunAdvice, Subject, advise
+from msplora_analysis.adapters.moments import have_moments, moments_file, open_moments
+from msplora_analysis.ask.advice.advise import RunAdvice, advise
+from msplora_analysis.ask.advice.subject import Subject
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.files.addresses import StrPath, read_json
 from msplora_analysis.files.tensors import State, check_unchanged, state_of
@@ -22,7 +25,7 @@ from msplora_analysis.tables.load import spectra_of, succeeding, tables_of
 from msplora_core.names import ABLATION
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from msplora_core.moments import Moments
 
 
 def advise_all(paths: Sequence[StrPath], options: Options, execution: Execution) -> list[RunAdvice]:
@@ -31,15 +34,21 @@ def advise_all(paths: Sequence[StrPath], options: Options, execution: Execution)
     Raises:
         AnalysisError: the input cannot be used as given.
     """
-    adapters = newest(discover(paths))
-    states = [_states(adapter, options) for adapter in adapters]  # the files are opened more than once
-    found = []
-    results = succeeding(spectra_of(adapters, options, execution))
-    for adapter, result, before in zip(adapters, results, states, strict=True):
-        tables = tables_of([adapter], [result], (1,), moments_file(adapter, options) is not None)
-        found.append(_advice(adapter, *tables, options))
+    checkpoints = discover(paths)
+    latest = newest(checkpoints)
+    measured = [one for one in checkpoints if one in latest or _has_own_moments(one, options)]
+    states = [_states(adapter, options) for adapter in measured]  # the files are opened more than once
+    results = list(succeeding(spectra_of(measured, options, execution)))
+    spectra, metrics = tables_of(measured, results, (1,), have_moments(measured, options))
+    found = [_advice(adapter, checkpoints, spectra, metrics, options) for adapter in latest]
+    for before in states:
         check_unchanged(before)
     return found
+
+
+def _has_own_moments(adapter: Adapter, options: Options) -> bool:
+    """Whether moments stand beside it; a file that was named is of the last checkpoint alone."""
+    return options.moments is None and moments_file(adapter, options) is not None
 
 
 def _states(adapter: Adapter, options: Options) -> dict[Path, State]:
@@ -48,33 +57,54 @@ def _states(adapter: Adapter, options: Options) -> dict[Path, State]:
     return {file: state_of(file) for file in files if isinstance(file, Path) and file.exists()}
 
 
-def advise_known(evidence: Evidence, options: Options) -> list[RunAdvice]:
+def advise_known(evidence: Evidence) -> list[RunAdvice]:
     """Advice on the last readable checkpoint of each run whose adapter is known; tables alone have none.
 
     Args:
         evidence: What was read.
-        options: How the adapters were read.
     """
-    found = []
-    for adapter in newest(evidence.adapters):
-        spectra, metrics = (table[_is_of(table, adapter)] for table in (evidence.spectra, evidence.metrics))
-        if not spectra.empty and not metrics.empty:
-            found.append(_advice(adapter, spectra, metrics, options))
-    return found
+    return [
+        _advice(adapter, evidence.adapters, evidence.spectra, evidence.metrics, evidence.options)
+        for adapter in readable(evidence)
+    ]
 
 
-def _is_of(table: pd.DataFrame, adapter: Adapter) -> pd.Series[bool]:
+def readable(evidence: Evidence) -> list[Adapter]:
+    """The last checkpoint of each run, where it is in the tables."""
+    tables = (evidence.spectra, evidence.metrics)
+    return [one for one in newest(evidence.adapters) if all(of_adapter(table, one).any() for table in tables)]
+
+
+def of_adapter(table: pd.DataFrame, adapter: Adapter) -> pd.Series[bool]:
+    """Which rows of a tidy table are those of an adapter."""
     known = table["run"] == adapter.run
     for name, value in (("step", adapter.step), ("epoch", adapter.epoch)):
         known &= table[name].isna() if value is None else (table[name] == value).fillna(False)
     return known.astype(bool)
 
 
-def _advice(adapter: Adapter, spectra: pd.DataFrame, metrics: pd.DataFrame, options: Options) -> RunAdvice:
+def moments_of(adapter: Adapter, options: Options) -> Moments | None:
+    """Its moments with their scores, if there are any."""
     path = moments_file(adapter, options)
-    bases = ("plain", "task", "scale_plain", "scale_task")
-    moments = None if path is None else open_moments(path, {}, scores=bases)
-    return advise(Subject(adapter, spectra, metrics, moments, ablation_of(adapter)))
+    return None if path is None else open_moments(path, {}, scores=("plain", "task", "scale_plain", "scale_task"))
+
+
+def _advice(
+    adapter: Adapter, checkpoints: Sequence[Adapter], spectra: pd.DataFrame, metrics: pd.DataFrame, options: Options
+) -> RunAdvice:
+    own = [one for one in checkpoints if one.run == adapter.run]
+    of_run = metrics[metrics["run"] == adapter.run]
+    return advise(
+        Subject(
+            adapter,
+            spectra[of_adapter(spectra, adapter)],
+            of_run[of_adapter(of_run, adapter)],
+            moments_of(adapter, options),
+            ablation_of(adapter),
+            own,
+            of_run if options.moments is None else pd.DataFrame(),
+        )
+    )
 
 
 def ablation_of(adapter: Adapter) -> pd.DataFrame | None:

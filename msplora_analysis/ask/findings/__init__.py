@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from msplora_analysis.ask.evidence import Evidence
-from msplora_analysis.ask.findings import against_base, base, pairs, spectrum, update
+from msplora_analysis.ask.findings import against_base, base, learned, pairs, spectrum, update
 from msplora_analysis.ask.findings.base import SEVERITIES, Finding, Kind
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "diagnose"]
 
-FAMILIES = (update, pairs, spectrum, against_base)
+FAMILIES = (update, learned, pairs, spectrum, against_base)
 KINDS = {kind.id: kind for family in FAMILIES for kind in family.KINDS}
 
 

@@ -66,5 +66,5 @@ def report(
     if evidence.spectra.empty:
         first = f"{evidence.adapters[0].file}: no low-rank factors in this or any other file; give other paths"
         raise AnalysisError(evidence.broken[0].message if evidence.broken else first)
-    write(page(evidence, given, options), file)
+    write(page(evidence, given), file)
     return file

@@ -18,7 +18,6 @@ from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import diagnose
 from msplora_analysis.errors import AnalysisError, printable
 from msplora_analysis.files.addresses import StrPath
-from msplora_analysis.options import Options
 from msplora_analysis.show.report import charts, sections
 from msplora_analysis.show.report.about import POINTS, About, about
 from msplora_analysis.show.report.pictures import pictures
@@ -29,7 +28,7 @@ _MOST_ADVICE = 12  # runs
 _HERE = Path(__file__).parent
 
 
-def page(evidence: Evidence, paths: Sequence[StrPath], options: Options) -> str:
+def page(evidence: Evidence, paths: Sequence[StrPath]) -> str:
     """The HTML of a report on what was read at ``paths``.
 
     Raises:
@@ -49,7 +48,7 @@ def page(evidence: Evidence, paths: Sequence[StrPath], options: Options) -> str:
     data["glance"] = sections.glance(evidence, abouts, data)
     compared, not_compared = ([], why_not) if matrices is None else two_by_two(evidence, matrices)
     findings = diagnose(evidence)
-    advice = [sections.advice(one) for one in advise_known(evidence, options)]
+    advice = [sections.advice(one) for one in advise_known(evidence)]
     library, script = _library(), (_HERE / "script.js").read_text(encoding="utf-8")
     last = evidence.matrices.keys[evidence.matrices.keys["last"]]
     return environment.get_template("template.html").render(

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from msplora_core.errors import TrainingError
-from msplora_core.measure.commands.shared import Adapter, BatchSize, DataDir, Model, Task, measuring
+from msplora_core.measure.commands.shared import BatchSize, DataDir, Model, Task, measuring
 from msplora_core.run.distributed import by_writer, is_writer, leave
 
 EXAMPLES = (
     "msplora-measure moments runs/cola/checkpoint-2144",
+    "msplora-measure moments runs/cola/checkpoint-*            # each of them: what the task needs over the training",
     "msplora-measure moments runs/cola --examples 128 --labels given --out given.safetensors",
     "msplora-measure moments adapter --model FacebookAI/roberta-base --task mrpc --data-dir glue",
 )
 
+Adapters = Annotated[
+    list[Path],
+    typer.Argument(metavar="ADAPTER...", help="Checkpoints, run folders (the last of each), or any PEFT adapters."),
+]
+
 
 def moments(
-    adapter: Adapter,
+    adapters: Adapters,
     data_dir: DataDir = None,
     model: Model = None,
     task: Task = None,
@@ -44,7 +52,7 @@ def moments(
     """Record what the task asks of each update of an adapter, from the first training examples.
 
     Forward and backward over the examples, without dropout; the model is not changed. The analysis finds the file
-    beside the adapter: spectra, compress and advise are weighted by it.
+    beside the adapter: spectra, compress and advise are weighted by it. Of several adapters one comes after another.
     """
     from msplora_core.moments import MOMENTS
 
@@ -53,29 +61,37 @@ def moments(
         from msplora_core.measure.recording import check_labels, record_moments
 
         check_labels(labels)
-        path = out or find_adapter(adapter).adapter / MOMENTS
-        if path.is_dir():
-            raise TrainingError(f"out={path}: is a folder; expected a file, such as {path / MOMENTS}")
-        subject = load_subject(adapter, data_dir=data_dir, model=model, task=task)
-        batches = subject.batches("train", examples, batch_size)
-        with subject.autocast():
-            found = record_moments(
-                subject.model,
-                batches,
-                labels=labels,
-                draws=draws,
-                seed=seed,
-                keep_cores=cores,
-                progress=sys.stderr.isatty() and is_writer(),
-                about=subject.about("train"),
-            )
-        by_writer(lambda: found.save(path))
-    if is_writer():
-        about = found.about
-        print(
-            f"{path}: {len(found.modules)} modules, {about['examples']} examples ({about['tokens']:,} tokens), labels "
-            f"{about['labels']}, {about['draws']} an example"
-        )
-        for note in about["notes"]:
-            print(f"note: {note}")
+        if out is not None and len(adapters) > 1:
+            raise TrainingError(f"out={out}: one file, but {len(adapters)} adapters; leave 'out' out, or give one")
+        paths = [out or find_adapter(adapter).adapter / MOMENTS for adapter in adapters]
+        for path in paths:
+            if path.is_dir():
+                raise TrainingError(f"out={path}: is a folder; expected a file, such as {path / MOMENTS}")
+        for adapter, path in zip(adapters, paths, strict=True):
+            subject = load_subject(adapter, data_dir=data_dir, model=model, task=task)
+            batches = subject.batches("train", examples, batch_size)
+            with subject.autocast():
+                found = record_moments(
+                    subject.model,
+                    batches,
+                    labels=labels,
+                    draws=draws,
+                    seed=seed,
+                    keep_cores=cores,
+                    progress=sys.stderr.isatty() and is_writer(),
+                    about=subject.about("train"),
+                )
+            by_writer(partial(found.save, path))
+            if is_writer():
+                _tell(path, found.about, len(found.modules))
     leave()
+
+
+def _tell(path: Path, about: Mapping[str, Any], modules: int) -> None:
+    print(
+        f"{path}: {modules} modules, {about['examples']} examples ({about['tokens']:,} tokens), labels "
+        f"{about['labels']}, {about['draws']} an example",
+        flush=True,
+    )
+    for note in about["notes"]:
+        print(f"note: {note}", flush=True)

@@ -1,0 +1,66 @@
+"""Whether a training learned anything: what the weights, the moments and the recorded losses say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.ask.advice.cuts import predicted, unit_of, whole
+from msplora_analysis.ask.advice.training import training_losses
+
+if TYPE_CHECKING:
+    from msplora_core.moments import Moments
+
+NOTHING = 1e-3
+"""Nats an example below which leaving out a whole adapter, or a scale, changes next to nothing."""
+FALL = 0.05
+"""The share of its first epoch's training loss that a classifier loses at least, if it learns.
+
+Of 353 trainings (ten methods, six tasks, two models) six lose less, none of which is better than its majority class.
+"""
+EPOCHS = 3
+"""From how many epochs on a loss that does not fall says something."""
+
+
+class Learned(NamedTuple):
+    """``value``: None where nothing tells. ``number`` was held against ``threshold``; both NaN where nothing was."""
+
+    value: bool | None
+    answer: str
+    evidence: str = ""
+    number: float = float("nan")
+    threshold: float = float("nan")
+
+
+def learned(adapter: Adapter, moments: Moments | None, *, is_zero: bool) -> Learned:
+    """Whether one adapter learned anything.
+
+    Args:
+        adapter: For the record of its run.
+        moments: Those of the adapter, or None.
+        is_zero: Whether every update is zero.
+    """
+    if is_zero:
+        return Learned(False, "No: every update is zero.", "", 0.0, 0.0)
+    moved = None
+    evidence = []
+    if moments is not None and (scores := whole(moments)) is not None:
+        moved = predicted(moments, scores)
+        evidence.append(f"Without it the outputs move by about {moved:.2g}{unit_of(moments)} (predicted).")
+        if moved <= NOTHING:
+            return Learned(False, "Next to nothing.", evidence[0], moved, NOTHING)
+    losses = training_losses(adapter) if _has_head(adapter) else []
+    if len(losses) >= EPOCHS and losses[0] > 0:
+        fall = 1 - losses[-1] / losses[0]
+        evidence.append(f"The training loss went from {losses[0]:.3g} in the first epoch to {losses[-1]:.3g}.")
+        if fall < FALL:
+            return Learned(False, "Hardly: its training loss did not fall.", " ".join(evidence), fall, FALL)
+    if moved is None:
+        answer = "It changed the weights. Whether that serves the task, weights alone do not tell."
+        return Learned(None, answer, " ".join(evidence))
+    return Learned(True, "Yes.", " ".join(evidence), moved, NOTHING)
+
+
+def _has_head(adapter: Adapter) -> bool:
+    """Whether it is a classifier's (a regression's): its head begins from nothing, so that its loss must fall."""
+    return adapter.config.get("task_type") == "SEQ_CLS"
