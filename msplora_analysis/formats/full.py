@@ -3,13 +3,15 @@
 The update of a weight is its difference to the base's, whole. Weights are what has two axes of more than one element:
 linear layers and embeddings as they stand, convolutions (out, in, height, width) as (out, in height width). Biases,
 norms and buffers are left out; tensors of several experts are unknown. Both sides are compared as stored: in a file of
-bfloat16 the difference holds the rounding of the weights, up to 4e-3 of each, which looks like a broad spectrum.
+bfloat16 the difference holds the rounding of the weights, up to 4e-3 of each, which looks like a broad spectrum. Of a
+checkpoint that was merged in 4 bits a note says the same.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import BASE
 from msplora_analysis.files.tensors import FloatArray, TensorFile
-from msplora_analysis.formats.helpers.base import align
+from msplora_analysis.formats.helpers.base import align, check_not_quantised
 from msplora_analysis.formats.helpers.parts import layer_matrix, trained_in_full
 from msplora_analysis.formats.protocol import Format
 from msplora_analysis.formats.updates import Config, Contents, Factor, Matrix, Shape, Shapes, Whole, contents
@@ -29,6 +31,12 @@ _RESIZED = re.compile(r"(.+\.)?(\w*embed\w*|wte|shared|lm_head|output|decoder)")
 _TABLE = re.compile(rf"{_RESIZED.pattern}|(.+\.)?(wpe|relative_attention_bias)")
 _BUFFERS = ("position_ids", "token_type_ids", "masked_bias", "inv_freq", "relative_position_index", "attn_mask")
 
+_BLOCK, _SAMPLE = 64, 64  # values that share a scale in 4 bits; blocks that are looked at
+_GRID = (
+    "weights of the checkpoint have at most 16 values in each block of 64, as of a model that was merged in 4 bits: the "
+    "difference to the base holds that rounding too, which looks like a broad spectrum and was not learned"
+)
+
 
 def _recognises(config: Config, file: TensorFile) -> bool:
     return not config.get("peft_type") and any(name.startswith(BASE) for name in file.shapes)
@@ -38,11 +46,29 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per weight that is in both files, all of scale "layer"."""
     tuned = {name: shape for name, shape in file.shapes.items() if not name.startswith(BASE)}
     base = {name.removeprefix(BASE): shape for name, shape in file.shapes.items() if name.startswith(BASE)}
-    return differences(tuned, base)
+    found = differences(tuned, base)
+    return found._replace(notes=[*found.notes, _GRID]) if _merged_in_4_bits(file, found.matrices) else found
+
+
+def _merged_in_4_bits(file: TensorFile, matrices: Sequence[Matrix]) -> bool:
+    """Whether the first linear weight has at most 16 values in each of its first blocks of 64, as NF4 and FP4 have."""
+    shapes = file.shapes
+    linear = (
+        one.update.factor.tensors[0] for one in matrices if isinstance(one.update, Whole) and not is_table(one.name)
+    )
+    large = (name for name in linear if len(shapes[name]) == 2 and math.prod(shapes[name]) >= _SAMPLE * _BLOCK)
+    name = next(large, None)
+    if name is None:
+        return False
+    blocks = np.sort(file.read_part(name, 0, _SAMPLE * _BLOCK).reshape(_SAMPLE, _BLOCK), axis=1)
+    values = 1 + (np.diff(blocks, axis=1) > 0).sum(axis=1)
+    return bool((values <= 16).all() and (values > 1).any())
 
 
 def differences(checkpoint: Shapes, model: Shapes) -> Contents:
     """One matrix per weight that is in a checkpoint and in the model before training, by their shapes."""
+    check_not_quantised(checkpoint, "the checkpoint")
+    check_not_quantised(model, "the base")
     tuned, base = ({name: shape for name, shape in one.items() if _weight(name, shape)} for one in (checkpoint, model))
     of_base = align(tuned, base)
     matrices: list[Matrix] = []
@@ -86,9 +112,7 @@ def _is_head(name: str) -> bool:
 def _resized(name: str, shape: Shape, base: Shape) -> str:
     """The note of a table of another length; raises AnalysisError for any other difference of shapes."""
     if shape[1:] != base[1:] or not _RESIZED.fullmatch(name.removesuffix(".weight")):
-        raise AnalysisError(
-            f"tensor {name} has shape {list(shape)}, in the base {list(base)}; is it another model, or quantised?"
-        )
+        raise AnalysisError(f"tensor {name} has shape {list(shape)}, in the base {list(base)}; is it another model?")
     return f"{name} has {shape[0]} rows, in the base {base[0]}: the first {min(shape[0], base[0])} are compared"
 
 
@@ -111,5 +135,6 @@ FORMAT = Format(
     name="full fine-tuning",
     read=read,
     recognises=_recognises,
+    reads_values=True,
     priority=-1,  # any file with a base
 )

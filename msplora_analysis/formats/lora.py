@@ -52,6 +52,12 @@ _TRAINING_ONLY = {
 _MAGNITUDE = r"(?P<name>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?"
 # All experts of a layer in one tensor, as Tinker and SGLang have it: A (experts, r, in), or one that all share.
 _EXPERTS = re.compile(r"\.experts\.w[123]$")
+_FUSED = "gate_up_proj"
+_FUSED_NOTE = (
+    f"target_parameters: {_FUSED} holds the gate and the up projection of an expert in one tensor: a spectrum is of both "
+    "together. PEFT makes such an adapter, of twice the rank, of one whose experts had them apart, when transformers 5 "
+    "loads it: its ranks and spectra then are not those of the adapter before"
+)
 _DIAGONAL = r"(?P<name>.+)\.lora_diag(?:\.[^.]+)?"
 
 _REFUSED = {
@@ -113,6 +119,8 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
             found_here = (_true_change(one, file, base, magnitudes[name], turned) for one in found_here)
         matrices += found_here
     notes = list(_notes(config, any(key in known for key in magnitudes.values()), bool(bases)))
+    if any(parameter.rpartition(".")[2] == _FUSED for parameter in settings.parameters):
+        notes.append(_FUSED_NOTE)
     if nested := next((unit for unit in pairs if unit.endswith(".base_layer")), None):
         notes.append(
             f"several parameters of {_bare(nested)} are adapted, and PEFT does not save which is which: "

@@ -94,7 +94,7 @@ def _inputs(file: TensorFile, base: str, rows: int, most: int, turned: bool) -> 
     if outputs != rows or inputs > most:
         raise AnalysisError(
             f"tensor {base.removeprefix(BASE)} of the base has shape {list(stored)}, its update {rows} rows and "
-            f"at most {most} columns; is it another model, or quantised?",
+            f"at most {most} columns; is it another model?",
             "base",
         )
     return inputs

@@ -230,9 +230,7 @@ def test_resized_embeddings(tmp_path, size):
 def test_other_shapes(tmp_path):
     tuned = write(tmp_path / "tuned", **{"layers.0.q.weight": (3, 4), "embed.weight": (5, 4)})
     base = write(tmp_path / "base", **{"layers.0.q.weight": (3, 2), "embed.weight": (5, 4)})
-    assert error(tuned, base) == (
-        "tensor layers.0.q.weight has shape [3, 4], in the base [3, 2]; is it another model, or quantised?"
-    )
+    assert error(tuned, base) == ("tensor layers.0.q.weight has shape [3, 4], in the base [3, 2]; is it another model?")
 
 
 def test_what_is_a_matrix(tmp_path):
@@ -257,6 +255,30 @@ def test_what_is_a_matrix(tmp_path):
         "pointwise": (6, 5),
         "position_embeddings": (7, 4),
     }
+
+
+def test_a_checkpoint_that_was_merged_in_4_bits(tmp_path):
+    """Blocks of 64 values share a scale and have 16 levels: half of the norm of this difference is that rounding."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((64, 128)).astype(np.float32)
+    blocks = weight.reshape(-1, 64)
+    scales = np.abs(blocks).max(axis=1, keepdims=True) / 7.5
+    rounded = ((np.round(blocks / scales - 0.5) + 0.5) * scales).reshape(weight.shape)
+    save_file({"l.0.q.weight": weight}, tmp_path / "base.safetensors")
+    for name, tuned, noted in (("four", rounded, True), ("all", weight + 0.01, False), ("zero", 0 * weight, False)):
+        save_file({"l.0.q.weight": tuned}, tmp_path / f"{name}.safetensors")
+        _, notes = load(tmp_path / f"{name}.safetensors", tmp_path / "base.safetensors")
+        assert any("merged in 4 bits" in note for note in notes) == noted
+
+
+@pytest.mark.parametrize("beside", ["weight.absmax", "qweight", "weight_scale_inv"])
+def test_quantised_weights_are_not_compared(tmp_path, beside):
+    weights = {"l.q.weight": np.ones((4, 4), np.float32)}
+    save_file(weights, tmp_path / "a.safetensors")
+    save_file({**weights, f"l.q.{beside}": np.ones(4, np.float32)}, tmp_path / "b.safetensors")
+    for tuned, base, which in (("a", "b", "base"), ("b", "a", "checkpoint")):
+        with pytest.raises(AnalysisError, match=rf"the {which} is quantised \(it has l.q.{beside}\)"):
+            load(tmp_path / f"{tuned}.safetensors", tmp_path / f"{base}.safetensors")
 
 
 def test_not_finite(tmp_path):

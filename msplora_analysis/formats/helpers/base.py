@@ -21,6 +21,19 @@ NO_BASE = "give the model that it was trained on as base="
 """What the error of an update says that needs the base, where none is given."""
 
 
+# Beside weights of 4 or 8 bits: bitsandbytes, GPTQ and AWQ, compressed-tensors, fp8 in blocks.
+_QUANTISED = re.compile(r".+\.(?:absmax|SCB|qweight|weight_packed|weight_scale(?:_inv)?)")
+
+
+def check_not_quantised(names: Iterable[str], what: str) -> None:
+    """Raise AnalysisError if a model's weights are quantised: as they stand in the file they are no weights."""
+    if found := next(filter(_QUANTISED.fullmatch, names), None):
+        raise AnalysisError(
+            f"{what} is quantised (it has {found.removeprefix(BASE)}): give the model as it was before, or save it with "
+            "weights of 16 or 32 bits (in transformers: model.dequantize(), then save_pretrained)"
+        )
+
+
 def align(tuned: Collection[str], base: Collection[str]) -> dict[str, str]:
     """The base's name of each tensor that it has: the same, or without or with one prefix that all share.
 
@@ -70,6 +83,7 @@ def needed_base(file: TensorFile, modules: Iterable[str], why: str) -> dict[str,
     """
     if file.base is None:
         raise AnalysisError(f"{why}: {NO_BASE}", "base")
+    check_not_quantised(file.base, "the base")
     wanted = {f"{module}.weight": module for module in modules}
     found = align(wanted, [name.removeprefix(BASE) for name in file.base])
     if lost := next((name for name in wanted if name not in found), None):
@@ -91,7 +105,7 @@ def base_factor(file: TensorFile, tensor: str, rows: int, cols: int, *, transpos
     if base_shape(file, tensor) != ((cols, rows) if transposed else (rows, cols)):
         raise AnalysisError(
             f"tensor {tensor.removeprefix(BASE)} of the base has shape {list(base_shape(file, tensor))}, its update "
-            f"{[rows, cols]}; is it another model, or quantised?",
+            f"{[rows, cols]}; is it another model?",
             "base",
         )
     return Factor((tensor,), rows, cols, partial(_weight, transposed=transposed))
