@@ -33,8 +33,8 @@ _BUFFERS = ("position_ids", "token_type_ids", "masked_bias", "inv_freq", "relati
 
 _BLOCK, _SAMPLE = 64, 64  # values that share a scale in 4 bits; blocks that are looked at
 _GRID = (
-    "weights of the checkpoint have at most 16 values in each block of 64, as of a model that was merged in 4 bits: the "
-    "difference to the base holds that rounding too, which looks like a broad spectrum and was not learned"
+    "weights of the checkpoint have at most 16 values in each block of 64, as of a model that was merged in 4 bits: "
+    "the difference to the base holds that rounding too, which looks like a broad spectrum and was not learned"
 )
 
 

@@ -21,15 +21,22 @@ from msplora_analysis.options import Options
 
 _PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
+_OLD = (
+    "LoKr of PEFT before 0.14, by its adapter_config.json (no rank_dropout_scale): it was trained with the scale 1; "
+    "PEFT applies alpha / r since, and so do these spectra"
+)
+
 
 def read(config: Config, file: TensorFile, options: Options) -> Contents:
     """One matrix per adapted module, all of scale "layer"."""
     modules, unknown = group_parts(file.shapes, config, (), _PARTS)
-    matrices = []
+    matrices, scales = [], set()
     for name, parts in modules.items():
         scaling = peft_scaling(config, name, rank(parts, file.shapes), next(iter(parts.values())))
+        scales.add(scaling)
         matrices.append(layer_matrix(name, update(parts, file.shapes, scaling)))
-    return contents(matrices, unknown)
+    is_old = "rank_dropout_scale" not in config and scales != {1.0}
+    return contents(matrices, unknown, [_OLD] if is_old else [])
 
 
 def rank(parts: Parts, shapes: Shapes) -> int | None:

@@ -54,9 +54,9 @@ _MAGNITUDE = r"(?P<name>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?"
 _EXPERTS = re.compile(r"\.experts\.w[123]$")
 _FUSED = "gate_up_proj"
 _FUSED_NOTE = (
-    f"target_parameters: {_FUSED} holds the gate and the up projection of an expert in one tensor: a spectrum is of both "
-    "together. PEFT makes such an adapter, of twice the rank, of one whose experts had them apart, when transformers 5 "
-    "loads it: its ranks and spectra then are not those of the adapter before"
+    f"target_parameters: {_FUSED} holds the gate and the up projection of an expert in one tensor: a spectrum is of "
+    "both together. PEFT makes such an adapter, of twice the rank, of one whose experts had them apart, when "
+    "transformers 5 loads it: its ranks and spectra then are not those of the adapter before"
 )
 _DIAGONAL = r"(?P<name>.+)\.lora_diag(?:\.[^.]+)?"
 

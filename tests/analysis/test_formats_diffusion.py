@@ -118,6 +118,16 @@ def test_peft(case, tmp_path):
         assert_spectrum(values, layer.double().get_delta_weight("default"))
 
 
+def test_lokr_of_an_old_peft_was_trained_with_another_scale(tmp_path):
+    """PEFT 0.13: make_kron(w1, w2), of the scale 1; since 0.14 times alpha / r, for old files too."""
+    left, right = random(3, 2), random(4, 5)
+    path = written(tmp_path, {"base_model.model.q.lokr_w1": left, "base_model.model.q.lokr_w2": right})
+    for settings, noted in (({}, True), ({"rank_dropout_scale": False}, False), ({"alpha": 2}, False)):
+        found, sigma = read(path, {"peft_type": "LOKR", "r": 2, "alpha": 8, **settings})
+        assert_spectrum(sigma["q"], settings.get("alpha", 8) / 2 * torch.kron(left.double(), right.double()))
+        assert ["the scale 1" in note for note in found.notes] == [True] * noted
+
+
 def test_peft_loha_is_never_formed_where_its_factors_are_smaller(tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(Model(), peft.LoHaConfig(target_modules=["to_q", "wide"], r=3))

@@ -29,8 +29,8 @@ def check_not_quantised(names: Iterable[str], what: str) -> None:
     """Raise AnalysisError if a model's weights are quantised: as they stand in the file they are no weights."""
     if found := next(filter(_QUANTISED.fullmatch, names), None):
         raise AnalysisError(
-            f"{what} is quantised (it has {found.removeprefix(BASE)}): give the model as it was before, or save it with "
-            "weights of 16 or 32 bits (in transformers: model.dequantize(), then save_pretrained)"
+            f"{what} is quantised (it has {found.removeprefix(BASE)}): give the model as it was before, or save it "
+            "with weights of 16 or 32 bits (in transformers: model.dequantize(), then save_pretrained)"
         )
 
 
