@@ -123,11 +123,11 @@ def write_peft(folder: Path, pairs: Iterable[Pair], dtype: str, source: Source) 
 
 
 def widest_dtype(source: Source) -> str:
-    """The most exact type among the factors in the file."""
+    """The most exact type among the factors in the file; of 8-bit floats bfloat16, which holds them."""
     products = [product for module in source.modules for product in module.update.products]
     tensors = {tensor for product in products for factor in (product.a, product.b) for tensor in factor.tensors}
     kinds = {source.stored.get(name) or f"F{8 * source.file.read(name).itemsize}" for name in tensors}
-    return next(name for name, kind in reversed(DTYPES.items()) if kind in kinds)
+    return next((name for name, kind in reversed(DTYPES.items()) if kind in kinds), "bfloat16")
 
 
 def rounded(values: NDArray[np.floating[Any]], dtype: str) -> Array:

@@ -1,19 +1,27 @@
 """What readers do with adapters: known threads as fixtures, scales against PEFT's own and by hand."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from adapters import lora_config, lora_tensors, write_adapter
+from adapters import lora_config as bare_config
+from adapters import lora_tensors, write_adapter
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 import msplora_analysis as ma
 from msplora_analysis import AnalysisError, cli
 from msplora_analysis.adapters.discovery import discover
 from msplora_analysis.ask.readers import check, readers, verdicts
 from msplora_analysis.options import Options
+
+
+def lora_config(**changes):
+    return bare_config(target_modules="all-linear", **changes)
+
 
 NAMES = [f"layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "k_proj")]
 
@@ -126,7 +134,7 @@ def test_declared_and_saved_ranks(tmp_path):
     rank = by_id(path, "peft")["rank"]
     assert rank.evidence == "2 of 4 modules: layers.0.q_proj is declared 2, and its lora_A has 4"
     assert "Soup/issues/803" in rank.source
-    assert set(outcome(path).values()) == {"refuses it", "after export"}
+    assert set(outcome(path).values()) == {"refuses it"}  # nor does export know which is right
 
 
 def test_mixed_ranks_without_alpha(tmp_path):
@@ -358,6 +366,114 @@ def test_keys_that_nothing_explains(tmp_path):
     tensors = ranked({"x": 4}) | {"base_model.model.x.gate": np.ones(3, np.float32)}
     path = write_adapter(tmp_path / "a", tensors, lora_config(r=4))
     assert by_id(path, "peft")["keys"].evidence == "base_model.model.x.gate"
+
+
+@pytest.mark.parametrize(
+    ("config", "effect", "evidence"),
+    [
+        ({"target_modules": ["q_proj", "k_proj"]}, None, ""),
+        ({"target_modules": ["q_proj"]}, "in part", "leaves out 2 of 4 modules: layers.0.k_proj, layers.1.k_proj"),
+        (
+            {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]},
+            "in part",
+            "layers.0.k_proj, layers.0.q",
+        ),
+        (
+            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["0.q_proj"]},
+            "in part",
+            "1 of 4 modules: layers.0.q",
+        ),
+        ({"target_modules": []}, "refuses it", "4 of 4 modules"),
+        ({"target_modules": None}, "in part", "takes its own of the model's type"),
+    ],
+)
+def test_modules_that_peft_would_not_adapt(tmp_path, config, effect, evidence):
+    """Which these are, PEFT itself says."""
+    tuners = pytest.importorskip("peft.tuners.tuners_utils")
+    from peft import LoraConfig
+
+    path = peft(tmp_path, **config)
+    fault = by_id(path, "peft").get("targets")
+    assert (fault and fault.effect) == effect
+    assert evidence in (fault.evidence if fault else "")
+    if config["target_modules"]:
+        known = LoraConfig(**config)
+        missed = [name for name in NAMES if not tuners.check_target_module_exists(known, name)]
+        assert bool(missed) == (fault is not None)
+        assert not missed or f"leaves out {len(missed)} of 4 modules" in fault.evidence
+
+
+def test_no_target_modules(tmp_path):
+    path = write_adapter(tmp_path / "a", ranked(dict.fromkeys(NAMES, 4)), bare_config(r=4, lora_alpha=8))
+    for reader in ("vllm", "sglang"):
+        assert by_id(path, reader)["targets"].remedy == f"msplora-analyze export {path} --out DIR"
+    ma.export(path, tmp_path / "b")
+    assert "targets" not in by_id(tmp_path / "b", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "readers", "thread"),
+    [
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layers", ("vllm", "sglang", "tgi", "llama.cpp"), "PEFT"),
+        ({"alora_invocation_tokens": [1]}, "alora", ("vllm", "sglang", "tgi"), "vllm/pull/19710"),
+        ({"use_rslora": True}, "scale", ("sglang", "llama.cpp"), ""),
+    ],
+)
+def test_what_only_peft_does(tmp_path, config, name, readers, thread):
+    path = peft(tmp_path, **config)
+    for reader in ("vllm", "sglang", "tgi", "llama.cpp"):
+        assert (name in by_id(path, reader)) == (reader in readers)
+    assert thread in by_id(path, readers[0])[name].source
+    assert outcome(path)["peft"] == "reads it"
+
+
+def test_an_alpha_of_zero(tmp_path):
+    """llama.cpp takes it for a scale of 1 (get_scale in src/llama-adapter.h), where PEFT's is 0."""
+    path = peft(tmp_path, lora_alpha=0)
+    assert by_id(path, "llama.cpp")["scale"].evidence.endswith("was trained with 0 and gets 1 (inf x)")
+    assert by_id(path, "peft")["zero"].severity == "error"
+
+
+def test_embeddings_of_tgi(tmp_path):
+    key = "base_model.model.embed_tokens.lora_embedding_"
+    tensors = ranked({NAMES[0]: 4}) | {f"{key}A": np.ones((4, 9), "f4"), f"{key}B": np.ones((5, 4), "f4")}
+    path = write_adapter(tmp_path / "a", tensors, lora_config(r=4, lora_alpha=8))
+    assert by_id(path, "tgi")["embeddings"].evidence == "embed_tokens"
+    assert "embeddings are adapted" in by_id(path, "mlx")["layout"].evidence
+
+
+def test_biases_of_adapted_modules_are_not_the_base_models(tmp_path):
+    tensors = ranked(dict.fromkeys(NAMES, 4)) | {f"base_model.model.{NAMES[0]}.base_layer.bias": np.ones(5, "f4")}
+    path = write_adapter(tmp_path / "a", tensors, lora_config(r=4, lora_alpha=8, bias="lora_only"))
+    for reader, name in (("llama.cpp", "keys"), ("sglang", "rest"), ("tgi", "rest")):
+        assert "base_layer.bias" in by_id(path, reader)[name].evidence
+
+
+@pytest.mark.parametrize(
+    ("config", "extra"),
+    [
+        ({}, ()),
+        ({"use_rslora": True, "rank_pattern": {}}, ()),
+        ({"use_dora": True}, [f"{name}.lora_magnitude_vector" for name in NAMES]),
+        ({"init_lora_weights": "pissa"}, ()),
+        ({"modules_to_save": ["score"]}, ["score.weight"]),
+        ({"lora_bias": True}, [f"{name}.lora_B.bias" for name in NAMES]),
+        ({}, ["x.gate"]),
+    ],
+)
+def test_commands_that_are_advised_work(tmp_path, config, extra):
+    """For every reader; where export refuses an adapter, another way is named."""
+    tensors = ranked(dict.fromkeys(NAMES, 4)) | {f"base_model.model.{name}": np.ones(5, "f4") for name in extra}
+    path = write_adapter(tmp_path / "a", tensors, lora_config(r=4, lora_alpha=8) | config)
+    (tmp_path / "base").mkdir()
+    save_file({f"unet.{name}": np.ones(1, "f4") for name in NAMES}, tmp_path / "base" / "model.safetensors")
+    commands = {one.remedy for one in found(path) if "msplora-analyze" in one.remedy and "--base" not in one.remedy}
+    assert commands or config or extra
+    for number, command in enumerate(sorted(commands)):
+        words = shlex.split(command[command.index("msplora-analyze") :].replace("DIR", str(tmp_path / f"out{number}")))
+        if "mlx" not in words:  # which has no modules of these names
+            result = CliRunner().invoke(cli.make_app(), words[1:])
+            assert (result.exit_code, result.exception) == (0, None), command
 
 
 def test_experts(tmp_path):

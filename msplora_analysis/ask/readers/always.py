@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import Fault, listed
+from msplora_analysis.ask.readers.base import Fault, exported, listed
 from msplora_analysis.ask.readers.facts import Facts
 
 
@@ -33,7 +33,7 @@ def no_update(facts: Facts) -> Iterator[Fault]:
             "error" if everything else "warning",
             "wrong" if everything else "",
             "the adapter changes nothing" if everything else "some updates are zero",
-            f"B is zero in {len(facts.zero)} of {len(facts.modules)} modules: {listed(facts.zero)}",
+            f"B or its scale is zero in {len(facts.zero)} of {len(facts.modules)} modules: {listed(facts.zero)}",
             "B starts at zero (Hu et al. 2021, arXiv 2106.09685): these were not trained, or were saved too early",
             "train again, and look whether these modules receive gradients",
         )
@@ -49,7 +49,7 @@ def rslora(facts: Facts) -> Iterator[Fault]:
             f"use_rslora is true: their scale is too small by the square root of the rank "
             f"({max(facts.ranks, default=0) ** -0.5 if facts.ranks else 1:.3g} x)",
             "github.com/vllm-project/vllm/pull/6909, NVIDIA/TensorRT-LLM/pull/1669, turboderp-org/exllamav2/pull/619",
-            f"msplora-analyze export {facts.place} --out DIR: its scale is 1 for all",
+            exported(facts),
         )
 
 
@@ -76,7 +76,7 @@ def wide(facts: Facts) -> Iterator[Fault]:
             "factors are float64",
             "readers round them to the type of the model; MLX-LM and llama.cpp have no such type",
             "llama.cpp, convert_lora_to_gguf.py, --outtype",
-            f"msplora-analyze export {facts.place} --out DIR --dtype float32",
+            exported(facts, "peft --dtype float32"),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import Fault, Reader
+from msplora_analysis.ask.readers.base import Fault, Reader, exported
 from msplora_analysis.ask.readers.facts import Facts
 
 
@@ -21,7 +21,7 @@ def mixed_ranks(facts: Facts) -> Iterator[Fault]:
             f"ranks {facts.ranks}: before the fix, the rank of the first key is the alpha of all; with {first}, "
             f"{other.name} of rank {other.rank} gets {first / other.rank:.3g} x",
             "github.com/huggingface/diffusers/pull/14409",
-            f"update diffusers, or: msplora-analyze export {facts.place} --out DIR --to diffusers",
+            f"update diffusers, or: {exported(facts, 'diffusers')}",
         )
 
 
@@ -38,7 +38,7 @@ def kohya_attention(facts: Facts) -> Iterator[Fault]:
             f"alphas {', '.join(f'{alpha:g}' for alpha in sorted(alphas))}; {len(in_unet)} modules such as "
             f"{in_unet[0].name} get that of most",
             "diffusers 0.42.1, measured: _convert_non_diffusers_lora_to_diffusers and get_peft_kwargs",
-            f"msplora-analyze export {facts.place} --out DIR --to diffusers",
+            exported(facts, "diffusers"),
         )
 
 

@@ -13,7 +13,7 @@ from msplora_analysis.adapters.opening import opened
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.files.opening import open_checkpoint
 from msplora_analysis.files.tensors import TensorFile
-from msplora_analysis.formats import find_format
+from msplora_analysis.formats import find_format, read_contents
 from msplora_analysis.formats.helpers.parts import is_of_the_base, pair_factors
 from msplora_analysis.formats.helpers.settings import by_pattern, count, needed_count, needed_number
 from msplora_analysis.formats.lora import FACTOR, magnitude_vectors
@@ -65,7 +65,8 @@ class Facts:
         modules: What is adapted.
         rest: Tensors that are trained and no factors: heads, biases, magnitudes.
         unknown: Those of them that the configuration does not explain.
-        zero: Modules whose B is zero.
+        inexact: Why no plain LoRA equals it; empty where one does.
+        zero: Modules whose update is zero.
         wide: Whether factors are float64.
     """
 
@@ -78,6 +79,7 @@ class Facts:
     modules: list[Module]
     rest: list[str]
     unknown: list[str]
+    inexact: str
     zero: list[str]
     wide: bool
 
@@ -113,7 +115,8 @@ def facts_of(adapter: Adapter, options: Options, place: str | None = None) -> Fa
         with open_checkpoint(adapter.file) as file:
             try:
                 modules, unknown = _of_peft(adapter.config, file)
-                return _facts(adapter, place, file, "peft", method, modules, unknown)
+                inexact = _why_inexact(adapter.config, file, options)
+                return _facts(adapter, place, file, "peft", method, modules, unknown, inexact)
             except AnalysisError as error:
                 raise AnalysisError(f"{adapter.file}: {error}") from None
     with opened(adapter, options, base_notes=False) as (file, contents):
@@ -126,7 +129,8 @@ def facts_of(adapter: Adapter, options: Options, place: str | None = None) -> Fa
                 modules.append(
                     Module(matrix.name, a, b, product.rank, product.rank, product.scaling if plain else None)
                 )
-        return _facts(adapter, place, file, _layout(adapter, file), method, modules, contents.unknown)
+        inexact = _why_inexact(adapter.config, file, options)
+        return _facts(adapter, place, file, _layout(adapter, file), method, modules, contents.unknown, inexact)
 
 
 def _of_peft(config: Mapping[str, Any], file: TensorFile) -> tuple[list[Module], list[str]]:
@@ -156,13 +160,14 @@ def _facts(
     method: str,
     modules: list[Module],
     unknown: list[str],
+    inexact: str,
 ) -> Facts:
     factors = {tensor for module in modules for tensor in (module.a, module.b)}
     zero, wide = [], False
     for module in modules:
         values = file.read(module.b)
         wide |= values.dtype.itemsize == 8
-        if not values.any():
+        if module.scale == 0 or not values.any():
             zero.append(module.name)
     return Facts(
         place=quote(place or str(adapter.file.parent if layout in ("peft", "mlx") else adapter.file)),
@@ -174,9 +179,22 @@ def _facts(
         modules=modules,
         rest=[name for name in file.shapes if name not in factors and not _is_no_weight(name)],
         unknown=unknown,
+        inexact=inexact,
         zero=zero,
         wide=wide,
     )
+
+
+def _why_inexact(config: Mapping[str, Any], file: TensorFile, options: Options) -> str:
+    """Why `export` refuses an adapter, whatever it is to write."""
+    try:
+        matrices = read_contents(config, file, options).matrices
+        whole = [matrix for matrix in matrices if matrix.scale in ("layer", "total")]
+        if reason := find_format(config, file).not_as_lora(config, file.shapes, whole):
+            return reason
+    except AnalysisError as error:
+        return str(error)
+    return "" if all(isinstance(matrix.update, Sum) for matrix in whole) else "its updates are no sums of products"
 
 
 def _layout(adapter: Adapter, file: TensorFile) -> str:

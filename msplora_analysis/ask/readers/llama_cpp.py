@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, listed, start
+from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, deeper, listed, start
 from msplora_analysis.ask.readers.facts import Facts, Module, without
 
 _CONVERTER = "llama.cpp, convert_lora_to_gguf.py"
@@ -13,7 +13,8 @@ _CONVERTER = "llama.cpp, convert_lora_to_gguf.py"
 def scale(facts: Facts, module: Module) -> float:
     if facts.layout == "gguf" and module.scale is not None:
         return module.scale
-    return float(facts.config["lora_alpha"] / module.rank)
+    alpha = float(facts.config["lora_alpha"])
+    return alpha / module.rank if alpha else 1.0
 
 
 def rest(facts: Facts) -> Iterator[Fault]:
@@ -36,5 +37,5 @@ READER = Reader(
     to="gguf --base MODEL",
     source=f"{_CONVERTER} writes lora_alpha alone; src/llama-adapter.h divides it by each module's own rank",
     scale=scale,
-    rules=(start, rest),
+    rules=(start, deeper, rest),
 )

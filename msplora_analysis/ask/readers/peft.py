@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from msplora_analysis.ask.readers.base import UNSPLIT, Fault, Reader, listed
+from msplora_analysis.ask.readers.base import UNSPLIT, Fault, Reader, exported, listed
 from msplora_analysis.ask.readers.facts import Facts
 
 
@@ -18,7 +20,7 @@ def merging(facts: Facts) -> Iterator[Fault]:
             f"merged with others, it is scaled by the square root of the new rank in versions before the fix (rank "
             f"{max(facts.ranks, default=0)}: {max(facts.ranks, default=0) ** 0.5:.3g} x)",
             "github.com/huggingface/peft/pull/3449",
-            f"before merging: msplora-analyze export {facts.place} --out DIR",
+            f"before merging: {exported(facts)}",
         )
 
 
@@ -49,11 +51,45 @@ def unknown(facts: Facts) -> Iterator[Fault]:
         )
 
 
+def untargeted(facts: Facts) -> Iterator[Fault]:
+    """Modules of the file that PEFT makes no LoRA layers of."""
+    if facts.method != "LORA":
+        return
+    targets, parameters = facts.config.get("target_modules"), facts.config.get("target_parameters")
+    source = "PEFT 0.21, measured; tuners/tuners_utils.py, check_target_module_exists"
+    if targets is None and not parameters:
+        evidence = "adapter_config.json has no target_modules; PEFT takes its own of the model's type, if it knows that"
+        yield Fault("targets", "warning", "in part", "no target_modules", evidence, source, exported(facts))
+    elif isinstance(targets, list) and not parameters:
+        missed = [module.name for module in facts.modules if not _is_targeted(facts.config, module.name)]
+        if missed:
+            effect = "in part" if targets else "refuses it"
+            evidence = f"adapter_config.json leaves out {len(missed)} of {len(facts.modules)} modules: {listed(missed)}"
+            yield Fault("targets", "error", effect, "modules that it does not adapt", evidence, source, exported(facts))
+
+
+def _is_targeted(config: Mapping[str, Any], name: str) -> bool:
+    excluded, layers = config.get("exclude_modules"), config.get("layers_to_transform")
+    if isinstance(excluded, list) and _ends_with_one(name, excluded):
+        return False
+    if name in config["target_modules"]:
+        return True
+    if layers not in (None, []) and not config.get("layers_pattern"):
+        first = re.match(r".*?\.[^.]*\.([0-9]+)\.", name)  # of the numbers behind two components, as in PEFT
+        if first is None or int(first[1]) not in (layers if isinstance(layers, list) else [layers]):
+            return False
+    return _ends_with_one(name, config["target_modules"])
+
+
+def _ends_with_one(name: str, ends: Sequence[object]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
 READER = Reader(
     name="peft",
     title="PEFT",
     layouts=("peft",),
     to="peft",
     source="PEFT 0.21, tuners/lora/layer.py",
-    rules=(start, merging, unknown),
+    rules=(start, merging, untargeted, unknown),
 )

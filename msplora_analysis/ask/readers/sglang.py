@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, left_out, start
+from msplora_analysis.ask.readers.base import (
+    MERGE,
+    Fault,
+    Reader,
+    activated,
+    deeper,
+    left_out,
+    listed,
+    no_targets,
+    start,
+)
 from msplora_analysis.ask.readers.facts import Facts, Module
+
+_CODE = "SGLang, python/sglang/srt/lora/lora.py"
 
 
 def scale(facts: Facts, module: Module) -> float:
@@ -20,7 +32,21 @@ def dora(facts: Facts) -> Iterator[Fault]:
             "wrong",
             "DoRA",
             "adapter_config.json: use_dora is true; the LoRA layers have no magnitudes",
-            "SGLang, python/sglang/srt/lora/lora.py",
+            _CODE,
+            MERGE,
+        )
+
+
+def experts(facts: Facts) -> Iterator[Fault]:
+    named = [module.name for module in facts.modules if "experts" in module.name.split(".")]
+    if facts.config.get("target_parameters") and named:
+        yield Fault(
+            "experts",
+            "error",
+            "in part",
+            "experts in one tensor",
+            f"adapter_config.json: target_parameters; {listed(named)}",
+            "github.com/sgl-project/sglang/pull/25528 (closed): names of PEFT 0.18 and later are not known",
             MERGE,
         )
 
@@ -30,8 +56,11 @@ READER = Reader(
     title="SGLang",
     layouts=("peft",),
     to="peft",
-    source="SGLang, python/sglang/srt/lora/lora.py: alpha / r; later versions may know more",
+    source=f"{_CODE}, LoRAAdapter: alpha / r; rsLoRA: github.com/sgl-project/sglang/issues/40835 (open in autumn 2026)",
     scale=scale,
     scale_severity="warning",
-    rules=(start, dora, left_out("SGLang, python/sglang/srt/lora/lora_manager.py, load_lora")),
+    rules=(
+        *(start, deeper, activated, no_targets("SGLang, python/sglang/srt/lora/lora_config.py"), dora, experts),
+        left_out("SGLang, python/sglang/srt/lora/lora_manager.py, load_lora"),
+    ),
 )

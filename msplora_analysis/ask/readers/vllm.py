@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from msplora_analysis.ask.readers.base import MERGE, Fault, Reader, listed, start
+from msplora_analysis.ask.readers.base import (
+    MERGE,
+    Fault,
+    Reader,
+    activated,
+    deeper,
+    exported,
+    listed,
+    no_targets,
+    start,
+)
 from msplora_analysis.ask.readers.facts import Facts, Module, without
 
 _HELPER = "vLLM, vllm/lora/peft_helper.py"
@@ -35,7 +45,7 @@ def refused(facts: Facts) -> Iterator[Fault]:
             "tensors that are no LoRA weights",
             listed(others),
             "vLLM, vllm/lora/utils.py, parse_fine_tuned_lora_name",
-            f"msplora-analyze export {facts.place} --out DIR --ignore-unknown",
+            exported(facts) if set(others) <= set(facts.unknown) else MERGE,
         )
 
 
@@ -48,7 +58,7 @@ def ranks(facts: Facts) -> Iterator[Fault]:
     allowed = next((rank for rank in _RANKS if rank >= most), None)
     source = "vLLM, vllm/config/lora.py, MaxLoRARanks"
     if allowed is None:
-        remedy = f"msplora-analyze compress {facts.place} --out DIR --rank {_RANKS[-1]}"
+        remedy = MERGE if facts.inexact else f"msplora-analyze compress {facts.place} --out DIR --rank {_RANKS[-1]}"
         what = f"rank {most}; the largest --max-lora-rank is {_RANKS[-1]}"
         yield Fault("rank", "error", "refuses it", "too high a rank", what, source, remedy)
     elif allowed > 16:
@@ -66,7 +76,7 @@ def experts(facts: Facts) -> Iterator[Fault]:
             "rsLoRA of experts",
             f"{len(named)} modules such as {named[0]}: some versions recompute their scale as alpha / r",
             "github.com/vllm-project/vllm/issues/55545",
-            f"msplora-analyze export {facts.place} --out DIR --to peft",
+            exported(facts),
         )
 
 
@@ -77,5 +87,5 @@ READER = Reader(
     to="peft",
     source=f"{_HELPER}: r, lora_alpha and use_rslora alone; rsLoRA since github.com/vllm-project/vllm/pull/6909",
     scale=scale,
-    rules=(start, refused, ranks, experts),
+    rules=(start, deeper, activated, no_targets(f"{_HELPER}, from_dict"), refused, ranks, experts),
 )
