@@ -6,6 +6,7 @@
     metrics = ma.load_metrics("runs/cola")   # one row per matrix
     pairs = ma.load_pairs("runs/cola")       # one row per two layers: what they share
     ablation = ma.load_ablation("runs/cola") # one row per part left out: what the task loses
+    moments = ma.load_moments("runs/cola")   # one row per module: what its task asks of it
     ma.advise("runs/cola")                   # did it learn, what rank does it use, which scales to keep
     ma.diagnose("runs/cola")                 # what deserves a look
     ma.check("runs/cola/checkpoint-500")     # what vLLM, llama.cpp, diffusers, ... will do with it
@@ -32,6 +33,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.interface import compare as compare
     from msplora_analysis.interface import diagnose as diagnose
     from msplora_analysis.interface import load_ablation as load_ablation
+    from msplora_analysis.interface import load_moments as load_moments
     from msplora_analysis.live.callback import SpectraCallback as SpectraCallback
     from msplora_analysis.show.figures import draw_figures as draw_figures
     from msplora_analysis.show.figures import write_figures as write_figures
@@ -86,6 +88,7 @@ _MODULES = {
     "extract": "write.extract",
     "load_ablation": "interface",
     "load_metrics": "tables.load",
+    "load_moments": "interface",
     "load_nulls": "ask.nulls",
     "load_pairs": "tables.pairs",
     "load_redundancy": "tables.pairs",

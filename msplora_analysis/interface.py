@@ -22,7 +22,7 @@ from msplora_analysis.options import NO_MOMENTS, Execution, Options, Progress, c
 if TYPE_CHECKING:
     import pandas as pd
 
-    from msplora_analysis.show.notebook import Ablation, Advice, Checks, Comparison, Findings
+    from msplora_analysis.show.notebook import Ablation, Advice, Checks, Comparison, Findings, Moments
 
     Source: TypeAlias = StrPath | Iterable[StrPath] | pd.DataFrame
 
@@ -134,6 +134,39 @@ def load_ablation(paths: StrPath | Iterable[StrPath]) -> Ablation:
     from msplora_analysis.tables.ablation import load_ablation
 
     return Ablation(load_ablation(paths))
+
+
+def load_moments(
+    paths: StrPath | Iterable[StrPath],
+    *,
+    moments: StrPath | None = None,
+    ignore_unknown: bool = False,
+    workers: int | None = 1,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Moments:
+    """What the moments of adapters at and under ``paths`` say of each module, one row each.
+
+    Args:
+        paths: As for ``load_spectra``; adapters without moments are left out. Jupyter shows the modules that carry most.
+        moments: See ``load_tables``, as for all keywords here.
+
+    Returns:
+        Columns run, step, epoch, name, rank, task_norm and task_effective_rank of the whole update; predicted_kl, what
+        leaving out the module costs, and whole_kl, what leaving out the adapter costs (nats an example; of a regression
+        the mean squared difference); task, loss, labels, examples, tokens: what was measured.
+
+    Raises:
+        AnalysisError: no adapter there has moments, or they are broken or of other weights.
+
+    Example:
+        >>> ma.load_moments("runs/cola").nlargest(3, "predicted_kl")
+    """
+    from msplora_analysis.ask.moments import load_moments
+    from msplora_analysis.show.notebook import Moments
+
+    options = Options(ignore_unknown, moments=moments)
+    return Moments(load_moments(paths, options, Execution(workers, None, cache, progress)))
 
 
 def check(adapter: StrPath, reader: str | None = None, *, ignore_unknown: bool = False) -> Checks:

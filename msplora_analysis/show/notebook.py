@@ -1,5 +1,5 @@
 """What Jupyter shows: findings by kind, a comparison in sentences, advice as answers, an ablation cut by cut,
-what readers do.
+moments by module, what readers do.
 
 The tables are pandas DataFrames. A selection of rows shows itself in the same way; one of columns as any table does.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _PLACES = 3  # of each kind of finding, that are shown
 _CUTS = 6  # of each kind, that are shown
+_OF_MODULES = ("task_norm", "task_effective_rank", "predicted_kl")
 _SYMBOLS = {"error": "✖", "warning": "⚠", "info": "ℹ"}
 
 
@@ -154,6 +155,37 @@ class Ablation(_Table):
         ]
         said = ": ".join([f"<b>{_text(name)}</b>"] * bool(name) + whole)
         return f"<p>{said}</p>" + (_grid(head, rows) if rows else "")
+
+
+class Moments(_Table):
+    """The table of ``load_moments``."""
+
+    _shown = frozenset({"run", "step", "epoch", "name", "rank", "task_norm", "task_effective_rank"}) | {
+        *("predicted_kl", "whole_kl", "task", "loss", "labels", "examples", "tokens")
+    }
+
+    def _view(self) -> str:
+        """Of each adapter what was measured, and the modules that carry most."""
+        groups = self.groupby(["run", "step", "epoch"], sort=False, dropna=False)
+        return "".join(self._of_one(table) for _, table in groups)
+
+    @staticmethod
+    def _of_one(table: pd.DataFrame) -> str:
+        first = rows_of(table.head(1))[0]
+        known = [_text(name) for name in (first["run"], when(first), first["task"]) if name and not pd.isna(name)]
+        unit = "mean squared difference" if first["loss"] == "regression" else "KL, nats an example"
+        counts = [f"{first[name]:,} {name}" for name in ("examples", "tokens") if not pd.isna(first[name])]
+        counts += [f"labels {_text(first['labels'])}"] if first["labels"] else []
+        said = f"<b>{', '.join(known)}</b>: {', '.join(counts)}. "
+        said += f"Predicted without the adapter: {_number(first['whole_kl'])} ({unit})."
+        rows = [
+            (_text(row["name"]), f"{row['rank']}", *(_number(row[name]) for name in _OF_MODULES))
+            for row in rows_of(table.sort_values("predicted_kl", ascending=False).head(_CUTS))
+        ]
+        if (more := len(table) - _CUTS) > 0:
+            rows.append((f"and {more} more that carry less", "", "", "", ""))
+        head = ("module", "rank", "task-weighted norm", "its effective rank", f"predicted without it ({unit})")
+        return f"<p>{said}</p>{_grid(head, rows)}"
 
 
 class Advice(list[RunAdvice]):

@@ -130,3 +130,22 @@ def test_a_standard_error_is_about_that_of_resampled_examples(metric):
     course = Course(metric, True, [], examples=400)
     assert course.standard_error(measure(x, y)) == pytest.approx(spread, rel=0.2)
     assert Course("F1", True, [], examples=400).standard_error(0.8) is None
+
+
+def test_moments_are_a_table_by_module_that_jupyter_shows_in_words(tmp_path):
+    norms = write_run(tmp_path / "run", [0.5, 0.7, 0.75, 0.78, 0.80])
+    table = ma.load_moments(tmp_path / "run", cache=False)
+    assert list(table["name"]) == 4 * list(NAMES)  # of each checkpoint
+    totals = table.groupby("epoch")["task_norm"].agg(lambda norms: np.sqrt((norms**2).sum()))
+    np.testing.assert_allclose(totals, norms, rtol=1e-4)
+    (advice,) = ma.advise(tmp_path / "run")
+    last = table[table["epoch"] == 4]
+    assert f"about {last['whole_kl'].iloc[0]:.2g} nats" in answer(advice, "Did it learn").evidence
+    shown = last._repr_html_()
+    assert "40 examples, labels sampled" in shown
+    order = last.sort_values("predicted_kl", ascending=False)["name"]
+    assert shown.index(order.iloc[0]) < shown.index(order.iloc[1])
+    assert "dataframe" in table[["run", "name"]]._repr_html_()  # what pandas shows
+    (tmp_path / "run" / "checkpoint-40" / "moments.safetensors").unlink()
+    with pytest.raises(ma.AnalysisError, match="msplora-measure moments"):
+        ma.load_moments(tmp_path / "run" / "checkpoint-40")
