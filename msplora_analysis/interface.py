@@ -148,13 +148,14 @@ def load_moments(
     """What the moments of adapters at and under ``paths`` say of each module, one row each.
 
     Args:
-        paths: As for ``load_spectra``; adapters without moments are left out. Jupyter shows the modules that carry most.
+        paths: As for ``load_spectra``; adapters without moments are left out.
         moments: See ``load_tables``, as for all keywords here.
 
     Returns:
         Columns run, step, epoch, name, rank, task_norm and task_effective_rank of the whole update; predicted_kl, what
         leaving out the module costs, and whole_kl, what leaving out the adapter costs (nats an example; of a regression
-        the mean squared difference); task, loss, labels, examples, tokens: what was measured.
+        the mean squared difference); task, loss, labels, examples, tokens: what was measured. Jupyter shows the modules
+        that carry most.
 
     Raises:
         AnalysisError: no adapter there has moments, or they are broken or of other weights.
