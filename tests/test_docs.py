@@ -303,9 +303,20 @@ def test_every_measure_of_a_spectrum_says_in_the_docs_what_it_says_in_the_code(m
     assert "```python" in body
 
 
-def test_every_finding_is_named() -> None:
-    text = (DOCS / "redundancy.md").read_text(encoding="utf-8")
-    assert not [kind for kind in KINDS if f"`{kind}`" not in text]
+def test_every_finding_has_its_section() -> None:
+    """As `diagnose` prints it now, with what to do, and its rates as they are in the tables."""
+    text = (DOCS / "findings.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### `([\w-]+)` \{ #\1 \}\n(.*?)(?=^##|\Z)", text, re.DOTALL | re.MULTILINE))
+    assert sections.keys() == KINDS.keys()
+    for name, body in sections.items():
+        shown = " ".join("".join(re.findall(r"```text\n(.*?)```", body, re.DOTALL)).split())
+        assert not shown or shown.startswith(f"{KINDS[name].severity} {name}: {KINDS[name].title}"), name
+        assert "**What to do**" in body, name
+    rates = ROOT / "figures" / "findings"
+    seen = pd.read_csv(rates / "false_alarms.csv")
+    assert set(seen["id"]) == KINDS.keys() - {"large-relative-update", "intruder-dimensions"}
+    for row in seen.itertuples():
+        assert f"| {row.severity} | {row.seen} of {row.runs} | {100 * row.at_most:.1f} % |" in text, row.id
 
 
 def test_every_figure_has_how_to_read_it() -> None:
