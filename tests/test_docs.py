@@ -317,6 +317,8 @@ def test_every_finding_has_its_section() -> None:
     assert set(seen["id"]) == KINDS.keys() - {"large-relative-update", "intruder-dimensions"}
     for row in seen.itertuples():
         assert f"| {row.severity} | {row.seen} of {row.runs} | {100 * row.at_most:.1f} % |" in text, row.id
+    for row in pd.read_csv(rates / "detected.csv").itertuples():
+        assert f"{row.found} of {row.runs}" in re.search(rf"^\| \[`{row.id}`.*", text, re.MULTILINE)[0], row.fault  # type: ignore[index]
 
 
 def test_every_figure_has_how_to_read_it() -> None:
