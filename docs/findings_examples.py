@@ -28,6 +28,7 @@ from msplora_analysis.commands.diagnose import print_findings
 
 RUNS = Path(__file__).resolve().parents[1] / "examples" / "runs"
 STUDY = RUNS.parents[1] / "figures" / "study" / "minilm" / "spectra.parquet"
+WITHOUT_PICTURE = {"large-relative-update", "intruder-dimensions", "barely-learned"}
 Tensors = dict[str, Any]
 
 
@@ -128,7 +129,7 @@ def _frozen(table: pd.DataFrame, epoch: int) -> Any:
 
 def draw(runs: dict[str, Any], healthy: pd.DataFrame, long: pd.DataFrame, out: Path) -> None:
     sound = ma.load_metrics(RUNS / "lora-8")
-    figure, axes = panels(4, "no-update", "norm-outlier", "norm-jump", "large-update")
+    figure, axes = panels(4, "no-update", "norm-outlier", "norm-jump", "large-update", rows=2)
     for ax, kind in zip(axes[:2], ("no-update", "norm-outlier"), strict=True):
         over_layers(ax, sound, ma.load_metrics(runs[kind], cache=False), "frobenius", "norm of the update")
     # The threshold follows the trend over depth; here the median of the layers is near enough to show it.
@@ -205,7 +206,7 @@ def draw(runs: dict[str, Any], healthy: pd.DataFrame, long: pd.DataFrame, out: P
     axes[5].axhline(SETTLED, **DASHED)
     axes[5].set(xlabel="epoch", ylabel="distance to the last spectrum")
     save(figure, out / "findings_spectra.png")
-    assert {*runs} | {"large-relative-update", "intruder-dimensions"} == {*KINDS}
+    assert {*runs} | WITHOUT_PICTURE == {*KINDS}
 
 
 GREY = {"color": "0.6", "zorder": 1}

@@ -56,9 +56,9 @@ def make_app(only: str = "") -> typer.Typer:
     """The command line, of all commands that are found; of one alone, if there is one called ``only``."""
     made = typer.Typer(
         cls=_Commands,
-        help="What did an adapter learn, what rank does it need, what may go? Adapter files are all that is "
-        "needed.\n\n"
-        "`msplora-analyze PATH` alone is `msplora-analyze advise PATH`.",
+        help="See what an adapter learned, what rank it needs, and what may go. Commands read adapter files; they run "
+        "no model.\n\n"
+        "`msplora-analyze PATH` is short for `msplora-analyze advise PATH`.",
         epilog="Run `msplora-analyze COMMAND --help` for the options and examples of a command.",
         # Plain help starts in less than half the time of rich help.
         rich_markup_mode=None,

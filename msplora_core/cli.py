@@ -51,9 +51,9 @@ def _parameter(name: str, field: Field) -> inspect.Parameter:
 
 
 def train(**given: Any) -> None:
-    """Train an adapter, with MSPLoRA or another method, keeping its checkpoint before training and of every epoch.
+    """Train an adapter, with MSPLoRA or another method. Keeps a checkpoint before training and of every epoch.
 
-    The run folder is a Hugging Face Trainer output folder; look into it with `msplora-analyze spectra`.
+    The run folder is a Hugging Face Trainer output folder. `msplora-analyze RUN` tells what it learned.
     """
     del given["version"]
     for name, (_, option, _) in (options_of(Settings) | method_options()).items():

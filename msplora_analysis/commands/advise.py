@@ -33,11 +33,10 @@ def advise(
     cache: arguments.UseCache = True,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Answer, of the last checkpoint of each run, what its user has to decide.
+    """Answer what you have to decide on a trained adapter: its rank, its scales, its checkpoint.
 
-    Moments beside the adapter (`msplora-measure moments`) tell what the task needs, an ablation
-    (`msplora-measure ablate`) what cuts do to the metric. Without them much stays open, and the answer
-    says so.
+    Moments beside the adapter (`msplora-measure moments`) tell what the task needs. An ablation (`msplora-measure
+    ablate`) tells what cuts do to the metric. Without them some questions stay open, and the answer says which.
     """
     from msplora_analysis.ask.advice.gather import advise_all
     from msplora_analysis.ask.advice.tell import as_object, write

@@ -8,7 +8,7 @@ from msplora_analysis.options import Execution, Options
 
 
 @command(
-    "Write into an adapter's README.md what it changed: for the Hub, with a figure.",
+    "Add a section to an adapter's README.md for the Hub: ranks, findings, a figure.",
     examples=("msplora-analyze card runs/cola/checkpoint-5360",),
 )
 def card(
@@ -18,7 +18,7 @@ def card(
 ) -> None:
     """Write a section into the README.md beside an adapter: ranks, answers, findings and one figure.
 
-    The file is made if it is not there. A section that an earlier call wrote is replaced; all else stays.
+    The file is created if needed. A section of an earlier call is replaced. The rest stays as it is.
     """
     from msplora_analysis.show.card import write_card
 

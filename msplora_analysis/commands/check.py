@@ -21,7 +21,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
 
 @command(
-    "Say what vLLM, llama.cpp, diffusers, ... will do with an adapter: scale, refusals, losses.",
+    "Tell what vLLM, llama.cpp, diffusers, ... will do with an adapter: scale, refusals, losses.",
     examples=(
         "msplora-analyze check runs/llama/checkpoint-500",
         "msplora-analyze check adapter --for vllm",
@@ -45,10 +45,10 @@ def check(
     ] = None,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Say what each program that reads adapters will do with this one: the scale that it applies, what it refuses,
-    what it leaves out; each with its evidence, where it was looked up, and the command that mends it.
+    """Tell what each program that reads adapters will do with this one: which scale it applies, what it refuses, what
+    it leaves out. Each answer has its evidence, its source, and the command that repairs it.
 
-    The exit status is 1 if there is an error that holds for every reader, or for the one of --for.
+    The exit status is 1 if there is an error for every reader, or for the reader of --for.
     """
     from msplora_analysis.ask.readers import check as findings_of
     from msplora_analysis.ask.readers import readers, verdicts

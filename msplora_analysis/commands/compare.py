@@ -40,7 +40,7 @@ class _Several(PlainCommand):
 
 
 @command(
-    "Compare two methods: do layers differ more, by how much, and is it beyond chance?",
+    "Compare two methods: do layers differ more, by how much, beyond chance?",
     examples=(
         "msplora-analyze compare runs/*/msplora-8-8-8 --with runs/*/lora-8 --out comparison",
         "msplora-analyze compare runs/msplora --with runs/lora --out comparison --average divergences",
@@ -107,9 +107,9 @@ def compare(
 ) -> None:
     """Compare two methods by how much their layers differ: one verdict, and a forest plot.
 
-    At most 5 % of comparisons of equal methods decide anything, whatever the number of rows. Below six pairs of runs
-    nothing is decided. Runs are paired by task and seed where run.json or their names tell these. DIR/comparison.FORMAT
-    has every number. Subspace overlap is compared for runs, and for tables with a pairs table beside them.
+    Of comparisons of equal methods, at most 5 % decide anything. With fewer than six pairs of runs, nothing is
+    decided. Runs are paired by task and seed, where run.json or their names tell these. DIR/comparison.FORMAT has
+    every number. Overlaps of directions are compared for runs, and for tables with a pairs table beside them.
     """
     from msplora_analysis.ask.comparison.compare import compare as compared
     from msplora_analysis.ask.comparison.sides import load_sides

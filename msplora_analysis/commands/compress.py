@@ -68,13 +68,12 @@ def compress(
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Write the best low-rank approximation of an adapter as a plain PEFT LoRA adapter.
+    """Write the best approximation of an adapter by a plain PEFT LoRA of lower rank.
 
-    Give one of --energy, --rank, --budget and --kl. The approximation is the truncated singular
-    value decomposition of every module's update, from the factors alone: of the task-weighted
-    update where the adapter has moments (msplora-measure moments). Prints what is kept, the error,
-    and with moments the KL of the outputs that this is predicted to cost; DIR/ranks.csv has a row
-    for each module. What that does to the task's metric, only an evaluation tells.
+    Give one of --energy, --rank, --budget and --kl. The result is the truncated singular value decomposition of
+    every update, computed from its factors. If the adapter has moments (msplora-measure moments), the task-weighted
+    update is decomposed. Prints what is kept, the error, and with moments the predicted KL of the outputs.
+    DIR/ranks.csv has a row for each module. Only an evaluation tells what happens to the metric.
     """
     if sum(choice is not None for choice in (energy, rank, budget, kl)) != 1:
         raise typer.BadParameter("give one of the four", param_hint="--energy, --rank, --budget, --kl")

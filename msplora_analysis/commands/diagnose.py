@@ -22,7 +22,7 @@ _SHOWN = 4  # places named in full, of each finding
 
 
 @command(
-    "Say what deserves a look: faults, redundancy, unused rank; and what to decide.",
+    "List what deserves a look: faults, alike layers, unused rank. Then the short answers of advise.",
     examples=(
         "msplora-analyze diagnose runs/cola",
         "msplora-analyze diagnose runs --json > findings.json",
@@ -44,10 +44,10 @@ def diagnose(
     cache: arguments.UseCache = True,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Say what in the adapters deserves a look, with the evidence and what to try; then the answers of `advise`.
+    """List what in the adapters deserves a look, with the evidence and what to try. Then print the answers of `advise`.
 
-    Findings are evidence, not verdicts: a spectrum does not prove what rank a task needs. The exit
-    status is 0 whatever is found.
+    Findings are evidence, not verdicts: a spectrum does not prove what rank a task needs. docs/findings.md explains
+    each one, and how often healthy runs have it. The exit status is 0 whatever is found.
     """
     from msplora_analysis.ask.advice.gather import advise_known
     from msplora_analysis.ask.advice.tell import as_object

@@ -24,7 +24,7 @@ _READERS = "peft|kohya|diffusers|mlx|gguf"
 def export(
     adapter: arguments.AdapterPath,
     out: arguments.NewAdapter,
-    to: Annotated[str, typer.Option(metavar=_READERS, help="Who is to read it.")] = "peft",
+    to: Annotated[str, typer.Option(metavar=_READERS, help="The program that will read it.")] = "peft",
     base: Annotated[
         str | None,
         typer.Option(
@@ -39,12 +39,11 @@ def export(
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Write an adapter as a plain LoRA that computes the same, as another program reads it.
+    """Write an adapter as a plain LoRA for another program. It makes the same change to the model.
 
-    The products of a module become one by concatenation: MSPLoRA's has rank r_g + r_m + r_l. The scale is in
-    B. What is saved beside them (heads, biases) is copied for PEFT; others have no place for it: that is an
-    error, or with --ignore-unknown a warning. What no plain LoRA equals (DoRA, LoHa, LoKr, full fine-tuning) is
-    refused.
+    Parts of an update are concatenated: MSPLoRA's rank becomes r_g + r_m + r_l. The scale goes into B. For PEFT,
+    heads and biases are copied. Other programs have no place for them: that is an error, or a warning with
+    --ignore-unknown. Adapters that equal no plain LoRA (DoRA, LoHa, LoKr, full fine-tuning) are refused.
     """
     from msplora_analysis.write.concatenate import exported
     from msplora_analysis.write.targets import find_target, targets

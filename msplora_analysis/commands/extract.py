@@ -66,11 +66,10 @@ def extract(
 ) -> None:
     """Write the best LoRA of a full fine-tuning as a plain PEFT adapter.
 
-    Give --rank or --energy. Of every linear layer the adapter has the best approximation of what
-    training changed: its error is within 1e-6 of the least that the rank allows. Embeddings, norms
-    and biases are no part of it: how much they changed is told, and --modules-to-save takes them
-    whole. A call that was ended goes on when it is given again: what is finished is kept in
-    DIR.unfinished. DIR/ranks.csv has a row for each tensor.
+    Give --rank or --energy. The adapter has the best approximation of what training changed in every linear layer;
+    its error is within 1e-6 of the least possible at that rank. Embeddings, norms and biases are not part of it.
+    The command prints how much they changed, and --modules-to-save saves them completely. An interrupted call
+    continues when it is repeated; finished work is in DIR.unfinished. DIR/ranks.csv has a row for each tensor.
     """
     if (rank is None) == (energy is None):
         raise typer.BadParameter("give one of the two", param_hint="--rank, --energy")

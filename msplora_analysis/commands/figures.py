@@ -47,8 +47,8 @@ def figures(
 ) -> None:
     """Draw what the adapters show: figures 3 and 4 of the MSPLoRA paper, and more.
 
-    PATH may also be a table that `msplora-analyze spectra` wrote (spectra.parquet or spectra.csv),
-    or the folder that holds it: nothing is then computed again. Tables of `msplora-measure ablate` there are drawn too.
+    PATH may also be a table that `msplora-analyze spectra` wrote (spectra.parquet or spectra.csv), or its folder.
+    Then nothing is computed again. Tables of `msplora-measure ablate` are drawn too.
     """
     formats = tuple(f.value for f in format or (arguments.FigureFormat.pdf, arguments.FigureFormat.png))
     from msplora_analysis.tables.gather import gather_ablations, gather_redundancy, gather_spectra

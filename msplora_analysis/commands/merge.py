@@ -64,9 +64,9 @@ def merge(
 ) -> None:
     """Merge adapters of one base model, by their factors, into one plain PEFT LoRA.
 
-    Names of modules are matched across trainers; a module that only some adapters have is merged of
-    these. What is saved beside the factors, such as a head, is that of the first. DIR/ranks.csv has a row
-    for each module. What it does to the tasks, only an evaluation tells.
+    Module names of different trainers are matched. A module that only some adapters have is merged from these. A
+    head, or whatever else is saved beside the factors, comes from the first adapter. DIR/ranks.csv has a row for
+    each module. Only an evaluation tells what happens to the tasks.
     """
     from msplora_analysis.compute.merging.protocol import Settings
     from msplora_analysis.errors import AnalysisError

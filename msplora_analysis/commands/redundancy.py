@@ -74,10 +74,12 @@ def redundancy(
 ) -> None:
     """Compare the weight updates of every two layers, and of the scales within each layer.
 
-    Makes DIR/pairs.FORMAT (one row per pair of layers: divergences of their spectra, overlap of their singular
-    directions beside what chance gives, cosine) and, for MSPLoRA, DIR/scales.FORMAT (one row per layer and pair of
-    scales); prints means of the last checkpoint of each run. With --nulls, are layers redundant? It holds what they
-    share against runs of another seed, at the last checkpoints, and makes DIR/nulls, nulls_pairs and joint.FORMAT.
+    Writes DIR/pairs.FORMAT: one row per pair of layers, with divergences of their spectra, overlap of their
+    singular directions beside chance, and cosine. For MSPLoRA it also writes DIR/scales.FORMAT, one row per layer
+    and pair of scales. Prints means of the last checkpoint of each run.
+
+    With --nulls it answers whether layers are redundant. It compares what they share with runs of other seeds, and
+    writes DIR/nulls, nulls_pairs and joint.FORMAT.
     """
     if figure and not nulls:
         raise AnalysisError("--figure draws the null models: add --nulls")

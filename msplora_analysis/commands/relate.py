@@ -67,11 +67,11 @@ def relate(
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
     ignore_unknown: arguments.IgnoreUnknown = False,
 ) -> None:
-    """Compare the updates of every two adapters, module by module and in all.
+    """Compare the updates of every two adapters, for each module and in total.
 
-    Prints in a sentence whether two add to each other, fight, or hardly touch; the modules with the
-    largest cosines, of either sign; and what has no counterpart. Of more than two: which are most alike,
-    and which belong together. After msplora-measure added, also what adding one costs the task of another.
+    Prints whether two adapters add to each other, fight, or hardly touch; the modules with the largest cosines of
+    either sign; and modules that only one has. For more than two, it prints which are most alike and which belong
+    together. After msplora-measure added, it also tells what adding one costs the task of another.
     DIR/relations.FORMAT has a row for each module of each two.
     """
     arguments.check_style(style, figure)

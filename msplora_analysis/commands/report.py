@@ -27,11 +27,10 @@ def report(
     ignore_unknown: arguments.IgnoreUnknown = False,
     semantics: arguments.SemanticsChoice = arguments.Semantics.paper,
 ) -> None:
-    """Write all that the adapters show on one page: findings, charts to explore, tables that sort and filter.
+    """Write everything on one page: findings, charts to explore, tables that sort and filter.
 
-    The page is one file that needs no network: open it in any browser, send it, print it. PATH may
-    also be a table that `msplora-analyze spectra` wrote (spectra.parquet or spectra.csv), or the
-    folder that holds it.
+    The page is one file that needs no network. Open it in any browser, send it, or print it. PATH may also be a
+    table that `msplora-analyze spectra` wrote (spectra.parquet or spectra.csv), or its folder.
     """
     from msplora_analysis.show.report import report as write_report
 

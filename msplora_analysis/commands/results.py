@@ -18,7 +18,7 @@ class At(str, Enum):
 
 
 @command(
-    "What runs scored: methods by tasks, mean and deviation over seeds, for LaTeX and Markdown.",
+    "Print what runs scored: methods by tasks, mean and deviation over seeds, for LaTeX and Markdown.",
     examples=(
         "msplora-analyze results runs/",
         "msplora-analyze results runs/ --out tables --at last",
@@ -37,9 +37,9 @@ def results(
         At, typer.Option(metavar="best|last", help="Of each run: its best epoch on the validation split, or its last.")
     ] = At.best,
 ) -> None:
-    """Print what runs scored: a row a method, a column a task, mean ± standard deviation over seeds.
+    """Print what runs scored: one row per method, one column per task, mean ± standard deviation over seeds.
 
-    Scores are times 100; parameters are the trained ones without the task's head.
+    Scores are multiplied by 100. Parameters are the trained ones, without the task's head.
     """
     from rich.markup import escape
     from rich.table import Table

@@ -57,10 +57,10 @@ def share(
 ) -> None:
     """Fit MSPLoRA's three scales to an adapter, and say what its layers could share.
 
-    Writes the MSPLoRA adapter that is nearest to it, and DIR/sharing.FORMAT: the energy that is
-    kept of each layer, group and type of module, with the global scale alone, with global and mid,
-    and with all three; beside it what is kept of layers with the same singular values in random
-    directions. An adapter that is a pyramid, such as an exported MSPLoRA, comes back without error.
+    Writes the nearest MSPLoRA adapter, and DIR/sharing.FORMAT: how much energy of each layer, group and type of
+    module is kept, with the global scale alone, with global and mid, and with all three. Beside it stands chance:
+    what is kept of layers with the same singular values in random directions. An exported MSPLoRA comes back
+    without error.
     """
     arguments.check_style(style, figure)
     from msplora_analysis.write.share import shared

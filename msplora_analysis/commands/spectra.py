@@ -31,7 +31,7 @@ def spectra(
         list[str] | None,
         typer.Option(
             metavar="K",
-            help="Also give M_eff-K, beside K = 1, 2, 4; may be repeated or a list (8,16).",
+            help="Compute M_eff-K for this K too, beside 1, 2 and 4; may be repeated, or a list (8,16).",
             show_default=False,
         ),
     ] = None,
@@ -39,7 +39,9 @@ def spectra(
     dask: arguments.Dask = None,
     keep_going: Annotated[
         bool,
-        typer.Option("--keep-going", help="Leave adapters out that cannot be read; list them at the end (status 1)."),
+        typer.Option(
+            "--keep-going", help="Leave out adapters that cannot be read; list them at the end (exit status 1)."
+        ),
     ] = False,
     cache: arguments.UseCache = True,
     base: arguments.Base = None,
@@ -59,9 +61,8 @@ def spectra(
 ) -> None:
     """Write the singular values of every adapter, and measures of each matrix.
 
-    Makes DIR/spectra.FORMAT (one row per singular value) and DIR/metrics.FORMAT (one row per
-    matrix), and prints a summary of each run. Beside an adapter with moments (msplora-measure
-    moments) both have task-weighted columns.
+    Writes DIR/spectra.FORMAT (one row per singular value) and DIR/metrics.FORMAT (one row per matrix), and prints a
+    summary of each run. For an adapter with moments (msplora-measure moments), both have task-weighted columns.
     """
     ks = _parse_ks(k or [])
     options = Options(ignore_unknown, semantics.value, base, top_k, moments)

@@ -29,9 +29,9 @@ def watch(
 ) -> None:
     """Follow a run in the terminal: its new checkpoints as they come, and what deserves a look.
 
-    Of every scale and module type, sparklines over the checkpoints of the mean effective rank and of the mean norm,
-    the newest values and how they changed. Only what is new is read. q or Ctrl-C leaves. Where the output is no
-    terminal, a line is printed for every checkpoint.
+    Shows the mean effective rank and the mean norm of every scale and type of module: a line over the checkpoints,
+    the newest value, and its change. Reads only what is new. Press q or Ctrl-C to leave. If the output is no
+    terminal, it prints one line for every checkpoint.
     """
     from msplora_analysis.show.watch.watch import watch as follow
 

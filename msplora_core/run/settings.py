@@ -86,7 +86,7 @@ class Settings:
     report_to: Annotated[
         str | None, Option("Tracker to report to: tensorboard, wandb, trackio, mlflow, ...", decides=False)
     ] = None
-    resume: Annotated[bool, Option("Continue from the newest whole checkpoint.", decides=False)] = False
+    resume: Annotated[bool, Option("Continue from the newest complete checkpoint.", decides=False)] = False
     overwrite: Annotated[bool, Option("Delete the run in the folder first.", decides=False)] = False
     progress_bar: bool = False
 

@@ -27,7 +27,7 @@ Paths = Annotated[
     list[str],  # not Path: it would change an address such as hf://owner/name
     typer.Argument(
         metavar="PATH",
-        help="Trainer output folders, adapter folders or files, or folders of such (searched recursively); "
+        help="Trainer output folders, adapter folders or files, or folders that hold them at any depth; "
         "local, hf://owner/name, or any fsspec address.",
         show_default=False,
     ),
@@ -52,23 +52,23 @@ Dask = Annotated[
 ]
 
 UseCache = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Use what earlier calls computed of the same files.")
+    bool, typer.Option("--cache/--no-cache", help="Reuse what earlier calls computed from the same files.")
 ]
 
 IgnoreUnknown = Annotated[
     bool,
-    typer.Option("--ignore-unknown", help="Leave out tensors that fit no part of an adapter, and go on."),
+    typer.Option("--ignore-unknown", help="Leave out tensors that no part of an adapter explains, with a warning."),
 ]
 
 SemanticsChoice = Annotated[
     Semantics,
     typer.Option(
         metavar="paper|as-executed",
-        help="For checkpoints of the released MSPLoRA code: the paper's sharing, or what that code computed.",
+        help="For checkpoints of the released MSPLoRA code: read them as the paper shares, or as that code computed.",
     ),
 ]
 
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to; it is made.", show_default=False)]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to; created if needed.", show_default=False)]
 
 Format = Annotated[TableFormat, typer.Option(metavar="parquet|csv", help="File format of the tables.")]
 
@@ -76,7 +76,7 @@ StyleOption = Annotated[
     str | None,
     typer.Option(
         metavar="VENUE[-column|-full]",
-        help="Widths and letters of a venue, such as neurips, icml-column or acl-full.",
+        help="Figure width and fonts of a venue, such as neurips, icml-column or acl-full.",
         show_default=False,
     ),
 ]
@@ -97,7 +97,7 @@ Base = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The model before training (a folder or file): full checkpoints are read as their difference to it.",
+        help="The model before training (a folder or file); full checkpoints are read as the difference to it.",
         show_default=False,
     ),
 ]
@@ -105,7 +105,7 @@ Base = Annotated[
 
 Device = Annotated[
     str,
-    typer.Option(metavar="cpu|cuda", help="Where differences of whole models are computed; cuda takes a GPU."),
+    typer.Option(metavar="cpu|cuda", help="Where differences of whole models are computed; cuda uses a GPU."),
 ]
 
 
@@ -118,8 +118,8 @@ Moments = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|none",
-        help="What msplora-measure moments recorded of the adapter; none: use no moments.  "
-        "[default: moments.safetensors beside the adapter, where it is]",
+        help="The file of msplora-measure moments; none: use no moments.  "
+        "[default: moments.safetensors beside the adapter, if there]",
         show_default=False,
     ),
 ]
@@ -134,10 +134,10 @@ AdapterPath = Annotated[
 ]
 
 NewAdapter = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter; it is made.", show_default=False)
+    Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter; created if needed.", show_default=False)
 ]
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in DIR.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in DIR.")]
 
 
 def factor_type(default: str) -> Any:

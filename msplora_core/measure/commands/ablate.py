@@ -28,11 +28,11 @@ def ablate(
     format: Annotated[str, typer.Option(help="Of the table: parquet or csv.")] = "parquet",
     batch_size: BatchSize = None,
 ) -> None:
-    """Measure what each part of an adapter is worth: leave it out, and look at metric, loss and KL.
+    """Measure what each part of an adapter is worth: leave it out, and compare metric, loss and KL.
 
-    Leaves out each module, layer, type and scale, keeps each scale alone, and cuts every module to ranks, by its
-    singular values and, with moments beside the adapter, by the task-weighted ones. On the validation examples; the
-    trained head stays. The model runs through the data once for each cut. A second call goes on where one was stopped.
+    Leaves out each module, layer, type of module and scale; keeps each scale alone; and cuts all modules to lower
+    ranks, by their singular values and, with moments, by the task-weighted ones. The model runs over the validation
+    examples once for each cut, with the trained head. A second call continues an interrupted one.
     """
     chosen = _ranks(ranks)
     with measuring(batch_size, "the same command goes on from what was measured"):

@@ -35,8 +35,8 @@ def added(
 ) -> None:
     """Predict what adding other adapters at full weight costs the task of this one, in nats an example.
 
-    Forward and backward with this adapter alone; the others are not applied. ``msplora-analyze relate`` finds the file
-    beside the adapter.
+    The model runs with this adapter alone, forward and backward. The others are not applied. msplora-analyze relate
+    finds the file beside the adapter.
     """
     from msplora_core.added import ADDED
 

@@ -49,10 +49,11 @@ def moments(
     ] = False,
     batch_size: BatchSize = None,
 ) -> None:
-    """Record what the task asks of each update of an adapter, from the first training examples.
+    """Record what the task needs from each update of an adapter, over the first training examples.
 
-    Forward and backward over the examples, without dropout; the model is not changed. The analysis finds the file
-    beside the adapter: spectra, compress and advise are weighted by it. Of several adapters one comes after another.
+    The model runs over the examples, forward and backward, without dropout. It is not changed. The commands of
+    msplora-analyze find the file beside the adapter; spectra, compress and advise use it. Several adapters are
+    measured one after another.
     """
     from msplora_core.moments import MOMENTS
 
