@@ -70,6 +70,8 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.tables.pairs import load_redundancy as load_redundancy
     from msplora_analysis.tables.pairs import load_scale_pairs as load_scale_pairs
     from msplora_analysis.tables.relations import relate as relate
+    from msplora_analysis.tables.scales import parts as parts
+    from msplora_analysis.tables.scales import totals as totals
     from msplora_analysis.write.concatenate import export as export
     from msplora_analysis.write.extract import extract as extract
     from msplora_analysis.write.merge import merge as merge
@@ -96,6 +98,7 @@ _MODULES = {
     "load_scale_pairs": "tables.pairs",
     "load_spectra": "tables.load",
     "load_tables": "tables.load",
+    "parts": "tables.scales",
     "plot_comparison": "show.figures.comparison",
     "plot_decoupling_over_epochs": "show.figures.decoupling",
     "plot_effective_rank_map": "show.figures.effective_rank_map",
@@ -119,6 +122,7 @@ _MODULES = {
     "relate": "tables.relations",
     "report": "show.report",
     "share": "write.share",
+    "totals": "tables.scales",
     "write_figures": "show.figures",
 }
 

@@ -188,8 +188,8 @@ def check(adapter: StrPath, reader: str | None = None, *, ignore_unknown: bool =
 
     Example:
         >>> ma.check("adapter", "vllm").query("severity == 'error'")
-        >>> ma.check("adapter").outcomes["llama.cpp"]
-        'wrong'
+        >>> ma.check("adapter").outcomes["mlx"]
+        'after export'
     """
     from msplora_analysis.ask import readers
     from msplora_analysis.show.notebook import Checks

@@ -52,6 +52,9 @@ class SpectraCallback(TrainerCallback):
 
     Only the main process computes. A value that does not exist (a ratio of an update that is still zero) is left
     out. Whatever goes wrong is told once, as a warning, and training goes on.
+
+    Example:
+        >>> callback = ma.SpectraCallback(every=50)  # then callback.add_to(trainer)
     """
 
     def __init__(

@@ -1,11 +1,12 @@
 """What Jupyter shows: findings by kind, a comparison in sentences, advice as answers, an ablation cut by cut,
-moments by module, what readers do.
+moments by module, what readers do; and a terminal, of findings, comparisons and advice.
 
 The tables are pandas DataFrames. A selection of rows shows itself in the same way; one of columns as any table does.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,8 +45,16 @@ class _Table(pd.DataFrame):
             return html
         return _text_alone(self._view())
 
+    def __repr__(self) -> str:
+        lines = self._said() if self._shown <= set(self.columns) else []
+        return "\n".join(map(printable, lines)) if lines else super().__repr__()
+
     def _view(self) -> str:
         raise NotImplementedError
+
+    def _said(self) -> list[str]:
+        """The same in lines for a terminal; none: as pandas shows it."""
+        return []
 
 
 class Findings(_Table):
@@ -59,7 +68,7 @@ class Findings(_Table):
 
     def _view(self) -> str:
         """One row per kind of finding, the most severe first, with the first of its places."""
-        from msplora_analysis.ask.findings import KINDS, SEVERITIES
+        from msplora_analysis.ask.findings import KINDS
 
         rows = []
         for (severity, kind), found in self.groupby(["severity", "id"], sort=False):
@@ -75,9 +84,26 @@ class Findings(_Table):
                     f"{_text(found['advice'].iloc[0])}<br><i>threshold: {_text(found['source'].iloc[0])}</i>",
                 )
             )
+        table = _grid(("severity", "finding", "evidence", "what to try"), rows) if rows else ""
+        return f"{table}<p>{self._counts()}</p>"
+
+    def _said(self) -> list[str]:
+        from msplora_analysis.ask.findings import KINDS
+
+        lines = []
+        for (severity, kind), found in self.groupby(["severity", "id"], sort=False):
+            title = f": {KINDS[kind].title}" if kind in KINDS else ""
+            lines.append(f"{_SYMBOLS.get(str(severity), '')} {severity} {kind}{title}")
+            lines += [f"    {_place(row)}: {row['evidence']}" for row in rows_of(found.head(_PLACES))]
+            lines += [f"    and {len(found) - _PLACES} more"] * (len(found) > _PLACES)
+            lines += [f"  try: {found['advice'].iloc[0]}"]
+        return [*lines, self._counts()]
+
+    def _counts(self) -> str:
+        from msplora_analysis.ask.findings import SEVERITIES
+
         counts = self["severity"].value_counts()
-        total = ", ".join(f"{counts.get(severity, 0)} {severity}" for severity in SEVERITIES)
-        return (_grid(("severity", "finding", "evidence", "what to try"), rows) if rows else "") + f"<p>{total}</p>"
+        return ", ".join(f"{counts[one]} {one}" for one in SEVERITIES if one in counts) or "no findings"
 
 
 class Comparison(_Table):
@@ -121,6 +147,13 @@ class Comparison(_Table):
         head = ("measure", "pairs of layers", _text(first["a"]), _text(first["b"]), "difference")
         table = _grid((*head, f"{first['confidence']:.0%} interval", "decided"), rows)
         return f"<p>{_text(self.verdict)}</p>{table}<details><summary>in sentences</summary><ul>{said}</ul></details>"
+
+    def _said(self) -> list[str]:
+        from msplora_analysis.ask.comparison.statements import forest
+
+        if not (self["question"] == "difference").any():
+            return self.sentences
+        return [*textwrap.wrap(self.verdict, 80), "", *forest(self)]
 
 
 class Ablation(_Table):

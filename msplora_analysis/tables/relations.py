@@ -91,7 +91,7 @@ def relate(
         AnalysisError: There are fewer than two adapters, they share no module, or sizes differ.
 
     Example:
-        >>> ma.relate("style-a", "style-b").query("module == 'all'")[["cosine", "norm_a", "norm_b", "norm_sum"]]
+        >>> ma.relate("style", "subject").query("module == 'all'")[["cosine", "norm_a", "norm_b", "norm_sum"]]
     """
     options = Options(ignore_unknown, semantics, base, top_k)
     return related(labelled(adapters, full=base is not None), options, progress)

@@ -88,7 +88,7 @@ def share(
             written.
 
     Example:
-        >>> ma.share("runs/lora/checkpoint-500", "shared", ranks=(8, 4, 2)).query("unit == 'module'")
+        >>> ma.share("runs/lora/checkpoint-270", "shared", ranks=(8, 4, 2)).query("unit == 'module'")
     """
     options = Options(ignore_unknown, semantics, moments=moments)
     return shared(adapter, out, ranks, groups, weights, format, dtype, seed, overwrite, options, progress).table

@@ -1,10 +1,13 @@
 """``import msplora_analysis as ma``, as somebody in a notebook meets it."""
 
 import ast
+import doctest
 import inspect
 import pickle
+import shutil
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,56 @@ def test_help_before_first_use_is_that_of_the_function() -> None:
 # verbs
 
 
+# What needs more than the example runs have.
+NOT_RUN = {"compress": "needs moments", "export": "needs a base model", "extract": "needs a base model"}
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what docstrings speak of."""
+    folder = tmp_path_factory.mktemp("examples")
+    copies = {"runs/cola": LORA, "runs/lora": LORA, "runs/msplora": MSPLORA, "examples/runs": RUNS}
+    last = {"adapter": LORA, "style": LORA, "subject": MSPLORA}
+    for name, source in copies.items() | {name: run / "checkpoint-270" for name, run in last.items()}.items():
+        shutil.copytree(source, folder / name)
+    ablation_of(4).to_csv(folder / "runs/cola/ablation.csv", index=False)
+    (folder / "tables").mkdir()
+    ma.load_spectra(LORA).to_parquet(folder / "tables/spectra.parquet", index=False)
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted({*ma.__all__} - {"AnalysisError", "__version__"} - NOT_RUN.keys()))
+def test_the_example_of_a_docstring_runs(name: str, examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(examples)
+    lines = doctest.DocTestParser().get_examples(getattr(ma, name).__doc__)
+    assert lines
+    names = {"ma": ma}
+    for line in lines:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                value = eval(line.source, names)
+            except SyntaxError:  # an assignment
+                exec(line.source, names)
+        if line.want:
+            assert repr(value) == line.want.strip()
+
+
+# tables
+
+
+def test_totals_and_parts_are_never_mixed() -> None:
+    metrics = ma.load_metrics(RUNS)
+    whole, trained = ma.totals(metrics), ma.parts(metrics)
+    assert set(whole.loc[whole["run"] == "msplora-8-8-8", "scale"]) == {"total"}
+    assert set(whole.loc[whole["run"] == "lora-8", "scale"]) == {"layer"}
+    assert whole.groupby(["run", "step"]).size().unique().tolist() == [12]  # 6 layers of 2 modules, in either method
+    assert set(trained["scale"]) == {"global", "mid", "layer"}
+    assert len(trained) == (metrics["scale"] != "total").sum()
+    with pytest.raises(ma.AnalysisError, match="no column scale"):
+        ma.parts(metrics[["run"]])
+
+
 def test_diagnose_takes_a_path_a_list_or_the_tables(spectra: pd.DataFrame) -> None:
     last = [run / "checkpoint-270" for run in (LORA, MSPLORA)]
     expected = ma.diagnose(last)
@@ -198,8 +251,25 @@ def test_findings_show_each_kind_once_with_its_first_places() -> None:
     assert KINDS["no-update"].title in shown.text
     assert "run, epoch 6, layer 2 query: place 2and 2 more" in shown.text
     assert "place 3" not in shown.text
-    assert shown.text.endswith("1 error, 0 warning, 5 info")
-    assert Text(as_findings()._repr_html_() or "").text == "0 error, 0 warning, 0 info"
+    assert shown.text.endswith("1 error, 5 info")
+    assert Text(as_findings()._repr_html_() or "").text == "no findings"
+
+
+def test_findings_are_read_in_a_terminal() -> None:
+    shown = repr(as_findings(finding(severity="error", id="no-update"), *(finding(group=i) for i in range(5))))
+    assert shown.splitlines() == [
+        f"✖ error no-update: {KINDS['no-update'].title}",
+        "    run, layer 3 query: seen",
+        "  try: try less",
+        f"ℹ info rank-unused: {KINDS['rank-unused'].title}",
+        *(f"    run, layer {i} query: seen" for i in range(3)),
+        "    and 2 more",
+        "  try: try less",
+        "1 error, 5 info",
+    ]
+    assert repr(as_findings()) == "no findings"
+    assert "\x1b" not in repr(as_findings(finding(run="\x1b[2J")))
+    assert "evidence" in repr(as_findings(finding())[["run", "evidence"]])  # as pandas shows it
 
 
 def test_names_from_files_are_text_wherever_they_stand(comparison: Comparison) -> None:
@@ -228,6 +298,14 @@ def test_a_comparison_shows_sentences_and_numbers(comparison: Comparison) -> Non
     assert "too few runs" in shown.text  # one of each
     only_tests = comparison[comparison["question"] != "difference"]
     assert Text(only_tests._repr_html_() or "").rows == 0
+
+
+def test_a_comparison_is_read_in_a_terminal(comparison: Comparison) -> None:
+    shown = repr(comparison)
+    assert " ".join(shown.split("\n\n")[0].split()) == comparison.verdict
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert "A − B" in shown
+    assert "details" not in repr(comparison.head(1))
 
 
 def test_an_interval_is_shown_with_its_decision(comparison: Comparison) -> None:

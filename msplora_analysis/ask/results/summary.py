@@ -34,6 +34,9 @@ def load_results(paths: Sequence[str] | str, at: str = "best") -> pd.DataFrame:
     Raises:
         AnalysisError: no runs; a run.json of something else; runs of one method and task that differ in more
             than the seed, or repeat a seed.
+
+    Example:
+        >>> ma.load_results("examples/runs")[["method", "task", "mean", "runs"]]
     """
     if at not in ("best", "last"):
         raise AnalysisError(f"at={at!r}: expected best or last")

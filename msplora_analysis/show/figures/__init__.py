@@ -91,6 +91,9 @@ def draw_figures(
 
     Raises:
         AnalysisError: For input that cannot be used, and if there is no figure of a name in `which`.
+
+    Example:
+        >>> ma.draw_figures("runs/cola", which="rank_needed")["rank_needed"].savefig("rank_needed.pdf")
     """
     style_of(style)
     wanted = [which] if isinstance(which, str) else which
@@ -148,6 +151,9 @@ def write_figures(
 
     Raises:
         AnalysisError: If there is nothing to draw, or no such format or style.
+
+    Example:
+        >>> ma.write_figures(ma.load_spectra("runs/cola"), "figures", ["png"])
     """
     formats = check_formats(formats)
     style_of(style)

@@ -32,6 +32,9 @@ def plot_comparison(
 
     `comparison` is the table of `msplora_analysis.compare`. KL, JS and overlaps have a panel each. With `ax`, that of
     one `family` ("kl", "js" or "overlap") is drawn there, and `ax` returned.
+
+    Example:
+        >>> ma.plot_comparison(ma.compare("runs/msplora", "runs/lora"))
     """
     for plot in plots(comparison, None):
         if ax is None:

@@ -20,6 +20,9 @@ def plot_joint_basis(joint: pd.DataFrame, *, ax: Axes | None = None, style: str 
     """Parameters of a common basis of the layers, over those for the same layers rotated at random; a dot is a run.
 
     The table is `joint` of `load_nulls`. With `ax`, all methods are drawn there, and `ax` returned.
+
+    Example:
+        >>> ma.plot_joint_basis(ma.load_nulls(["runs/lora", "runs/msplora"]).joint)
     """
     if ax is None:
         return draw(numbers(joint), style)

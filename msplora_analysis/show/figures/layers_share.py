@@ -31,6 +31,9 @@ def plot_layers_share(
 
     The table is that of `share`; `stack` (of numbered layers) chooses where it has several. With `ax`, the layers of
     one type of `module` are drawn there, and `ax` returned.
+
+    Example:
+        >>> ma.plot_layers_share(ma.share("runs/lora/checkpoint-270", "nearest"))
     """
     if "scales" not in sharing or "chance" not in sharing:
         raise AnalysisError("the table has no fits of scales: pass what msplora-analyze share wrote")

@@ -32,6 +32,9 @@ def plot_metric_against_rank(
 
     The table is that of `load_ablation`; `run` and `step` choose where it has several adapters. With `ax`, one of the
     two quantities ("metric" or "kl") is drawn there, and `ax` returned.
+
+    Example:
+        >>> ma.plot_metric_against_rank(ma.load_ablation("runs/cola"))
     """
     chosen = numbers(one_adapter(ablation, run, step))
     if chosen.empty:

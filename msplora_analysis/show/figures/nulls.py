@@ -33,6 +33,9 @@ def plot_nulls(
 
     The table is `summary` of `load_nulls`; `method` chooses where it has several. With `ax`, the part `update` is
     drawn there, and `ax` returned.
+
+    Example:
+        >>> ma.plot_nulls(ma.load_nulls(["runs/lora", "runs/msplora"]).summary, method="LoRA r=8")
     """
     rows = nulls[nulls["method"] == choose("method", method, list(dict.fromkeys(nulls["method"])))]
     if ax is None:

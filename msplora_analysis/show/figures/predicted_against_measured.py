@@ -41,6 +41,9 @@ def plot_predicted_against_measured(
 
     The table is that of `load_ablation`; `run` and `step` choose where it has several adapters. With `ax`, it is drawn
     there, and `ax` returned.
+
+    Example:
+        >>> ma.plot_predicted_against_measured(ma.load_ablation("runs/cola"))
     """
     chosen = numbers(one_adapter(ablation, run, step))
     if chosen.empty:

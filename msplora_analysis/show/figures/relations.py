@@ -22,6 +22,9 @@ def plot_relations(relations: pd.DataFrame, *, style: str | None = None) -> Figu
     """How adapters relate: of three or more the cosine of every two, beside a tree of the like; of two, of each module.
 
     `relations` is the table of `relate`. The tree joins by average linkage of 1 - cosine.
+
+    Example:
+        >>> ma.plot_relations(ma.relate("style", "subject"))
     """
     for plot in plots(relations):
         if plot.draw:

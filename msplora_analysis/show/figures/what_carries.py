@@ -32,6 +32,9 @@ def plot_what_carries(
 
     Points have 95 % intervals over examples, and are filled where these exclude 0. The table is that of
     `load_ablation`; `run`, `step` and `stack` (of numbered layers) choose where it has several.
+
+    Example:
+        >>> ma.plot_what_carries(ma.load_ablation("runs/cola"))
     """
     chosen = one_adapter(ablation, run, step)
     return draw(numbers(chosen, choose("stack", stack, _stacks(chosen))), style)
