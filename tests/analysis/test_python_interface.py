@@ -121,7 +121,12 @@ def test_help_before_first_use_is_that_of_the_function() -> None:
 
 
 # What needs more than the example runs have.
-NOT_RUN = {"compress": "needs moments", "export": "needs a base model", "extract": "needs a base model"}
+NOT_RUN = {
+    "compress": "needs moments",
+    "load_moments": "needs moments",
+    "export": "needs a base model",
+    "extract": "needs a base model",
+}
 
 
 @pytest.fixture(scope="module")
