@@ -131,7 +131,6 @@ class Reader:
         to: The target of ``export`` that it reads best, with the options that it needs.
         source: Where its scale was looked up.
         scale: The factor of B A that it applies to a module; None: what was trained.
-        scale_severity: "warning" where versions may differ.
         rules: What else it does.
     """
 
@@ -141,7 +140,6 @@ class Reader:
     to: str
     source: str
     scale: Callable[[Facts, Module], float] | None = None
-    scale_severity: str = "error"
     rules: Sequence[Rule] = ()
 
     def faults(self, facts: Facts) -> Iterator[Fault]:
@@ -175,7 +173,7 @@ class Reader:
                 f"{len(wrong)} of {len(facts.modules)} modules: {module.name} was trained with {module.scale:.4g} "
                 f"and gets {applied:.4g} ({ratio:.3g} x)"
             )
-            yield Fault("scale", self.scale_severity, "wrong", "another scale", evidence, self.source, remedy)
+            yield Fault("scale", "error", "wrong", "another scale", evidence, self.source, remedy)
 
 
 def _either(layouts: Sequence[str]) -> str:

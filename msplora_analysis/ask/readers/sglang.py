@@ -58,7 +58,6 @@ READER = Reader(
     to="peft",
     source=f"{_CODE}, LoRAAdapter: alpha / r; rsLoRA: github.com/sgl-project/sglang/issues/40835 (open in autumn 2026)",
     scale=scale,
-    scale_severity="warning",
     rules=(
         *(start, deeper, activated, no_targets("SGLang, python/sglang/srt/lora/lora_config.py"), dora, experts),
         left_out("SGLang, python/sglang/srt/lora/lora_manager.py, load_lora"),

@@ -1,7 +1,7 @@
 """MLX-LM: adapters.safetensors with ``lora_a`` (in, r) and ``lora_b`` (r, out), and adapter_config.json.
 
 Its ``load_adapters`` (mlx_lm/tuner/utils.py) makes LoRA layers of the modules in ``keys``, paths inside a block, in the
-last ``num_layers`` blocks, and leaves out, silently, tensors of any other module. A negative number means all blocks.
+last ``num_layers`` blocks, and refuses tensors of any other module. A negative number means all blocks.
 ``scale`` is the whole factor of B A. It and the rank are one for all modules: lower ranks are filled up with zeros.
 """
 
