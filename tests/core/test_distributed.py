@@ -219,6 +219,17 @@ def test_a_failure_in_any_process_is_told_in_all(tmp_path: Path) -> None:
     assert on_two_processes(work, tmp_path) == [0, 0], told(tmp_path, 0) + told(tmp_path, 1)
 
 
+def test_annealing_is_refused(tmp_path: Path) -> None:
+    settings = toy_settings(tmp_path, method="lora", anneal=[4, 2])
+
+    def work() -> None:
+        with pytest.raises(TrainingError, match="works in one process"):
+            train(settings)
+
+    assert on_two_processes(work, tmp_path) == [0, 0], told(tmp_path, 0) + told(tmp_path, 1)
+    assert not settings.output_dir.exists()
+
+
 def test_sharding_needs_several_processes() -> None:
     with pytest.raises(TrainingError, match="start several with torchrun"):
         distributed.shard_frozen(make_llama(layers=1))
