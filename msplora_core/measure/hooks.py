@@ -42,7 +42,7 @@ def hooked(update: Update, take: Took) -> Any:
     adapter = update.adapter
     if isinstance(layer, MSPLoraLinear):
         return layer.hidden.register_forward_hook(partial(_inside, take))
-    if isinstance(layer, (AdaLoraLayer, SoraLinear)):
+    if isinstance(update.layer, (AdaLoraLayer, SoraLinear)):
         a, b = update.a(), update.b()
         return layer.register_forward_hook(partial(_outside, take, lambda x: linear(x.to(a.dtype), a), b))
     variant = layer.lora_variant.get(adapter)

@@ -56,8 +56,8 @@ def jensen_shannon(p: ArrayLike, q: ArrayLike) -> Array:
     a, b = _pair(p, q)
     m = (a + b) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        terms = sum(np.where(part == 0, 0.0, part * np.log(part / m)) for part in (a, b))
-    return np.clip(terms.sum(axis=-1) / 2, 0.0, np.log(2))
+        first, second = (np.where(part == 0, 0.0, part * np.log(part / m)).sum(axis=-1) for part in (a, b))
+    return np.clip((first + second) / 2, 0.0, np.log(2))
 
 
 def wasserstein(p: ArrayLike, q: ArrayLike) -> Array:
