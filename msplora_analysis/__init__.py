@@ -69,6 +69,7 @@ if _typing.TYPE_CHECKING:
     from msplora_analysis.tables.pairs import load_pairs as load_pairs
     from msplora_analysis.tables.pairs import load_redundancy as load_redundancy
     from msplora_analysis.tables.pairs import load_scale_pairs as load_scale_pairs
+    from msplora_analysis.tables.parts import load_parts as load_parts
     from msplora_analysis.tables.relations import relate as relate
     from msplora_analysis.tables.scales import parts as parts
     from msplora_analysis.tables.scales import totals as totals
@@ -93,6 +94,7 @@ _MODULES = {
     "load_moments": "interface",
     "load_nulls": "ask.nulls",
     "load_pairs": "tables.pairs",
+    "load_parts": "tables.parts",
     "load_redundancy": "tables.pairs",
     "load_results": "ask.results.summary",
     "load_scale_pairs": "tables.pairs",

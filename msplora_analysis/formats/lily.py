@@ -43,5 +43,6 @@ FORMAT = Format(
     name="Lily",
     read=read,
     peft_types=("LILY",),
+    routed=True,
     why_no_lora="a router mixes its experts as the input says, which no plain LoRA can do",
 )

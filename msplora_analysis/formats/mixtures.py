@@ -96,6 +96,7 @@ FORMAT = Format(
     read=read,
     peft_types=tuple(_OF_MOE_PEFT),
     recognises=_recognises,
+    routed=True,
     why_no_lora="a router mixes its parts as the input says, which no plain LoRA can do",
     priority=1,  # adapter_config.json says LORA
 )

@@ -30,6 +30,7 @@ class Format:
         tells: Whether the updates have what a tensor says that is none of their factors, such as an alpha.
         names_of_llama_cpp: Whether modules have llama.cpp's names, which are not those of the model's own code.
         takes_base: Whether an adapter of a config is read with the model before training, where one is given.
+        routed: Whether a router mixes the matrices ``<module>.0``, ``<module>.1``, ... anew for every input.
         reads_values: Whether ``read`` also looks at values, so that no two files are known to have the same matrices.
         priority: Formats of a higher one are asked first.
     """
@@ -44,6 +45,7 @@ class Format:
     tells: Callable[[str], bool] = lambda name: False
     names_of_llama_cpp: bool = False
     takes_base: Callable[[Config], bool] = lambda config: False
+    routed: bool = False
     reads_values: bool = False
     priority: int = 0
 

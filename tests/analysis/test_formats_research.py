@@ -13,7 +13,7 @@ from adapters import write_adapter
 from safetensors.numpy import save_file
 from test_formats_programs import assert_read, error
 
-from msplora_analysis import AnalysisError, export, load_spectra
+from msplora_analysis import AnalysisError, export, load_parts, load_spectra
 
 torch.set_num_threads(1)
 RNG = np.random.default_rng(0)
@@ -231,6 +231,27 @@ def test_the_experts_of_mixlora(tmp_path, earlier):
     expected[f"model.{attention}"] = 3 * b.astype(float) @ a
     assert_read(write_adapter(tmp_path / "a", tensors, config), expected, notes=1)
     assert "num_experts 3" in error(write_adapter(tmp_path / "b", tensors, {**config, "num_experts": 3}))
+
+
+def test_how_alike_the_parts_of_a_mixture_are(tmp_path):
+    tensors = hydra(4)
+    b = [f"{KEY}.lora_B{i}.weight" for i in range(4)]
+    tensors[b[1]], tensors[b[3]] = -2 * tensors[b[0]], 0 * tensors[b[3]]
+    folder = write_adapter(tmp_path / "a", tensors, {**HYDRA, "lora_nums": 4})
+    table = load_parts(folder)
+    a = tensors[f"{KEY}.lora_A.weight"].astype(float)
+    dense = np.stack([(16 / RANK * tensors[one].astype(float) @ a).ravel() for one in b])
+    np.testing.assert_allclose(table["inner"], (dense @ dense.T)[np.triu_indices(4)], rtol=1e-12, atol=1e-9)
+    of_two = table.set_index(["part_i", "part_j"])["cosine"]
+    assert (of_two[0, 1], of_two[0, 0]) == (pytest.approx(-1), pytest.approx(1))
+    assert np.isnan(of_two[0, 3])
+    # The first two are one direction: of three parts that are not zero, one matrix of cosines has two eigenvalues.
+    values = np.linalg.eigvalsh(dense[:3] @ dense[:3].T / np.outer(*[np.linalg.norm(dense[:3], axis=1)] * 2))
+    p = values[values > 1e-9] / 3
+    assert table["span"].unique() == pytest.approx([np.exp(-(p * np.log(p)).sum())])
+    assert set(table["parts"]) == {4}
+    with pytest.raises(AnalysisError, match="it is no mixture of parts"):
+        load_parts(write_adapter(tmp_path / "b"))
 
 
 # Lily: PEFT trains and saves it, and its own forward mixes the experts
