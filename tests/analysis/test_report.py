@@ -174,6 +174,20 @@ def test_rank_used_is_that_of_the_dense_update(runs, page):
     assert table["rank_needed_99"][row] == np.argmax(energy >= 0.99) + 1 == energy_rank(sigma[:4])
 
 
+def test_the_energy_that_each_rank_keeps_is_that_of_numpy(page, runs):
+    of_run = {run_["name"]: i for i, run_ in enumerate(page.data["runs"])}
+    drawn = page.data["energies"]["energy"]
+    table = ma.load_spectra(runs / "lora")
+    last = table[table["step"] == table["step"].max()]
+    squares = last["sigma"].to_numpy() ** 2
+    for run_, rank, share in zip(drawn["run"], drawn["when"], drawn["value"], strict=True):
+        if run_ == of_run["lora"]:
+            kept = squares[last["k"].to_numpy() <= rank].sum() / squares.sum()
+            assert share == pytest.approx(kept, rel=1e-3)
+    assert {*drawn["run"]} == {*of_run.values()}
+    assert max(drawn["value"]) == 1
+
+
 def test_the_training_curve_is_the_log(page):
     curves = page.data["curves"]
     assert list(curves) == ["training loss", "validation loss", "accuracy"]

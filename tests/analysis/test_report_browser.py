@@ -76,7 +76,8 @@ def wait_until_redrawn(page, chart: str, before: list[str]) -> None:
 
 
 def test_every_section_is_drawn(page):
-    for chart in ("means-layer", "means-global", "spectra-sigma-0", "between-kl-1", "needed-map", "curve-0"):
+    charts = "means-layer means-global spectra-sigma-0 between-kl-1 needed-map energies-energy curve-0"
+    for chart in charts.split():
         assert page.locator(f"#{chart} svg").count() == 1, chart
         assert page.locator(f"#{chart}").get_attribute("aria-label")
     assert len(fills(page, "between-kl-0")) == 9
@@ -184,6 +185,16 @@ def test_what_is_drawn_can_be_taken_along(page):
             page.locator("figure:has(#means-layer) button", has_text=kind).click()
         assert download.value.suggested_filename == f"means-layer.{kind.lower()}"
         assert Path(download.value.path()).read_text().startswith(begin)
+
+
+def test_titles_and_tiles_say_what_is_measured(browser, report):
+    said = "span => span.title"
+    with opened(browser, ma.report(report.parent / "runs" / "lora", report.with_name("one.html"))) as page:
+        for chart, words in (("means-layer", "Roy & Vetterli"), ("between-kl-0", "eq. 10"), ("energies-energy", "Σσ²")):
+            assert words in page.locator(f"figure:has(#{chart}) figcaption span").evaluate(said)
+        assert "Roy & Vetterli" in page.locator(".cards .what", has_text="effective rank").evaluate(said)
+        page.select_option("#means-measure", "m_eff_1")
+        assert "high = concentrated" in page.locator("figure:has(#means-layer) figcaption span").evaluate(said)
 
 
 def test_panels_of_one_measure_share_an_axis(page):

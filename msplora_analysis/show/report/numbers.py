@@ -17,6 +17,7 @@ from msplora_analysis.tables.columns import task_measures
 if TYPE_CHECKING:
     import pandas as pd
 
+    from msplora_analysis.ask.advice.advise import RunAdvice
     from msplora_analysis.tables.matrices import Matrices
 
 DIGITS = 4
@@ -205,6 +206,22 @@ def matrix_table(matrices: Matrices, runs: Sequence[str], places: Places) -> Col
         "shape": shape,
         **{name: rounded(column) for name, column in numbers.items()},
     }
+
+
+ENERGIES = {"energy": "Energy kept, of Σσ²", "task_energy": "Energy kept, task-weighted"}
+"""Of the charts against rank: the column of the table of ranks -> title."""
+
+
+def energies(advice: Sequence[RunAdvice], runs: Sequence[str]) -> dict[str, Columns]:
+    """Name of an energy that is known -> columns run, when (the rank every module is cut to) and value."""
+    found: dict[str, Columns] = {}
+    for name in ENERGIES:
+        tables = [(runs.index(one.subject.adapter.run), one.ranks.dropna(subset=[name])) for one in advice]
+        run = [run for run, table in tables for _ in range(len(table))]
+        if run:
+            columns = {key: rounded(v for _, table in tables for v in table[key]) for key in ("rank", name)}
+            found[name] = {"run": run, "when": columns["rank"], "value": columns[name]}
+    return found
 
 
 def curves(of_runs: Sequence[Mapping[str, Sequence[tuple[float, float]]]]) -> dict[str, Columns]:

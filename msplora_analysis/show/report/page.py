@@ -44,11 +44,12 @@ def page(evidence: Evidence, paths: Sequence[StrPath]) -> str:
         of_run.setdefault(adapter.run, []).append(adapter)
     abouts = [about(run, of_run.get(run, [])) for run in evidence.runs]
     matrices, why_not = sections.prepared(evidence)
-    data = sections.payload(evidence, abouts, sections.labels_of(matrices, evidence.runs))
+    answers = advise_known(evidence)
+    data = sections.payload(evidence, abouts, sections.labels_of(matrices, evidence.runs), answers)
     data["glance"] = sections.glance(evidence, abouts, data)
     compared, not_compared = ([], why_not) if matrices is None else two_by_two(evidence, matrices)
     findings = diagnose(evidence)
-    advice = [sections.advice(one) for one in advise_known(evidence)]
+    advice = [sections.advice(one) for one in answers]
     library, script = _library(), (_HERE / "script.js").read_text(encoding="utf-8")
     last = evidence.matrices.keys[evidence.matrices.keys["last"]]
     return environment.get_template("template.html").render(
@@ -146,24 +147,25 @@ def _legend(data: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _cards(evidence: Evidence, abouts: list[About], data: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Key numbers: (what, value, how to read it). Of several runs only what they have together."""
+def _cards(evidence: Evidence, abouts: list[About], data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Key numbers: (what, value, how to read it, its name among the hints). Of several runs what they have together."""
     keys = evidence.matrices.keys
     checkpoints = int(keys.groupby("run")["time"].nunique().sum())
-    cards = [("checkpoints read", f"{checkpoints}", f"of {len(abouts)} runs" if len(abouts) > 1 else "of one run")]
+    cards = [("checkpoints read", f"{checkpoints}", f"of {len(abouts)} runs" if len(abouts) > 1 else "of one run", "")]
     matrices = data["matrices"]
     cards.append(
-        ("matrices", f"{len(matrices['run'])}", "at the last checkpoint" + (" of each run" * (len(abouts) > 1)))
+        ("matrices", f"{len(matrices['run'])}", "at the last checkpoint" + (" of each run" * (len(abouts) > 1)), "")
     )
     if len(abouts) > 1:
         return cards
     row = data["glance"]
     rank = row.get("rank", [None])[0]
     if rank is not None and (effective := row.get("effective_rank", [None])[0]) is not None:
-        cards.append(("effective rank", f"{effective:.3g} of {rank:g}", "mean of the layers' parts; higher = broader"))
+        read = "mean of the layers' parts; higher = broader"
+        cards.append(("effective rank", f"{effective:.3g} of {rank:g}", read, "effective_rank"))
     if rank is not None and (needed := row.get("rank_needed_99", [None])[0]) is not None:
-        cards.append(("directions for 99 % of Σσ²", f"{needed:.3g} of {rank:g}", "mean of the layers' parts"))
+        cards.append(("directions for 99 % of Σσ²", f"{needed:.3g} of {rank:g}", "mean of the layers' parts", "needed"))
     for name in list(data["curves"])[:4]:
         if (value := row.get(name, [None])[0]) is not None:
-            cards.append((name, f"{value:.3g}", "last value known"))
+            cards.append((name, f"{value:.3g}", "last value known", "curve"))
     return cards

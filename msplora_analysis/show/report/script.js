@@ -32,7 +32,7 @@ const drawn = []; // what must be done before the page is complete
 const options = { renderer: "svg", ast: true, actions: false, config: data.config, tooltip: { theme: "custom" } };
 
 // most: value at the upper end of the colours. width: pixels below which the chart scrolls rather than shrinks.
-function show(id, parent, kind, title, rows, { most, width, values = rows.map((row) => row.value) } = {}) {
+function show(id, parent, kind, title, rows, { most, width, hint = kind, values = rows.map((row) => row.value) } = {}) {
   let made = charts.get(id);
   const top = most > 0 ? most : 1;
   if (!made) {
@@ -49,6 +49,7 @@ function show(id, parent, kind, title, rows, { most, width, values = rows.map((r
     charts.set(id, made);
   }
   made.words.textContent = title;
+  if (Object.hasOwn(data.hints, hint)) made.words.title = data.hints[hint];
   made.rows = rows;
   made.box.setAttribute("aria-label", `${title}. ${range(values)}`);
   made.box.style.minWidth = width ? `${width}px` : "";
@@ -134,7 +135,7 @@ function drawMeans() {
     const rows = lineRows(data.means, measure).filter((_, i) => scale[i] === each);
     const what = each === "total" ? "whole updates of layers" : `${each} part${each === "global" ? "" : "s"}`;
     const title = scale.every((name) => name === "layer") ? data.measures[measure] : `${data.measures[measure]}, ${what}`;
-    show(`means-${each}`, byId("means-charts"), "means", title, rows, { most });
+    show(`means-${each}`, byId("means-charts"), "means", title, rows, { most, hint: measure });
   }
 }
 
@@ -142,6 +143,13 @@ function drawCurves() {
   Object.entries(data.curves).forEach(([name, columns], i) => {
     show(`curve-${i}`, byId("curve-charts"), "curve", name, lineRows(columns, "value"));
   });
+}
+
+function drawEnergies() {
+  for (const [name, columns] of Object.entries(data.energies)) {
+    const rows = lineRows(columns, "value");
+    show(`energies-${name}`, byId("energies-charts"), "energies", data.energy_titles[name], rows, { most: 1, hint: name });
+  }
 }
 
 // Spectra
@@ -369,6 +377,7 @@ if (data.pairs.length) {
 runChoices("needed", neededChoices);
 for (const key of ["scale", "share"]) byId(`needed-${key}`).addEventListener("change", drawNeeded);
 neededChoices();
+drawEnergies();
 drawCurves();
 if (byId("table-glance")) table("table-glance", data.glance, "Runs at a glance", names.length > 6);
 if (data.shared) table("table-shared", data.shared, "What layers and scales share", names.length > 2);

@@ -76,7 +76,25 @@ def severities(found: pd.DataFrame) -> list[tuple[str, int]]:
     return [(severity, int(counts.get(severity, 0))) for severity in SEVERITIES]
 
 
-def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) -> dict[str, Any]:
+HINTS = {
+    "sigma": "Singular values of the update; those of the largest share of Σσ² are its main directions",
+    "share": "Each singular value over the sum of all: the shape of the spectrum without its size",
+    "task_sigma": "Singular values weighted by what each direction is worth to the outputs, by the recorded moments",
+    "task_share": "Each task-weighted singular value over the sum of all",
+    "kl": "KL(i ‖ j) of the layers' spectra as distributions, in nats; 0 = the same shape (arXiv 2503.21838, eq. 10)",
+    "overlap_in": "‖Uᵢᵀ Uⱼ‖² / K of what two updates read, their input directions; 1 = the same (arXiv 2106.09685)",
+    "overlap_out": "‖Uᵢᵀ Uⱼ‖² / K of what two updates write, their output directions; 1 = the same (arXiv 2106.09685)",
+    "needed": "The smallest number of directions whose σ² hold this share of Σσ²",
+    "energy": "Share of Σσ² over all modules that is left when every module is cut to a rank, without more training",
+    "task_energy": "The same of the task-weighted singular values",
+    "curve": "As the trainer logged it (trainer_state.json, run.json)",
+}
+"""What a chart shows, said on its title."""
+
+
+def payload(
+    evidence: Evidence, abouts: Sequence[About], labels: Sequence[str], advice: Sequence[RunAdvice] = ()
+) -> dict[str, Any]:
     """What the script draws. Names in it are data: the script shows them as text only."""
     runs = evidence.runs
     keys = evidence.matrices.keys
@@ -101,10 +119,12 @@ def payload(evidence: Evidence, abouts: Sequence[About], labels: Sequence[str]) 
         "pairs_note": pairs_left,
         "matrices": numbers.matrix_table(evidence.matrices, runs, places),
         "curves": numbers.curves([about.curve for about in abouts]),
+        "energies": numbers.energies(advice, runs),
+        "energy_titles": numbers.ENERGIES,
         "shared": _shared(evidence),
         "specs": _specs(title, legend) | (_task_specs() if task else {}),
         "config": charts.CONFIG,
-        "hints": {name: f"{one.label}; high = {one.high} ({one.source})" for name, one in MEASURES.items()},
+        "hints": HINTS | {name: f"{one.label}; high = {one.high} ({one.source})" for name, one in MEASURES.items()},
     }
 
 
@@ -117,6 +137,7 @@ def _specs(axis: str, legend: list[str]) -> dict[str, charts.Spec]:
     return {
         "means": charts.lines(axis, "value", legend, shared=True),
         "curve": charts.lines("epoch", "value", legend),
+        "energies": charts.lines("rank of every module", "kept", legend, shared=True),
         "sigma": charts.cells(("k", "k"), ("unit", ""), "σ", unit),
         "share": charts.cells(("k", "k"), ("unit", ""), "σ / Σσ", unit),
         "kl": charts.cells(across, down, "KL(i ‖ j), nats", pair, square=True),
