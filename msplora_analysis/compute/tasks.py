@@ -144,7 +144,8 @@ def _in_order(
         if known is None and executor is not None:
             pending.append((pieces, executor.submit(_compute, pieces, options, work).result))
         else:
-            pending.append((pieces, (_compute(pieces, options, work) if known is None else [known]).copy))
+            done: Results[T] = _compute(pieces, options, work) if known is None else [known]
+            pending.append((pieces, done.copy))
         while len(pending) > ahead:
             yield from _result(*pending.popleft())
     while pending:

@@ -288,6 +288,21 @@ def test_diffusion(tmp_path, to):
     assert outputs(loaded(unet(), tmp_path / "c").base_model.model) == pytest.approx(expected, abs=1e-5)
 
 
+def test_kohya_by_the_rules_of_comfyui(tmp_path):
+    """Of a module ComfyUI adds alpha / rank * up @ down, flattened, in the shape of the weight; else a scale of 1."""
+    model = adapted(unet(), mixed(alpha_pattern={"proj_in": 3}, **OF_UNET))
+    save(model, tmp_path / "a")
+    export(tmp_path / "a", tmp_path / "b", "kohya")
+    tensors, expected = load_file(tmp_path / "b" / "lora.safetensors"), updates(model)
+    for name, delta in expected.items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        up, down = (tensors.pop(f"{key}.lora_{way}.weight").astype(float) for way in ("up", "down"))
+        found = tensors.pop(f"{key}.alpha") / len(down) * (up.reshape(len(up), -1) @ down.reshape(len(down), -1))
+        assert found.reshape(delta.shape) == pytest.approx(delta, rel=1e-5, abs=1e-5)
+    assert not tensors
+    assert any(delta.ndim == 4 for delta in expected.values())
+
+
 def test_underscores(tmp_path):
     """kohya's names, by the names of the base, by known ones, and refused."""
     pytest.importorskip("diffusers")
