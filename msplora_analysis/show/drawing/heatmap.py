@@ -1,6 +1,5 @@
 """Heat maps, their sizes, and a label for every layer that there is room for."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.formats.names import in_model_order
 from msplora_analysis.show.drawing.colours import NO_DATA, SEQUENTIAL
 from msplora_analysis.show.drawing.figure import Figure
-from msplora_analysis.show.drawing.labels import LABELS
+from msplora_analysis.show.drawing.labels import LABELS, log_ticks
 from msplora_analysis.show.drawing.style import SMALLEST
 from msplora_analysis.show.drawing.text import broken, fit, lay_out, size_of
 from msplora_analysis.show.drawing.venues import Style
@@ -54,12 +53,8 @@ def colour_bar(cells: QuadMesh, axes: Axes | Sequence[Axes], label: str, **how: 
     assert figure is not None
     bar = figure.colorbar(cells, ax=axes, label=label, **how)
     if isinstance(cells.norm, LogNorm):
-        low, high = float(cells.norm.vmin or 1), float(cells.norm.vmax or 1)
-        steps = (1, 2, 5) if high / low < 100 else (1,) if high / low > 2000 else (1, 3)
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**power for power in powers for step in steps]
-        ticks = [tick for tick in ticks if low <= tick * (1 + 1e-9) and tick <= high * (1 + 1e-9)]
-        bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+        ticks = log_ticks(float(cells.norm.vmin or 1), float(cells.norm.vmax or 1))
+        bar.set_ticks(list(ticks), labels=list(ticks.values()))
         bar.minorticks_off()
     return bar
 

@@ -1,4 +1,6 @@
-"""What figures call each measure, with symbol and unit: the same words everywhere."""
+"""What figures call each measure, with symbol and unit: the same words everywhere; ticks."""
+
+import math
 
 from msplora_analysis.compute.measures.registry import measures
 
@@ -26,3 +28,13 @@ LABELS = {one.name: one.axis for one in measures("metrics")} | {
     "effective_rank_over_r": "effective rank / rank",
     "rank_needed": "directions needed",
 }
+
+
+def log_ticks(low: float, high: float) -> dict[float, str]:
+    """Ticks of a logarithmic axis from ``low`` to ``high`` that are read at once, few enough to stand apart."""
+    wide = high / low
+    steps = (1,) if wide > 2000 else (1, 3) if wide >= 100 else (1, 2, 5) if wide >= 5 else range(1, 10)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    inside = [tick for tick in ticks if low <= tick * (1 + 1e-9) and tick <= high * (1 + 1e-9)]
+    return {tick: f"{tick:.3g}" for tick in inside or [low, high]}

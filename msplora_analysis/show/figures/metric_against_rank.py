@@ -10,6 +10,7 @@ from matplotlib.ticker import NullLocator
 from msplora_analysis.errors import AnalysisError
 from msplora_analysis.show.drawing import colours, text
 from msplora_analysis.show.drawing.figure import Figure
+from msplora_analysis.show.drawing.labels import log_ticks
 from msplora_analysis.show.drawing.plot import Plot, plots_of
 from msplora_analysis.show.drawing.style import DASHES, styled
 from msplora_analysis.show.drawing.venues import Style
@@ -104,6 +105,9 @@ def _kl(ax: Axes, numbers: pd.DataFrame) -> None:
         ax.plot(line["rank"], line["kl"], color=colour, linestyle=dash, marker="o", markersize=3, label=label)
     if (numbers["kl"] > 0).any():
         ax.set_yscale("log")
+        ticks = log_ticks(*ax.get_ylim())
+        ax.set_yticks(list(ticks), labels=list(ticks.values()))
+        ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylabel(kl_label(numbers["metric_name"].iloc[0]))
     _ranks(ax, numbers)
 
