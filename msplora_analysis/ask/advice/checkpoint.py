@@ -44,11 +44,9 @@ def which(subject: Subject, course: Course | None) -> list[Answer]:
     if keeps_last:
         return [Answer(_QUESTION, "The last.", evidence.rstrip(), sure, value=last_at)]
     found = [one for one in subject.checkpoints if one.epoch == best_at]
-    answer, command = f"That of epoch {best_at:g}.", None
-    if found:
-        command = f"msplora-analyze advise {as_word(found[-1])}"
-    elif len(subject.checkpoints) > 1:
-        answer = f"That of epoch {best_at:g}, which is not here."
+    command = f"msplora-analyze advise {as_word(found[-1])}" if found else None
+    missing = ", which is not here" if not found and len(subject.checkpoints) > 1 else ""
+    answer = f"That of epoch {best_at:g}{missing}."
     return [Answer(_QUESTION, answer, evidence.rstrip(), sure, command, best_at)]
 
 

@@ -16,7 +16,7 @@ NOTHING = 1e-3
 FALL = 0.05
 """The share of its first epoch's training loss that a classifier loses at least, if it learns.
 
-Of 353 trainings (ten methods, six tasks, two models) six lose less, none of which is better than its majority class.
+Of 353 trainings (ten methods, six tasks, two models) six lose less, none more than 0.04 above its majority class.
 """
 EPOCHS = 3
 """From how many epochs on a loss that does not fall says something."""
