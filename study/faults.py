@@ -25,7 +25,7 @@ task (a shuffle with the seed 0 chooses them), 10 epochs, at the rates of study/
     tied layers         2 neighbours, 6: one update for all of them, trained so (MSPLoRA: the layer part)
     noisy labels        a part of the training labels, shuffled among each other: 10, 30, 100 %
     rank                64, of the same alpha / rank
-    half precision      gradients of the adapter in float16, times 1 (small ones are lost), 2^16, 2^20 (large ones
+    half precision      gradients of the adapter in float16, times 1 (small ones are lost), 2^20, 2^24 (large ones
                         overflow), with nothing that looks after them, as loss scaling does
 
 It may be stopped and called again. Every run is diagnosed at once, with the checkpoints of all epochs, and removed.
@@ -75,7 +75,7 @@ TRAINED: dict[str, tuple[float, ...]] = {
     "tied layers": (2, 6),
     "noisy labels": (1, 0.3, 0.1),
     "rank": (64,),
-    "half precision": (2**16, 2**20, 1),
+    "half precision": (2**20, 2**24, 1),
 }
 Tensors = dict[str, Any]
 

@@ -168,10 +168,11 @@ def tables(options: argparse.Namespace) -> None:
     found_tables = []
     for when, column in (("before", "first"), ("after", "last")):
         scores = runs.pivot_table(index=["task", "seed"], columns="configuration", values=column).dropna()
-        minus = pd.DataFrame({name: scores[a] - scores[b] for name, (a, b) in COMPARED.items()})
+        there = {name: both for name, both in COMPARED.items() if set(both) <= set(scores)}
+        minus = pd.DataFrame({name: scores[a] - scores[b] for name, (a, b) in there.items()})
         groups = groups_of([task for task in TASKS if task in scores.index.get_level_values("task")])
         found_tables.append(estimates(minus, groups).assign(tuning=when))
-        print(when, scores.groupby("task").mean()[CONFIGURATIONS].mean().round(4).to_dict(), len(scores))
+        print(when, scores.groupby("task").mean().mean().round(4).to_dict(), len(scores))
     table = pd.concat(found_tables)
     table.to_csv(options.out / "ties.csv", index=False, lineterminator="\n")
     after = table[table["tuning"] == "after"]
