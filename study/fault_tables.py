@@ -10,17 +10,21 @@ planted: some of these runs learned little, as `metric` in runs.csv.gz shows.
 
     runs.csv.gz         a row for each run: places that each kind of finding names, and the number behind it
     false_alarms.csv    for each kind: in how many healthy runs it was seen, and the bounds
-    detected.csv        for each fault, strength and kind: in how many runs it was found, and the bounds; kinds that
-                        were never found are left out
+    detected.csv        for each fault and strength, and the kinds that are there for it: in how many runs it was found,
+                        and the bounds
+    everywhere.csv      the same for every kind
     fitted.csv          thresholds set on half of the runs so that no healthy run there has the finding, and what they
                         do on the other half; the same of the thresholds that are shipped. A half is of tasks: CoLA,
                         STS-B and SST-2, or MRPC, RTE and QNLI. Without Lily, whose layers share factors by design
-    detected.png        detected.csv as a picture, for errors and warnings
+    detected.png        everywhere.csv as a picture, for errors and warnings
+
+The table of docs/findings.md is written anew, of false_alarms.csv and detected.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
-from signs import ASKED, SIGNS
+from signs import ASKED, NUMBERLESS, SIGNS
 
 from msplora_analysis.ask.findings import KINDS
 
@@ -36,15 +40,37 @@ ABOUT = ["model", "task", "method", "seed", "fault", "strength", "trained", "che
 HALVES = {"cola": 0, "stsb": 0, "sst2": 0, "mrpc": 1, "rte": 1, "qnli": 1}
 ANY = "an error or a warning"
 GRAVE = [kind for kind in ASKED if KINDS[kind].severity in ("error", "warning")]
-NAMES = {"learning rate": "learning rate × {:.2g}", "alpha": "alpha × {:g}", "a layer": "a layer × {:g}"}
-NAMES |= {"all layers": "all layers × {:g}", "noisy labels": "labels, {:.0%} noise", "rank": "rank {:g}"}
-NAMES |= {"frozen layers": "{:g} layers not trained", "tied layers": "{:g} layers tied"}
-NAMES |= {
+NAMES = {
+    "healthy": "healthy",
+    "not finite": "one value is NaN",
     "frozen layer": "a layer as before training",
-    "copied layer": "a layer copied",
-    "not finite": "a value is NaN",
+    "copied layer": "a layer copied from its neighbour",
+    "a layer": "a layer × {:g}",
+    "all layers": "all layers × {:g}",
+    "half precision": "gradients in float16, × {:g}",
+    "frozen layers": "layers not trained: {:g}",
+    "tied layers": "layers tied: {:g}",
+    "learning rate": "learning rate × {:.2g}",
+    "alpha": "alpha × {:g}",
+    "rank": "rank {:g}",
+    "noisy labels": "labels with {:.0%} noise",
 }
-NAMES |= {"half precision": "gradients in float16, × {:g}", "healthy": "healthy"}
+EXPECTED = {
+    "healthy": (),
+    "not finite": ("non-finite",),
+    "frozen layer": ("no-update",),
+    "copied layer": ("identical-update",),
+    "a layer": ("norm-outlier", "norm-jump"),
+    "all layers": ("large-update",),
+    "half precision": ("non-finite",),
+    "frozen layers": ("no-update",),
+    "tied layers": ("identical-update",),
+    "learning rate": ("large-update", "barely-learned"),
+    "alpha": ("large-update",),
+    "rank": ("rank-oversized",),
+    "noisy labels": ("barely-learned",),
+}
+"""The findings that are there for a fault."""
 
 
 def gathered(folder: Path) -> pd.DataFrame:
@@ -60,6 +86,8 @@ def gathered(folder: Path) -> pd.DataFrame:
 
 def bounds(count: int, runs: int) -> dict[str, Any]:
     """The one-sided bounds of a rate."""
+    if not runs:
+        return {"runs": 0, "at_least": 0.0, "at_most": 1.0}
     low, high = (
         getattr(binomtest(count, runs, alternative=side).proportion_ci(0.95, "exact"), end)
         for side, end in (("greater", "low"), ("less", "high"))
@@ -69,22 +97,27 @@ def bounds(count: int, runs: int) -> dict[str, Any]:
 
 def false_alarms(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     healthy = runs[runs["fault"] == "healthy"]
-    for model in ("all", *sorted(healthy["model"].unique())):
-        own = healthy if model == "all" else healthy[healthy["model"] == model]
-        for kind in ASKED:
-            able = own[kind].dropna()
-            seen = int((able > 0).sum())
-            about = {"model": model, "id": kind, "severity": KINDS[kind].severity, "seen": seen}
-            yield about | (bounds(seen, len(able)) if len(able) else {"runs": 0})
+    for kind in ASKED:
+        able = healthy[kind].dropna() > 0
+        yield {"id": kind, "severity": KINDS[kind].severity, "seen": able.sum()} | bounds(able.sum(), len(able))
 
 
 def detected(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    for (fault, strength), own in runs.groupby(["fault", "strength"], sort=False):
-        of_kinds = {kind: own[kind].dropna() for kind in ASKED}
-        of_kinds[ANY] = own[GRAVE].sum(axis="columns")
-        for kind, able in of_kinds.items():
-            if found := int((able > 0).sum()):
-                yield {"fault": fault, "strength": strength, "id": kind, "found": found} | bounds(found, len(able))
+    for row in everywhere(runs):
+        if row["id"] in EXPECTED[row["fault"]]:
+            name = NAMES[row["fault"]].format(row.pop("strength"))
+            yield row | {"fault": name}
+
+
+def everywhere(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    for fault in NAMES:
+        for strength, own in runs[runs["fault"] == fault].groupby("strength"):
+            of_kinds = {kind: own[kind].dropna() > 0 for kind in ASKED}
+            of_kinds[ANY] = own[GRAVE].sum(axis="columns") > 0
+            for kind, found in of_kinds.items():
+                if len(found):
+                    about = {"fault": fault, "strength": strength, "id": kind, "found": found.sum()}
+                    yield about | bounds(found.sum(), len(found))
 
 
 def fitted(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -122,12 +155,10 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
     """A row for each fault and strength, a column for each error and warning: in how many runs of a hundred."""
     from matplotlib.figure import Figure
 
-    order = runs[["fault", "strength"]].drop_duplicates()
-    order["place"] = order["fault"].map(list(NAMES).index)
-    order = order.sort_values(["place", "strength"]).sort_values("fault", key=lambda x: x != "healthy", kind="stable")
+    order = [(fault, x) for fault in NAMES for x in sorted(runs.loc[runs["fault"] == fault, "strength"].unique())]
     columns = [*GRAVE, ANY]
     shares, names = [], []
-    for fault, strength in order[["fault", "strength"]].itertuples(index=False):
+    for fault, strength in order:
         own = runs[(runs["fault"] == fault) & (runs["strength"] == strength)]
         of_kinds = own.assign(**{ANY: own[GRAVE].sum(axis="columns")})
         shares.append([(of_kinds[kind].dropna() > 0).mean() for kind in columns])
@@ -150,11 +181,27 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def write_page(runs: pd.DataFrame, page: Path) -> None:
+    """Put the rates into the table of the page."""
+    found, lines = pd.DataFrame(detected(runs)), []
+    for seen in false_alarms(runs):
+        own = found[found["id"] == seen["id"]]
+        planted = "; ".join(f"{row.fault}: {row.found} of {row.runs}" for row in own.itertuples()) or "not measured"
+        rate = f"{seen['seen']} of {seen['runs']} | {100 * seen['at_most']:.1f} %"
+        lines.append(f"| [`{seen['id']}`](#{seen['id']}) | {seen['severity']} | {rate} | {planted} |")
+    for kind in NUMBERLESS:
+        lines.append(f"| [`{kind}`](#{kind}) | {KINDS[kind].severity} | not counted |  | not measured |")
+    text = page.read_text(encoding="utf-8")
+    head = "|---|---|---:|---:|---|\n"
+    page.write_text(re.sub(rf"({re.escape(head)})(\|.*\n)+", lambda m: m[1] + "\n".join(lines) + "\n", text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).parents[1]
     parser.add_argument("--folder", type=Path, help="of study/faults.py; default: the published runs.csv.gz of --out")
     parser.add_argument("--out", type=Path, default=root / "figures" / "findings", help="default: figures/findings")
+    parser.add_argument("--page", type=Path, default=root / "docs" / "findings.md", help="default: docs/findings.md")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "runs.csv.gz"
@@ -164,8 +211,10 @@ def main() -> None:
             path, index=False, float_format="%.5g", lineterminator="\n", compression=compressed
         )
     runs = pd.read_csv(path)
-    for table in (false_alarms, detected, fitted):
+    for table in (false_alarms, detected, everywhere, fitted):
         pd.DataFrame(table(runs)).to_csv(options.out / f"{table.__name__}.csv", index=False, lineterminator="\n")
+    if options.page.is_file():
+        write_page(runs, options.page)
     draw(runs, options.out / "detected.png")
 
 
