@@ -8,7 +8,7 @@
 
     a layer             the update of one layer, drawn at random, times 2, 4, 10, 30
     all layers          of all, times 10, 30
-    frozen layer        one layer as it was before training
+    frozen layer        one layer as it was before training, where that was kept
     copied layer        one layer has the update of its neighbour
     not finite          one value is not a number
 
@@ -130,7 +130,7 @@ def plant(options: argparse.Namespace) -> None:
     left = [run for run in runs if any(run.glob(f"*/{WEIGHTS}")) and not _planted(run, options.folder).is_file()]
     print(f"{len(runs)} runs, {len(left)} to ask", flush=True)
     with ProcessPoolExecutor(options.jobs) as pool:
-        for said in pool.map(partial(plant_one, out=options.folder), left):
+        for said in pool.map(partial(plant_one, out=options.folder, seeds=options.seeds), left):
             print(said, flush=True)
 
 
@@ -138,17 +138,21 @@ def _planted(run: Path, out: Path) -> Path:
     return out / "planted" / ("_".join(run.parts[-4:]) + ".csv")
 
 
-def plant_one(run: Path, out: Path) -> str:
-    """Write a row for a run as it is, and for each fault in a copy of it."""
+def plant_one(run: Path, out: Path, seeds: list[int] | None = None) -> str:
+    """Write a row for a run as it is, and for each fault in a copy of it (None: for any seed)."""
     model, task, method, _ = run.parts[-4:]
     record = json.loads((run / RECORD).read_text(encoding="utf-8"))
     about = {"model": model, "task": task, "method": method, "seed": record["settings"]["seed"]}
     about |= {"checkpoints": len(list(run.glob(f"*/{WEIGHTS}"))), "metric": record["results"][-1]["metric"]}
     rows = [about | {"fault": "healthy", "strength": 1, "layers": ""} | asked(run)]
     file = max(run.glob(f"*/{WEIGHTS}"), key=lambda path: int(path.parent.name.rpartition("-")[2]))
-    tensors, before = load_file(file), load_file(run / "checkpoint-0" / WEIGHTS)
+    first = run / "checkpoint-0" / WEIGHTS
+    tensors, before = load_file(file), load_file(first) if first.is_file() else {}
     there = sorted({int(re.search(r"\.(\d+)\.", name)[1]) for name in _own(tensors, None, "B")})  # type: ignore[index]
-    for fault, (edit, strengths) in PLANTED.items() if method in EDITED else ():
+    is_edited = method in EDITED and (seeds is None or about["seed"] in seeds)
+    for fault, (edit, strengths) in PLANTED.items() if is_edited else ():
+        if fault == "frozen layer" and not before:
+            continue
         layer = random.Random(f"{run.parts[-4:]} {fault}").choice(there)
         layers = None if fault == "all layers" else {layer}
         for strength in strengths:
@@ -341,9 +345,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="where the rows go (runs/faults)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parts = parser.add_subparsers(dest="part", required=True)
-    parts.add_parser("plant").add_argument(
-        "runs", nargs="+", type=Path, help="folders <model>/<task>/<method>/seed-<n>"
-    )
+    planting = parts.add_parser("plant")
+    planting.add_argument("runs", nargs="+", type=Path, help="folders of <model>/<task>/<method>/seed-<n>")
+    planting.add_argument("--seeds", nargs="+", type=int, help="copies of these alone are edited (default: of all)")
     training = parts.add_parser("train")
     training.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
     training.add_argument("--model", default="minilm", choices=LAYERS, help="default: minilm")
