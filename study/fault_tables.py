@@ -95,10 +95,24 @@ def bounds(count: int, runs: int) -> dict[str, Any]:
     return {"runs": runs, "at_least": round(low, 4), "at_most": round(high, 4)}
 
 
+def has(runs: pd.DataFrame, kind: str) -> pd.Series:
+    """Whether each run has a finding, by the threshold as it is now; without runs that its check cannot speak of."""
+    if kind not in SIGNS:
+        return runs[kind].dropna() > 0
+    sign, value = SIGNS[kind], runs[f"{kind} value"].dropna()
+    threshold = getattr(sign.module, sign.threshold)
+    return value <= threshold if sign.falls else value >= threshold
+
+
+def has_grave(runs: pd.DataFrame) -> pd.Series:
+    """Whether each run has an error or a warning."""
+    return pd.concat([has(runs, kind) for kind in GRAVE], axis="columns").eq(True).any(axis="columns")
+
+
 def false_alarms(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     healthy = runs[runs["fault"] == "healthy"]
     for kind in ASKED:
-        able = healthy[kind].dropna() > 0
+        able = has(healthy, kind)
         yield {"id": kind, "severity": KINDS[kind].severity, "seen": able.sum()} | bounds(able.sum(), len(able))
 
 
@@ -112,8 +126,7 @@ def detected(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
 def everywhere(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for fault in NAMES:
         for strength, own in runs[runs["fault"] == fault].groupby("strength"):
-            of_kinds = {kind: own[kind].dropna() > 0 for kind in ASKED}
-            of_kinds[ANY] = own[GRAVE].sum(axis="columns") > 0
+            of_kinds = {kind: has(own, kind) for kind in ASKED} | {ANY: has_grave(own)}
             for kind, found in of_kinds.items():
                 if len(found):
                     about = {"fault": fault, "strength": strength, "id": kind, "found": found.sum()}
@@ -160,8 +173,7 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
     shares, names = [], []
     for fault, strength in order:
         own = runs[(runs["fault"] == fault) & (runs["strength"] == strength)]
-        of_kinds = own.assign(**{ANY: own[GRAVE].sum(axis="columns")})
-        shares.append([(of_kinds[kind].dropna() > 0).mean() for kind in columns])
+        shares.append([(has_grave(own) if kind == ANY else has(own, kind)).mean() for kind in columns])
         names.append(f"{NAMES[fault].format(strength)}  ({len(own)})")
     values = np.array(shares, dtype=float)
     figure = Figure(figsize=(7, 0.6 + 0.22 * len(names) + 1), layout="constrained")
@@ -169,7 +181,7 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
     ax.imshow(values, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
     for (row, column), share in np.ndenumerate(values):
         if not np.isnan(share):
-            text = "·" if share == 0 else f"{100 * share:.0f}"
+            text = "·" if share == 0 else "<1" if share < 0.005 else f"{100 * share:.0f}"
             ax.text(column, row, text, ha="center", va="center", fontsize=7, color="0.6" if share == 0 else "black")
     ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
     ax.set_yticks(range(len(names)), names, fontsize=7)

@@ -48,7 +48,6 @@ SIGNS = {
     "norm-outlier": Sign(update, update.norm_outlier, "FACTOR", 1.0, speaks={"Z": -1.0}, silent=1.0),
     "norm-jump": Sign(update, update.norm_jump, "JUMP"),
     "identical-update": Sign(pairs, pairs.between_layers, "SAME"),
-    "adjacent-redundant": Sign(pairs, pairs.between_layers, "OVERLAP", others={"SAME": 2.0, "CHANCE": 0.0}),
     "dominance-growing": Sign(spectrum, spectrum.dominance_growing, "LEAD", speaks={"FINAL": 0.0}),
     "dominant-direction": Sign(spectrum, spectrum.dominant_direction, "DOMINANCE"),
     "rank-oversized": Sign(spectrum, spectrum.rank_oversized, "EIGHTH", 1.0, falls=True),
@@ -57,6 +56,7 @@ SIGNS = {
 SPEAKS: dict[str, Callable[[Evidence], bool]] = {  # of kinds without a sign; others always do
     "rank-unused": lambda evidence: bool(evidence.matrices.keys["rank"].max() >= spectrum.RANK),
     "spectra-converged": lambda evidence: bool(evidence.matrices.keys["time"].max() >= 3),
+    "adjacent-redundant": lambda evidence: len(evidence.pairs) > 0,
     "scales-coupled": lambda evidence: len(evidence.scales) > 0,
 }
 ASKED = [kind for kind in KINDS if kind not in NUMBERLESS]
