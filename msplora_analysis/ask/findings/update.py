@@ -32,8 +32,8 @@ NORM_OUTLIER = Kind(
     "norm-outlier",
     "warning",
     "the norm stands out among the layers",
-    "modified z-score above 3.5 (Iglewicz & Hoaglin 1993) and a factor of 4 from the trend over depth (our choice: seen "
-    "in 1 of 279 healthy runs)",
+    "modified z-score above 3.5 (Iglewicz & Hoaglin 1993) and a factor of 4 from the trend over depth (our choice; "
+    "seen in 1 of 279 healthy runs)",
     "look at this layer's gradients and learning rate, and at what was merged or scaled by hand; compare the task "
     "metric with the layer's part scaled down",
 )
