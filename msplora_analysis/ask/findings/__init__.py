@@ -7,9 +7,9 @@
     diagnose(of_tables(spectra, metrics, pairs, scales))        # from tables; all but the first may be left out
 
 A finding is evidence, no verdict: it names a place, a number, and what the number was held against. Thresholds without
-a source were set on 45 healthy runs (MiniLM; LoRA and MSPLoRA; CoLA, MRPC and STS-B), so that none of these has a
-warning or an error; nor has any of 51 more (SmolLM2-135M too) that were made later. Errors are faults of training or
-saving; warnings are what healthy runs do not show; the rest is information.
+a source were set on healthy runs, so that hardly any of these has a warning or an error. docs/findings.md has in how
+many of 279 others each finding was seen, and how many planted faults it finds. Errors are faults of training or saving;
+warnings are what healthy runs do not show; the rest is information.
 """
 
 from __future__ import annotations
