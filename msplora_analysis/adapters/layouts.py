@@ -46,7 +46,8 @@ WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".l
 PEFT_NAMES = (WEIGHTS, "adapter_model.bin", "adapter_model.pt")
 DIFFUSERS_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 # Of MLX-LM, AdapterHub and litgpt: names that say nothing of the run.
-_OTHERS = ("adapters.safetensors", "pytorch_adapter.bin", "adapter.safetensors", "lit_model.pth.lora")
+_ADAPTERHUB = "pytorch_adapter.bin"
+_OTHERS = ("adapters.safetensors", _ADAPTERHUB, "adapter.safetensors", "lit_model.pth.lora")
 _SAYS_NOTHING = frozenset((*PEFT_NAMES, *DIFFUSERS_NAMES, *_OTHERS))
 _NAMED = frozenset((*PEFT_NAMES, *DIFFUSERS_NAMES, MOMENTS))
 # Without the configuration the scale of these is unknown; torchtune's .pt has none for some models.
@@ -224,6 +225,11 @@ def missing_config(file: Place) -> AnalysisError:
 def _no_weights(folder: Folder) -> AnalysisError:
     """The error of a configuration alone: what stands beside it may be the weights under a name that says nothing."""
     config = folder.file(CONFIG)
+    if _ADAPTERHUB in folder.files and isinstance(about := read_json(config).get("config"), dict):
+        return AnalysisError(
+            f"{folder.file(_ADAPTERHUB)}: an adapter of AdapterHub, of architecture "
+            f"{about.get('architecture') or 'bottleneck'}: of its methods LoRA alone has low-rank factors of a weight"
+        )
     others = sorted(folder.files - {CONFIG}, key=natural_key)
     expected = f"no weights of an adapter beside it; expected {' or '.join(NEED_CONFIG)}"
     if lost := dangling(folder.place):

@@ -38,7 +38,7 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     kind = config["peft_type"]
     if kind == "HIRA":
         pairs, unknown = pair_factors(file.shapes, config, _HIRA)
-        modules = {name: parts for (name, _), parts in pairs.items()}
+        modules: dict[str, tuple[str, ...]] = {name: parts for (name, _), parts in pairs.items()}
     else:
         found, unknown = group_parts(file.shapes, config, ("ia3_l",))
         modules = {name: (parts["ia3_l"],) for name, parts in found.items()}
@@ -46,8 +46,11 @@ def read(config: Config, file: TensorFile, options: Options) -> Contents:
     updates = {}
     for name, tensors in modules.items():
         turned = bool(config.get("fan_in_fan_out")) or ".hira_embedding_" in tensors[0]
-        make = _hira(*tensors, file) if kind == "HIRA" else _ia3(name, *tensors, bases[name], file, turned, config)
-        updates[name] = _scaled(make, bases[name], file, turned)
+        if kind == "HIRA":
+            scales = _hira(tensors[0], tensors[1], file)
+        else:
+            scales = _ia3(name, tensors[0], bases[name], file, turned, config)
+        updates[name] = _scaled(scales, bases[name], file, turned)
     return contents((layer_matrix(name, update) for name, update in updates.items()), unknown)
 
 

@@ -193,6 +193,8 @@ def test_adapterhub(tmp_path):
         assert next(iter(about)) in error(adapterhub(tmp_path / "b", tensors, **about))
     (folder / "adapter_config.json").unlink()
     assert "without its adapter_config.json" in error(folder)
+    prefix = adapterhub(tmp_path / "c", {"l.0.prefix_tunings.task.wte.weight": a}, architecture="prefix_tuning")
+    assert "of architecture prefix_tuning: of its methods LoRA alone" in error(prefix)
 
 
 # PaddleNLP
