@@ -20,8 +20,7 @@ from rich.console import Console
 
 import msplora_analysis as ma
 from msplora_analysis.ask.advice.gather import advise_all
-from msplora_analysis.commands import advise as command
-from msplora_analysis.commands.shared import terminal
+from msplora_analysis.commands.shared import answers as printing
 from msplora_analysis.options import Execution, Options
 
 WIDTH, SHOWN = 80, 2  # columns; the first answers
@@ -35,11 +34,11 @@ def main(run: str, out: str) -> None:
         yield console
 
     (advice,) = advise_all([run], Options(), Execution())
-    terminal.printed_whole = recorded
+    printing.printed_whole = recorded
     console.print(f"[bold]$ msplora-analyze {run}[/bold]\n")
     here = f"{Path.cwd()}/"
     answers = [replace(answer, command=(answer.command or "").replace(here, "")) for answer in advice.answers[:SHOWN]]
-    command.print_advice(replace(advice, answers=answers))
+    printing.print_advice(replace(advice, answers=answers))
     svg = console.export_svg(title="msplora-analyze").replace("Fira Code", "DejaVu Sans Mono")
     text = Image.open(io.BytesIO(vl_convert.svg_to_png(svg, scale=1.6))).convert("RGB")
     figure = next(iter(ma.draw_figures(run, "icml-column", which="metric_against_rank").values()))
