@@ -365,6 +365,22 @@ def test_a_base_without_the_modules(tmp_path, base, to):
 
 
 @pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_a_language_model_in_a_pipeline(tmp_path, base, to):
+    """Of a Llama that encodes the text, the pipeline's folder tells the name, both ways."""
+    save(adapted(llama(), mixed()), tmp_path / "a")
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text('{"text_encoder": ["transformers", "LlamaForCausalLM"]}')
+    (pipeline / "text_encoder").symlink_to(base)
+    export(tmp_path / "a", tmp_path / "b", to, base=pipeline)
+    export(tmp_path / "b", tmp_path / "c", "peft", base=pipeline)
+    export(tmp_path / "a", tmp_path / "d", "peft")
+    there, here = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "cd")
+    assert there.keys() == here.keys()
+    assert all(np.array_equal(there[name], here[name]) for name in here)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
 def test_trained_biases_are_no_weights_of_the_base(tmp_path, to):
     """PEFT saves those of adapted modules as base_layer.bias."""
     save(adapted(unet(), peft.LoraConfig(bias="lora_only", **OF_UNET)), tmp_path / "a")
