@@ -28,8 +28,8 @@ def which(subject: Subject, course: Course | None) -> list[Answer]:
             return []
         evidence = _moved(moved, None)
         sure = "Moments tell how much changed, not which checkpoint is better. Measure the metric of each."
-        command = f"msplora-measure ablate {subject.path}"
-        return [Answer(_QUESTION, "Nothing here measured the metric over the epochs.", evidence, sure, command)]
+        measure = f"msplora-measure ablate {subject.path}"
+        return [Answer(_QUESTION, "Nothing here measured the metric over the epochs.", evidence, sure, measure)]
     (best_at, best), (last_at, last) = course.best, course.points[-1]
     ahead = (best - last) * (1 if course.greater_is_better else -1)
     error = course.standard_error(best)
