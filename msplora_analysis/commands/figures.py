@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from msplora_analysis.commands.shared import arguments, terminal
 from msplora_analysis.commands.shared.declaring import command
+from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Execution, Options
+
+COPIED = "ranks.csv"  # beside an adapter that export, compress or extract wrote
 
 
 @command(
@@ -58,6 +63,7 @@ def figures(
     options, is_weighted = Options(ignore_unknown, moments=moments), weights is not arguments.Weights.none
     table = pairs = scales = None
     ablation, adapters = gather_ablations(paths)
+    _say_copies(adapters)
     if adapters:
         with terminal.progress_bar("Reading") as progress:
             table = gather_spectra(adapters, options, Execution(workers, cache=cache, progress=progress))
@@ -79,3 +85,19 @@ def figures(
     )
     with terminal.closed_pipe_ignored():
         terminal.print_paths(written)
+
+
+def _say_copies(paths: list[StrPath]) -> None:
+    """Adapters that were written from others, which a search of a wide folder finds too, are runs of their own."""
+    from msplora_analysis.adapters.discovery import discover
+    from msplora_analysis.tables.gather import table_at
+
+    found = discover(searched) if (searched := [path for path in paths if table_at(path) is None]) else []
+    folders = [one.file.parent for one in found if isinstance(one.file, Path)]
+    copies = [folder for folder in folders if (folder / COPIED).is_file()]
+    if copies and len(copies) < len(found):
+        warnings.warn(
+            f"{len(copies)} of {len(found)} adapters were written from others ({COPIED} lies beside them), such as "
+            f"{copies[0]}: figures have them as runs of their own; give the run folders alone to leave them out",
+            stacklevel=2,
+        )

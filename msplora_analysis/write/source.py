@@ -69,19 +69,25 @@ class Source:
 
 
 def find_adapter(path: StrPath) -> Adapter:
-    """The one adapter at a path.
+    """The one adapter at a path; of a run folder the last checkpoint, which a warning names.
 
     Raises:
-        AnalysisError: There is none, or there are several; the message names the newest.
+        AnalysisError: There is none, or there are those of several runs; the message names the newest.
     """
     place = parse(path)
     found = discover(path)
     here = [adapter for adapter in found if place in (adapter.file, adapter.file.parent)]
     if len(here or found) == 1:
         return (here or found)[0]
-    newest = found[-1].file
-    newest = newest.parent if newest.name.startswith("adapter_model.") else newest
-    raise AnalysisError(f"{path}: {len(found)} adapters; give one of them, such as the newest: {newest}")
+    from msplora_analysis.tables.checkpoints import newest  # pandas is slow to import
+
+    last = newest(found)
+    file = last[-1].file
+    folder = file.parent if file.name.startswith("adapter_model.") else file
+    if len(last) == 1:
+        warnings.warn(f"{path}: {len(found)} checkpoints, of which the last is taken: {folder}", stacklevel=2)
+        return last[0]
+    raise AnalysisError(f"{path}: {len(found)} adapters of {len(last)} runs; give one of them, such as {folder}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import sys
 import warnings
 
@@ -475,22 +476,25 @@ def test_nothing_is_lost(tmp_path):
 
 def test_folders(tmp_path):
     write_adapter(tmp_path / "run" / "checkpoint-1")
-    newest = write_adapter(tmp_path / "run" / "checkpoint-2")
-    message = error(ma.export, tmp_path / "run", tmp_path / "out")
-    assert message == f"{tmp_path}/run: 2 adapters; give one of them, such as the newest: {newest}"
+    newest = write_adapter(tmp_path / "run" / "checkpoint-2", lora_tensors("layers.2.query"))
+    with pytest.warns(UserWarning, match=f"2 checkpoints, of which the last is taken: {newest}"):
+        assert ma.export(tmp_path / "run", tmp_path / "last")["name"].tolist() == ["layers.2.query"]
+    write_adapter(tmp_path / "run" / "other" / "checkpoint-1")
+    assert "3 adapters of 2 runs; give one of them, such as" in error(ma.export, tmp_path / "run", tmp_path / "out")
+    shutil.rmtree(tmp_path / "run" / "other")
     write_adapter(tmp_path / "run", lora_tensors("layers.3.query"))  # the final adapter, beside its checkpoints
     assert ma.export(tmp_path / "run", tmp_path / "out")["name"].tolist() == ["layers.3.query"]
     written = sorted(os.listdir(tmp_path / "out"))
     assert written == ["adapter_config.json", "adapter_model.safetensors", "ranks.csv"]
 
     assert "is not empty; give another, or overwrite=True" in error(ma.export, newest, tmp_path / "out")
-    assert ma.export(newest, tmp_path / "out", overwrite=True)["name"].tolist() == ["layer.0.query"]
+    assert ma.export(newest, tmp_path / "out", overwrite=True)["name"].tolist() == ["layers.2.query"]
     assert "the folder of the adapter itself" in error(ma.export, newest, newest, overwrite=True)
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     assert "it holds thesis.tex" in error(ma.export, newest, tmp_path / "out", overwrite=True)
     assert "not a folder" in error(ma.export, newest, tmp_path / "out" / "thesis.tex")
     assert sorted(os.listdir(tmp_path / "out")) == [*written, "thesis.tex"]
-    assert sorted(os.listdir(tmp_path)) == ["out", "run"]
+    assert sorted(os.listdir(tmp_path)) == ["last", "out", "run"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -95,6 +96,24 @@ def test_commands_take_a_style(tmp_path, capsys, monkeypatch):
     assert run(capsys, monkeypatch, *arguments) == (
         1, "", "error: --style is that of a figure: add --figure pdf, png or svg\n"
     )  # fmt: skip
+
+
+def test_figures_name_adapters_that_were_written_from_others(tmp_path, capsys, monkeypatch):
+    shutil.copytree(EXAMPLES / "lora-8", tmp_path / "runs" / "lora-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ma.compress(EXAMPLES / "lora-8" / "checkpoint-270", tmp_path / "runs" / "small", rank=2)
+    arguments = ["figures", tmp_path / "runs", "--out", tmp_path / "out", "--format", "svg", "--workers", "1"]
+    status, _, error = run(capsys, monkeypatch, *arguments)
+    assert status == 0
+    assert "1 of 8 adapters were written from others" in error
+    assert str(tmp_path / "runs" / "small") in error
+
+
+def test_labels_of_ticks_that_would_touch_are_thinned():
+    table = comparison_table()
+    far = table.assign(estimate=table["estimate"] / 5 - 0.0001, low=-0.00123, high=0.00043)
+    check_texts(figures.plot_comparison(pd.concat([far.assign(measure="js", pairs=p) for p in ("all", "adjacent")])))
 
 
 # Figures returned

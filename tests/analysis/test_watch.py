@@ -213,6 +213,9 @@ def test_the_screen_tells_who_when_and_how(grow: Any) -> None:
     assert re.search(rf"mid +query +[▁-█]+ +{means[270]:.2f} of 8 +{means[270] - means[225]:+.2f} ", shown)
     assert "rank-unused" in shown
     assert max(map(len, shown.splitlines())) <= 80
+    wide = screen(run, 200)
+    learned = means[means.notna()]
+    assert re.search(rf"mid +query .*{learned.min():.2f} to {learned.max():.2f} .* 0\.00 to ", wide)
 
 
 def big_run(folder: Path) -> Run:

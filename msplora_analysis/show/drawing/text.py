@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -146,6 +147,17 @@ def fit(figure: Figure) -> None:
             broken |= break_text(text, points * room)
     if broken:
         lay_out(figure)
+
+
+def thin_ticks(axes: Sequence[Axes]) -> None:
+    """Fewer ticks across each panel, as long as their labels touch; call it once the panels have their places."""
+    for ax in axes:
+        for most in (3, 2, 1):
+            boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+            gap = 0.4 * max((box.height for box in boxes), default=0)
+            if all(one.x1 + gap <= other.x0 for one, other in pairwise(boxes)):
+                break
+            ax.locator_params(axis="x", nbins=most)
 
 
 def lay_out(figure: Figure) -> None:

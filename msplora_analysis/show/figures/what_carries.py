@@ -1,5 +1,6 @@
 """What carries the task: what a model loses without each module, layer, type and scale of its adapter."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -110,6 +111,9 @@ def draw(numbers: pd.DataFrame, style: Style) -> Figure:
     text.title(figure, f"What carries the task: {adapter_name(numbers)}", "95 % intervals; filled: excludes 0")
     text.fit(figure)
     heatmap.label_layers(figure, [map_.xaxis, bars.xaxis], [int(layer) for layer in layers])
+    most = float(np.nanmax(kl.to_numpy(np.float64), initial=0))
+    digits = max(0, 1 - math.floor(math.log10(most))) if most > 0 else 0
+    heatmap.write_numbers(cells, kl.to_numpy(np.float64), f"{{:.{digits}f}}")
     return figure
 
 

@@ -24,6 +24,8 @@ _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#"
 _COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "cyan"}
 _COLUMNS_BESIDE = 48  # of a terminal, for all but the names of modules and the two sparklines
 _NARROW = 78  # columns of a terminal
+_WIDE = 120  # columns of a terminal
+_RANGE = 18  # of its columns, for a range
 _LINES_BESIDE = 9  # of a terminal, for all but the rows of the table and the findings
 _FINDINGS = 4  # shown at least, where there are so many
 
@@ -164,14 +166,18 @@ def _logged(history: Iterable[dict[str, object]]) -> list[str]:
 
 
 def _table(table_rows: Sequence[Row], bars: str, width: int) -> Table:
-    """A terminal narrower than ``_NARROW`` shows no changes, and no ranks beside the effective ones."""
+    """A terminal narrower than ``_NARROW`` shows no changes, and no ranks beside the effective ones.
+
+    From ``_WIDE`` on each sparkline has its range beside it, as each row has a scale of its own.
+    """
     names = max(len(row.module) for row in table_rows)
-    narrow = width < _NARROW
-    room = max(6, min(40, (width - (28 if narrow else _COLUMNS_BESIDE) - names) // 2))
+    narrow, wide = width < _NARROW, width >= _WIDE
+    beside = 28 if narrow else _COLUMNS_BESIDE + (2 * _RANGE if wide else 0)
+    room = max(6, min(60 if wide else 40, (width - beside - names) // 2))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    changes = () if narrow else ("change",)
-    for header in ("scale", "module", "effective rank", "now", *changes, "norm", "now", *changes):
-        table.add_column(header, justify="right" if header in ("now", "change") else "left", no_wrap=True)
+    more = () if narrow else ("change", "range")[: 1 + wide]
+    for header in ("scale", "module", "effective rank", "now", *more, "norm", "now", *more):
+        table.add_column(header, justify="right" if header in ("now", "change", "range") else "left", no_wrap=True)
     for row in table_rows:
         ranks = [means.effective_rank for means in row.means]
         norms: list[float | None] = [means.norm for means in row.means]
@@ -181,10 +187,10 @@ def _table(table_rows: Sequence[Row], bars: str, width: int) -> Table:
             Text(printable(row.module)),
             Text(sparkline(ranks, room, bars), "cyan"),
             f"{_number(ranks[-1])}{of}",
-            *(() if narrow else (_change(ranks),)),
+            *(_change(ranks), _range(ranks))[: len(more)],
             Text(sparkline(norms, room, bars, zero=True), "green"),
             _number(norms[-1]),
-            *(() if narrow else (_change(norms),)),
+            *(_change(norms), _range(norms))[: len(more)],
         )
     return table
 
@@ -198,6 +204,11 @@ def _change(values: Sequence[float | None]) -> str:
     if len(values) < 2 or values[-1] is None or values[-2] is None:
         return "-"
     return f"{values[-1] - values[-2]:+.{_decimals(values[-1])}f}"
+
+
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{_number(min(known))} to {_number(max(known))}" if known else "-"
 
 
 def _decimals(value: float) -> int:
