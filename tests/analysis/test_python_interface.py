@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from adapters import write_adapter
 from figure_cases import ablation_of
 
 import msplora_analysis as ma
@@ -138,6 +139,9 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, source in copies.items() | {name: run / "checkpoint-270" for name, run in last.items()}.items():
         shutil.copytree(source, folder / name)
     ablation_of(4).to_csv(folder / "runs/cola/ablation.csv", index=False)
+    key = "base_model.model.layer.0.q.lora"
+    parts = {f"{key}_A.weight": np.ones((2, 6)), **{f"{key}_B{i}.weight": np.eye(5, 2) + i for i in range(2)}}
+    write_adapter(folder / "hydra", parts)
     (folder / "tables").mkdir()
     ma.load_spectra(LORA).to_parquet(folder / "tables/spectra.parquet", index=False)
     return folder
