@@ -24,7 +24,8 @@ from msplora_analysis.show.drawing.style import SERIF, SETTINGS
 from msplora_analysis.show.drawing.venues import VENUES, style_of
 from msplora_analysis.show.figures.singular_values import draw as draw_figure3
 from msplora_analysis.show.figures.singular_values import numbers as numbers_of_figure3
-from msplora_analysis.tables.matrices import prepare
+from msplora_analysis.tables import layer_kl
+from msplora_analysis.tables.matrices import prepare, stacks
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "runs"
 
@@ -108,6 +109,15 @@ def test_figures_name_adapters_that_were_written_from_others(tmp_path, capsys, m
     assert status == 0
     assert "1 of 8 adapters were written from others" in error
     assert str(tmp_path / "runs" / "small") in error
+
+
+@pytest.mark.slow
+def test_cells_too_small_for_dots_are_pale():
+    matrices = prepare(tables(80)[0])
+    ends = layer_kl.intervals(matrices, "MSPLoRA 8/4/2", "LoRA r=8", *stacks(matrices))
+    chance = (ends["low"] <= 0) & (ends["high"] >= 0) & (ends["layer_i"] != ends["layer_j"])
+    (cells,) = meshes(draw("figure4", 80, "acl-column"))
+    assert (cells.get_alpha() < 1).sum() == chance.sum() > 0
 
 
 def test_labels_of_ticks_that_would_touch_are_thinned():

@@ -79,7 +79,7 @@ def draw(rows: pd.DataFrame, style: Style) -> Figure:
         f"{first['n_a']:g} and {first['n_b']:g} runs; filled: decided",
     )
     text.fit(figure)
-    text.thin_ticks(axes)
+    text.thin_ticks(figure.axes)
     return figure
 
 

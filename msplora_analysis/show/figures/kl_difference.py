@@ -18,6 +18,9 @@ from msplora_analysis.show.drawing.venues import Style
 from msplora_analysis.tables import layer_kl
 from msplora_analysis.tables.matrices import choose, is_msplora, prepare, slug, stacks
 
+_DOTTED = 4.0  # points; in smaller cells dots would cover the colours
+_PALE = 0.25
+
 
 def plot_figure4(
     spectra: pd.DataFrame,
@@ -105,13 +108,14 @@ def draw(
 ) -> Figure:
     layers = sorted(numbers["layer_i"].unique())
     figure, axes = heatmap.square_panels(style, layers, 1)
-    cells = _panel(axes[0], numbers, intervals)
+    small = 72 * (figure.get_figwidth() - 1.3) / len(layers) < _DOTTED
+    cells = _panel(axes[0], numbers, intervals, pale=small)
     heatmap.colour_bar(cells, axes, LABELS["kl_difference"], aspect=25, pad=0.02)
     first = numbers.iloc[0]
     ours, theirs = first["variant_msplora"], first["variant_lora"]
     key = f"red: layers differ more under {ours}, blue: under {theirs}"
     if intervals is not None and len(intervals):
-        key += "; dots: 95 % interval over runs holds 0"
+        key += f"; {'pale' if small else 'dots'}: 95 % interval over runs holds 0"
     runs = [first["runs_msplora"], first["runs_lora"]]
     text.title_of_layers(figure, f"{ours} − {theirs}", numbers, runs, name_stack=name_stack, key=key)
     heatmap.finish_squares(figure, axes, layers)
@@ -121,13 +125,19 @@ def draw(
     return figure
 
 
-def _panel(ax: Axes, numbers: pd.DataFrame, intervals: pd.DataFrame | None) -> QuadMesh:
+def _panel(ax: Axes, numbers: pd.DataFrame, intervals: pd.DataFrame | None, *, pale: bool = False) -> QuadMesh:
     values = layer_kl.matrix(numbers, "difference")
     largest = np.nanmax(np.abs(values), initial=0) or 1
     cells = heatmap.draw_cells(ax, values, heatmap.colour_scale(largest, -largest), colours.DIVERGING)
     if intervals is not None and len(intervals):
         open_ = (intervals["low"] <= 0) & (intervals["high"] >= 0) & (intervals["layer_i"] != intervals["layer_j"])
         place = {layer: i for i, layer in enumerate(sorted(numbers["layer_i"].unique()))}
-        marked = intervals[open_]
-        ax.plot(marked["layer_j"].map(place), marked["layer_i"].map(place), ".", color="0.3", markersize=1.5)
+        down, across = (intervals.loc[open_, name].map(place).to_numpy(int) for name in ("layer_i", "layer_j"))
+        if pale:
+            alpha = np.ones(values.shape)
+            alpha[down, across] = _PALE
+            ax.set_facecolor("white")
+            cells.set_alpha(alpha)  # type: ignore[arg-type]  # the stubs lack arrays
+        else:
+            ax.plot(across, down, ".", color="0.3", markersize=1.5)
     return cells

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from msplora_analysis.compute.measures.metrics import Array
 from msplora_analysis.compute.measures.rank_needed import energy_rank
@@ -64,7 +65,7 @@ def plot_rank_needed(
     of_share = table[table["energy"] == energy]
     norm = heatmap.colour_scale(max(int(of_share["rank"].max()), 2), lowest=1)
     cells, values = heatmap.draw_modules(ax, of_share, "rank_needed", norm)
-    heatmap.colour_bar(cells, ax, LABELS["rank_needed"])
+    heatmap.colour_bar(cells, ax, LABELS["rank_needed"], ticks=MaxNLocator(integer=True))
     heatmap.write_numbers(cells, values, _form(values))
     ax.set(xlabel=LABELS["layer"], title=f"{energy:.0%} of the energy")
     return ax
@@ -106,7 +107,7 @@ def draw(numbers: pd.DataFrame, style: Style, *, name_stack: bool = False) -> Fi
         ax.set_title(f"{share:.0%} of the energy")
     axes[-1].set_xlabel(LABELS["layer"])
     label = f"{LABELS['rank_needed']}, of {rank}"
-    heatmap.colour_bar(drawn[0][0], axes, label, aspect=25, pad=0.02)
+    heatmap.colour_bar(drawn[0][0], axes, label, aspect=25, pad=0.02, ticks=MaxNLocator(integer=True))
     first = numbers.iloc[0]
     heading = f"{first['variant']}, layer parts: rank used"
     text.title_of_layers(figure, heading, numbers, [int(numbers["runs"].max())], name_stack=name_stack)
