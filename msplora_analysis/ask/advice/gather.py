@@ -36,7 +36,8 @@ def advise_all(paths: Sequence[StrPath], options: Options, execution: Execution)
     """
     checkpoints = discover(paths)
     latest = newest(checkpoints)
-    measured = [one for one in checkpoints if one in latest or _has_own_moments(one, options)]
+    last = set(map(id, latest))
+    measured = [one for one in checkpoints if id(one) in last or _has_own_moments(one, options)]
     states = [_states(adapter, options) for adapter in measured]  # the files are opened more than once
     results = list(succeeding(spectra_of(measured, options, execution)))
     spectra, metrics = tables_of(measured, results, (1,), have_moments(measured, options))
