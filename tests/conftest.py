@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # One thread for each process of the tests: two that share two cores, with two threads each, take twice as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A busy machine draws slowly.
+settings.register_profile("msplora", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("msplora")
 # No test reads or fills the user's cache of spectra.
 os.environ["MSPLORA_CACHE"] = ""
 # A shell lets a background job ignore Ctrl-C. The commands that tests interrupt would inherit that.

@@ -190,7 +190,7 @@ def test_factors_of_rank_64():
     assert_promised(spectrum(a, b), values)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(kind=st.sampled_from(TYPES), seed=st.integers(0, 2**32 - 1), alpha=st.floats(0.01, 100))
 def test_through_a_file_of_every_type(tmp_path, kind, seed, alpha):
     rng = np.random.default_rng(seed)

@@ -294,7 +294,9 @@ def test_the_report_shows_both_spectra_beside_each_other(training, tmp_path):
     assert data["matrices"]["task_norm"] == pytest.approx(last["task_norm"].tolist(), rel=1e-3)
     assert "task_norm" in data["measures"]
     plain = ma.report(training, tmp_path / "plain.html", moments="none", cache=False).read_text()
-    assert "task" not in re.search(r'id="data">(.*?)</script>', plain)[1]
+    without = json.loads(re.search(r'id="data">(.*?)</script>', plain)[1])
+    assert "task_norm" not in without["matrices"]
+    assert not any("task" in panel for of in without["spectra"] for panel in of["panels"])
 
 
 # What layers and scales share

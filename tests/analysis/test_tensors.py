@@ -15,7 +15,7 @@ from safetensors.torch import save_file as save_torch
 from msplora_analysis import AnalysisError
 from msplora_analysis.files.opening import open_tensors
 
-IN_A_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+IN_A_FOLDER = settings(suppress_health_check=list(HealthCheck), deadline=None)
 
 
 def read_all(path):
