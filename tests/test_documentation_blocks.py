@@ -64,7 +64,8 @@ ASSUMED: dict[str, dict[str, str]] = {
     "relate.md": PAIR | {"runs/cola/lora-8": "lora-8", "runs/mrpc/lora-8": "msplora-8-8-8"},
     "share.md": ADAPTERS,
 }
-SLOW = ("instruction_tuning.md", "reproduce.md")  # pages that train several times
+# Pages that train, or draw much.
+SLOW = ("instruction_tuning.md", "reproduce.md", "train_msplora.md", "figures.md", "share.md")
 
 
 class Block(NamedTuple):

@@ -118,6 +118,7 @@ def test_of_several_adapters_one_is_chosen(tmp_path):
     assert stems == ["what_carries_cola-268", "what_carries_cola-536", "what_carries_rte"]
 
 
+@pytest.mark.slow
 def test_figures_draws_ablations_beside_adapters_and_alone(tmp_path):
     write(tmp_path / "alone", ablation_of(3))
     names = {"what_carries", "metric_against_rank", "predicted_against_measured"}

@@ -251,6 +251,7 @@ def test_bad_input_is_one_line(tmp_path):
         ma.share(tmp_path / "alone", tmp_path / "shared", ranks=(2, 1, 1))
 
 
+@pytest.mark.slow
 def test_moments_price_the_fit(tmp_path):
     model = saved(tmp_path / "lora", peft.LoraConfig(**LORA))
     factors = lora_factors(load_file(tmp_path / "lora" / "adapter_model.safetensors"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 import msplora_core.methods as methods
@@ -61,6 +62,7 @@ def msplora_train(folder: Path, *arguments: object) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_a_new_method_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(METHOD)
     text = msplora_train(tmp_path, "--help").stdout
