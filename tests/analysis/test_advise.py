@@ -68,11 +68,12 @@ def test_the_rank_is_the_least_whose_predicted_kl_is_small(measured):
     assert table["energy"][1] == pytest.approx(sum(v[0] for v in values) / sum(v.sum() for v in values), rel=1e-5)
 
 
-def test_weights_alone_leave_the_rank_open_and_say_what_would_tell(tmp_path):
+def test_weights_alone_leave_the_rank_open_and_say_what_would_tell(tmp_path, monkeypatch):
     folder, _ = write_lora(tmp_path / "run" / "checkpoint-10")
+    monkeypatch.chdir(tmp_path)
     (advice,) = ma.advise(folder)
     assert advice.rank is None
-    assert answer(advice, "What rank").command == f"msplora-measure moments {folder}"
+    assert answer(advice, "What rank").command == "msplora-measure moments run/checkpoint-10"
     assert advice.ranks["predicted_kl"].isna().all()
 
 
@@ -88,6 +89,9 @@ def test_diagnose_gives_the_same_answers(measured, capsys):
 
 def test_commands_have_paths_that_a_shell_takes(tmp_path, monkeypatch):
     folder, _ = write_lora(tmp_path / "my run" / "checkpoint-10")
+    deep = tmp_path.joinpath(*"folders" * 10)  # from where the absolute path is the shorter one
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
     (advice,) = ma.advise(folder)
     assert answer(advice, "What rank").command == f"msplora-measure moments '{folder}'"
     monkeypatch.chdir(tmp_path)
