@@ -217,6 +217,7 @@ def test_an_entry_without_sense_is_computed_again_though_its_digest_is_right(old
     pd.testing.assert_frame_equal(load_spectra(old), expected, check_exact=True)
 
 
+@pytest.mark.slow
 def test_an_entry_that_would_unpack_to_gigabytes_is_computed_again(old, cache):
     from msplora_analysis.compute.cache import _digest
 

@@ -60,7 +60,7 @@ NAMES = ["-".join(str(part) for part in case if part) for case in CASES]
 
 
 # Many layers take long to draw.
-MARKED = [pytest.param(*case, marks=[pytest.mark.slow] if case[1] >= 80 else []) for case in CASES]
+MARKED = [pytest.param(*case, marks=[pytest.mark.slow] if case[1] >= 32 else []) for case in CASES]
 
 
 @pytest.mark.parametrize(("kind", "layers", "style"), MARKED, ids=NAMES)

@@ -264,6 +264,7 @@ def test_two_methods_are_compared_in_sentences(page):
     assert "Subspaces are not compared: ranks or last epochs differ." in page.text
 
 
+@pytest.mark.slow
 def test_tables_written_before_give_the_same_picture(runs, page, tmp_path):
     from msplora_analysis.tables.files import write_table
 
@@ -297,6 +298,7 @@ def test_json_in_html_holds_its_text_and_no_markup(text):
     assert written.isascii()
 
 
+@pytest.mark.slow
 def test_a_long_run_is_small_enough(tmp_path):
     path = ma.report(write_msplora(tmp_path / "run", 80), tmp_path / "r.html")
     assert path.stat().st_size < 5e6

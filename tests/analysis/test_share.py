@@ -207,6 +207,7 @@ def test_what_is_written_has_the_error_that_is_told(tmp_path):
     assert config["mid_groups"] == 2
 
 
+@pytest.mark.slow
 def test_random_layers_share_what_chance_gives(tmp_path):
     saved(tmp_path / "lora", peft.LoraConfig(**LORA))
     out = ["--out", str(tmp_path / "shared")]

@@ -268,6 +268,7 @@ def test_figures_are_drawn_of_task_weighted_spectra(training):
     assert shown[0, 1] == pytest.approx(rows["task_sigma"].mean())
 
 
+@pytest.mark.slow
 def test_figures_take_weights_by_themselves_and_on_the_command_line(training, tmp_path, run):
     spectra = ma.load_spectra(training, cache=False)
     for draw in (ma.show.figures.plot_figure3, ma.show.figures.plot_spectra_by_layer):
