@@ -147,7 +147,13 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", sorted({*ma.__all__} - {"AnalysisError", "__version__"} - NOT_RUN.keys()))
+DRAWN = ("report", "write_figures")  # which takes long
+RUN = sorted({*ma.__all__} - {"AnalysisError", "__version__"} - NOT_RUN.keys())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in DRAWN else []) for name in RUN]
+)
 def test_the_example_of_a_docstring_runs(name: str, examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(examples)
     lines = doctest.DocTestParser().get_examples(getattr(ma, name).__doc__)

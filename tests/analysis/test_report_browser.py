@@ -13,6 +13,7 @@ from reports import HOSTILE, write_hostile, write_lora, write_msplora
 import msplora_analysis as ma
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.slow  # starts a browser; test_report.py looks at what the page holds
 SHOWN = HOSTILE.replace("\u2028", "\\u2028")
 
 
