@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -85,18 +84,14 @@ def test_the_site_builds_without_a_warning(site: Site) -> None:
 
 
 @pytest.mark.slow
-def test_search_works_on_pages_opened_from_the_disk(site: Site) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_context(offline=True).new_page()
+def test_search_works_on_pages_opened_from_the_disk(site: Site, browser: Any) -> None:
+    with browser.new_context(offline=True) as context:
+        page = context.new_page()
         page.goto((site.folder / "index.html").as_uri())
         page.wait_for_timeout(3_000)  # what is typed before the page listens is lost
         page.fill("input[name=query]", "effective rank")
         page.wait_for_selector(".md-search-result__item", state="attached", timeout=60_000)
         assert "metrics.html" in page.inner_html(".md-search-result__list")
-        browser.close()
 
 
 class _Fetched(HTMLParser):
