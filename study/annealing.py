@@ -26,13 +26,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from searched import Row, Run, Search, read_runs, train_run, train_wanted
+from searched import Row, Run, Search, call, read_runs, train_run, train_wanted, training_options
 
 TASKS = ("cola", "stsb", "mrpc", "rte")  # the longest first
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -175,12 +174,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="minilm", help="as msplora-train takes it (default: minilm)")
     parts = parser.add_subparsers(dest="part", required=True)
     training = parts.add_parser("train")
-    training.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
-    training.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    training.add_argument("--seeds", nargs="+", type=int, default=list(range(11, 16)), help="default: 11 to 15")
+    training_options(training, seeds=range(11, 16), tasks=TASKS)
     training.add_argument("--epochs", type=int, default=6)
-    training.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     parts.add_parser("cost")
     drawing = parts.add_parser("tables")
     drawing.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures")
@@ -188,6 +183,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    given = _options()
-    {"train": train, "cost": cost, "tables": tables}[given.part](given)
+    call({"train": train, "cost": cost, "tables": tables}, _options())

@@ -40,7 +40,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import re
 import shutil
@@ -57,7 +56,7 @@ from typing import Any
 from calibration import MODELS, base_model
 from learning_rates import shuffled
 from safetensors.numpy import load_file, save_file
-from searched import Row, Run, train_all, train_run
+from searched import Row, Run, call, train_all, train_run
 
 from msplora_core.methods.lora import Lora
 from msplora_core.methods.msplora import MSPLora
@@ -360,6 +359,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    given = _options()
-    {"plant": plant, "train": train}[given.part](given)
+    call({"plant": plant, "train": train}, _options())

@@ -23,7 +23,6 @@ scales.png: the mean of paired differences to 8/4/2, with a 95 % interval by t o
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from typing import Any
 
 from calibration import base_model
 from learning_rates import shuffled
-from searched import Row, Run, Search, read_runs, train_run, train_wanted
+from searched import Row, Run, Search, call, read_runs, train_run, train_wanted, training_options
 
 from msplora_core.methods.msplora import MSPLora
 
@@ -143,19 +142,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/scales"), help="where the rows go (runs/scales)")
     parts = parser.add_subparsers(dest="part", required=True)
     training = parts.add_parser("train")
-    training.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
-    training.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    training_options(training, seeds=[11, 12, 13], tasks=TASKS)
     training.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
-    training.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13], help="default: 11 to 13")
     training.add_argument("--epochs", type=int, default=10)
-    training.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     drawing = parts.add_parser("tables")
     drawing.add_argument("--out", type=Path, default=Path("figures/scales"), help="default: figures/scales")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    given = _options()
-    {"train": train, "tables": tables}[given.part](given)
+    call({"train": train, "tables": tables}, _options())

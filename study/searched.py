@@ -10,10 +10,11 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,23 @@ class Search(NamedTuple):
         found = [rows[run] for run in self.runs(configuration, rate)]
         score = sum(float(row[column]) - 1e-6 * float(row["loss"]) for row in found) / len(found)
         return score if math.isfinite(score) else -1.0
+
+
+def training_options(parser: argparse.ArgumentParser, *, seeds: Sequence[int], tasks: Sequence[str] = ()) -> None:
+    """What every study of fresh trainings is told; without ``tasks`` there is no choice of them."""
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
+    if tasks:
+        parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
+    told = " ".join(map(str, seeds))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds), help=f"default: {told}")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
+
+
+def call(parts: Mapping[str, Callable[[argparse.Namespace], None]], options: argparse.Namespace) -> None:
+    """Do the part of a study that is asked for; its processes are quiet and take one thread each."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    parts[options.part](options)
 
 
 def read_runs(options: argparse.Namespace, task: str) -> dict[Run, Row]:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from itertools import product
@@ -38,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from calibration import MODELS, Part, Run, in_processes, is_trained, thin, train_with
 from learning_rates import METHODS, TASKS, shuffled
 from paired import estimates
+from searched import call, training_options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,13 +218,9 @@ def _options() -> argparse.Namespace:
     training = parts.add_parser("train")
     training.add_argument("--folder", type=Path, default=Path("runs/table1"), help="default: runs/table1")
     training.add_argument("--model", choices=MODELS, default="minilm", help="default: minilm")
-    training.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
-    training.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    training_options(training, seeds=SEEDS, tasks=TASKS)
     training.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    training.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 11 to 15")
     training.add_argument("--epochs", type=int, help="default: 10 for minilm, 3 for smollm2")
-    training.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     drawing = parts.add_parser("tables")
     drawing.add_argument("--folder", type=Path, default=Path("runs/table1"), help="default: runs/table1")
     drawing.add_argument("--model", choices=MODELS, default="minilm", help="default: minilm")
@@ -236,6 +232,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    given = _options()
-    {"train": train, "tables": tables}[given.part](given)
+    call({"train": train, "tables": tables}, _options())

@@ -24,7 +24,6 @@ spectra.csv, and of them table2.csv and table2.png.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import Any
 
 from calibration import base_model
 from learning_rates import shuffled
-from searched import Row, Run, read_runs, train_all, train_run
+from searched import Row, Run, call, read_runs, train_all, train_run, training_options
 
 TASK = "alpaca"
 ROWS = 6600  # of which a tenth is held out
@@ -159,15 +158,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/table2"), help="where the rows go (runs/table2)")
     parts = parser.add_subparsers(dest="part", required=True)
     training = parts.add_parser("train")
-    training.add_argument("--data-dir", type=Path, required=True, help="folder with alpaca_train.jsonl[.gz]")
+    training_options(training, seeds=[11, 12])
     training.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     training.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="default: 3e-4")
     training.add_argument("--rows", type=int, default=ROWS, help=f"with those held out (default: {ROWS})")
     training.add_argument("--micro-batch-size", type=int, default=32, help="default: 32")
-    training.add_argument("--seeds", nargs="+", type=int, default=[11, 12], help="default: 11 12")
     training.add_argument("--epochs", type=int, default=3)
-    training.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     training.set_defaults(tasks=[TASK])
     drawing = parts.add_parser("tables")
     drawing.add_argument("--out", type=Path, default=Path("figures/table2"), help="default: figures/table2")
@@ -175,6 +171,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    given = _options()
-    {"train": train, "tables": tables}[given.part](given)
+    call({"train": train, "tables": tables}, _options())

@@ -25,7 +25,6 @@ ties.png: means of paired differences, with a 95 % interval by t over seeds.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from typing import Any
 from calibration import base_model, chosen_rate
 from faults import TASKS, own_parts, tie
 from safetensors.torch import load_file
-from searched import Row, Run, read_runs, train_all, train_run
+from searched import Row, Run, call, read_runs, train_all, train_run, training_options
 
 from msplora_core.methods.lora import Lora
 from msplora_core.names import WEIGHTS
@@ -185,19 +184,13 @@ def _options() -> argparse.Namespace:
     parts = parser.add_subparsers(dest="part", required=True)
     tuning = parts.add_parser("tune")
     tuning.add_argument("--runs", type=Path, required=True, help="folder with <task>/lora-8/seed-<n>")
-    tuning.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
-    tuning.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    training_options(tuning, seeds=[11, 12, 13, 14], tasks=TASKS)
     tuning.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=CONFIGURATIONS)
-    tuning.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14], help="default: 11 to 14")
     tuning.add_argument("--epochs", type=int, default=1)
-    tuning.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    tuning.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     drawing = parts.add_parser("tables")
     drawing.add_argument("--out", type=Path, default=Path("figures/ties"), help="default: figures/ties")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    given = _options()
-    {"tune": tune, "tables": tables}[given.part](given)
+    call({"tune": tune, "tables": tables}, _options())
