@@ -13,8 +13,6 @@ from msplora_analysis.commands.shared.declaring import command
 from msplora_analysis.files.addresses import StrPath
 from msplora_analysis.options import Execution, Options
 
-COPIED = "ranks.csv"  # beside an adapter that export, compress or extract wrote
-
 
 @command(
     "Draw figures 3 and 4 of the MSPLoRA paper, and more.",
@@ -91,13 +89,14 @@ def _say_copies(paths: list[StrPath]) -> None:
     """Adapters that were written from others, which a search of a wide folder finds too, are runs of their own."""
     from msplora_analysis.adapters.discovery import discover
     from msplora_analysis.tables.gather import table_at
+    from msplora_analysis.write.write import TABLE_NAME
 
     found = discover(searched) if (searched := [path for path in paths if table_at(path) is None]) else []
     folders = [one.file.parent for one in found if isinstance(one.file, Path)]
-    copies = [folder for folder in folders if (folder / COPIED).is_file()]
+    copies = [folder for folder in folders if (folder / TABLE_NAME).is_file()]
     if copies and len(copies) < len(found):
         warnings.warn(
-            f"{len(copies)} of {len(found)} adapters were written from others ({COPIED} lies beside them), such as "
+            f"{len(copies)} of {len(found)} adapters were written from others ({TABLE_NAME} lies beside them), such as "
             f"{copies[0]}: figures have them as runs of their own; give the run folders alone to leave them out",
             stacklevel=2,
         )

@@ -102,7 +102,14 @@ def finish(folder: Path, table: pd.DataFrame) -> None:
 
 
 def write_peft(folder: Path, pairs: Iterable[Pair], dtype: str, source: Source) -> None:
-    """adapter_config.json and adapter_model.safetensors; see ``write_adapter``. One pair is held at a time."""
+    """Write adapter_config.json and adapter_model.safetensors; one pair is held at a time.
+
+    Args:
+        folder: Where to.
+        pairs: What is adapted.
+        dtype: Of the factors, a key of DTYPES; the pairs have it already, or float32 where numpy has none.
+        source: What else is copied, and what the config says of the base model.
+    """
     ranks: dict[str, int] = {}
     with tempfile.TemporaryDirectory(dir=folder) as parts:
         for pair in pairs:

@@ -157,7 +157,8 @@ def _parts(name: str, layer: Any, adapter: str) -> tuple[Part, ...]:
         if adapter not in layer.sora_pair:
             return ()
         pair: Any = layer.sora_pair[adapter]
-        return (Part("layer", (pair.lora_A * pair.gate.T).data, pair.lora_B.data, pair.scaling),)
+        a, b = _factors(layer, adapter)
+        return (Part("layer", (a * pair.gate.T).data, b.data, pair.scaling),)
     if isinstance(layer, LoraLayer):
         if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
             return ()

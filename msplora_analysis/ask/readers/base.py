@@ -57,7 +57,7 @@ def why_not_exported(facts: Facts, to: str) -> str:
         return "PEFT makes the model deeper (layer_replication)"
     if whole := [name for name in facts.rest if trained_in_full(name.removeprefix(PREFIX), facts.config)]:
         return f"trained beside the factors: {listed(whole)}"
-    if target != "gguf" and (found := [one.name for one in facts.modules if ".lora_embedding_" in one.a]):
+    if target != "gguf" and (found := facts.embeddings):
         return f"embeddings are adapted: {listed(found)}"
     return ""
 

@@ -95,6 +95,16 @@ class Facts:
         return sorted({module.rank for module in self.modules})
 
     @property
+    def experts(self) -> list[str]:
+        """Modules of a mixture's experts."""
+        return [module.name for module in self.modules if "experts" in module.name.split(".")]
+
+    @property
+    def embeddings(self) -> list[str]:
+        """Embeddings that are adapted."""
+        return [module.name for module in self.modules if ".lora_embedding_" in module.a]
+
+    @property
     def has_alpha(self) -> bool:
         """Whether a file without adapter_config.json says its alpha."""
         return _METADATA in self.metadata or any(name.endswith(".alpha") for name in self.shapes)

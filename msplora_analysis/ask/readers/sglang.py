@@ -38,7 +38,7 @@ def dora(facts: Facts) -> Iterator[Fault]:
 
 
 def experts(facts: Facts) -> Iterator[Fault]:
-    named = [module.name for module in facts.modules if "experts" in module.name.split(".")]
+    named = facts.experts
     if facts.config.get("target_parameters") and named:
         yield Fault(
             "experts",

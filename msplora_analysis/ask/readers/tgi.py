@@ -46,7 +46,7 @@ def layers(facts: Facts) -> Iterator[Fault]:
 
 
 def embeddings(facts: Facts) -> Iterator[Fault]:
-    if found := [module.name for module in facts.modules if ".lora_embedding_" in module.a]:
+    if found := facts.embeddings:
         yield Fault("embeddings", "error", "in part", "adapted embeddings", listed(found), _MAPPING, MERGE)
 
 

@@ -67,7 +67,7 @@ def ranks(facts: Facts) -> Iterator[Fault]:
 
 
 def experts(facts: Facts) -> Iterator[Fault]:
-    named = [module.name for module in facts.modules if "experts" in module.name.split(".")]
+    named = facts.experts
     if facts.config.get("use_rslora") and named:
         yield Fault(
             "experts",
