@@ -1,7 +1,7 @@
 """Do findings find? Runs with faults that were planted, beside healthy runs: what docs/findings.md is measured on.
 
     python study/faults.py plant runs/table1/runs runs/calibration/runs --jobs 2
-    python study/faults.py train --data-dir glue --jobs 15     # two GPUs: --tasks cola rte, and --tasks stsb mrpc
+    python study/faults.py train --data-dir glue --jobs 15     # two GPUs: --tasks qnli mrpc, and --tasks stsb sst2
     python study/fault_tables.py
 
 `plant` needs no training: it takes runs that are there, healthy ones, and edits copies of them, at the last checkpoint.
@@ -16,7 +16,7 @@ Runs are <folder>/<model>/<task>/<method>/seed-<n>, as study/table1.py and study
 asked as they are; LoRA and MSPLoRA, of which a layer's own part is edited, with faults too.
 
 `train` trains with a fault in it, LoRA r 8 and MSPLoRA 8/4/2, on at most 3,000 training and 500 validation rows of each
-task (a shuffle with the seed 0 chooses them), 10 epochs, at the rates of study/calibration.py:
+task (a shuffle with the seed 0 chooses them), 10 epochs, batches of 32, at the rates of study/calibration.py:
 
     healthy             no fault; then with the edits above
     learning rate       times 1/30, 3, 10, 30
@@ -56,13 +56,12 @@ from typing import Any
 from calibration import MODELS, base_model
 from learning_rates import shuffled
 from safetensors.numpy import load_file, save_file
-from searched import Row, Run, call, train_all, train_run
+from searched import TASKS, Row, Run, call, train_all, train_run, write_rows
 
 from msplora_core.methods.lora import Lora
 from msplora_core.methods.msplora import MSPLora
 from msplora_core.names import RECORD, WEIGHTS
 
-TASKS = ("cola", "stsb", "mrpc", "rte")  # the longest first
 METHODS = {"lora-8": 8, "msplora-8-4-2": 8}
 ROWS = {"train": 3000, "validation": 500}
 LAYERS = {"minilm": 6, "smollm2": 30}
@@ -265,16 +264,11 @@ def train(options: argparse.Namespace) -> None:
     options.folder /= name
     for task, split in product(options.tasks, ROWS):
         lines = shuffled(options.data_dir / f"{task}_{split}.jsonl", 0)[: ROWS[split]]
-        _write(lines, options.folder / "data" / "clean" / f"{task}_{split}.jsonl")
+        write_rows(lines, options.folder / "data" / "clean" / f"{task}_{split}.jsonl")
         for part in TRAINED["noisy labels"]:
             noisy = lines if split == "validation" else with_noise(lines, part)
-            _write(noisy, options.folder / "data" / f"noise-{part:.3g}" / f"{task}_{split}.jsonl")
+            write_rows(noisy, options.folder / "data" / f"noise-{part:.3g}" / f"{task}_{split}.jsonl")
     train_all(options, partial(wanted, options, name), partial(train_one, name))
-
-
-def _write(lines: list[bytes], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\n".join(lines))
 
 
 def with_noise(lines: list[bytes], part: float) -> list[bytes]:
@@ -325,6 +319,7 @@ def train_one(name: str, task: str, run: Run, options: argparse.Namespace) -> Ro
             look,
             method=method_of(method, fault, strength, layers),
             data_dir=options.folder / "data" / (f"noise-{strength:.3g}" if fault == "noisy labels" else "clean"),
+            batch_size=options.batch_size,
         )
         | {"layers": " ".join(map(str, layers))}
     )
@@ -354,6 +349,7 @@ def _options() -> argparse.Namespace:
     training.add_argument("--faults", nargs="+", choices=TRAINED, default=list(TRAINED))
     training.add_argument("--seeds", nargs="+", type=int, default=[21, 22], help="default: 21 22")
     training.add_argument("--epochs", type=int, default=10)
+    training.add_argument("--batch-size", type=int, default=32, help="default: 32")
     training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     return parser.parse_args()
 

@@ -1,6 +1,6 @@
 """What each scale of MSPLoRA is worth, on all-MiniLM-L6-v2: which scales, how many groups, which ranks, which steps.
 
-    python study/scales.py train --data-dir glue --jobs 15      # two GPUs: --tasks cola rte, and --tasks stsb mrpc
+    python study/scales.py train --data-dir glue --jobs 15      # two GPUs: --tasks qnli mrpc, and --tasks stsb sst2
     python study/scales.py tables
 
 A configuration has ranks of the scales global, mid, layer; all else is the recipe, alpha 16 for every scale.
@@ -13,8 +13,8 @@ A configuration has ranks of the scales global, mid, layer; all else is the reci
 
 For each and each task the rates 3e-4 and 1e-3 are searched, and the next where the better one is an edge, three in all:
 seed 1 holds out a tenth of at most 2,000 training rows. Then fresh seeds train at the better rate on at most 4,000 rows
-(a shuffle with the seed 0 chooses them), 10 epochs, and are scored once on the validation split, at the last epoch. It
-may be stopped and called again.
+and are scored once on at most 2,000 of the validation split (a shuffle with the seed 0 chooses both), at the last of 10
+epochs. Batches have 32 examples. It may be stopped and called again.
 
 Files in --folder: <task>.csv, a row a training, appended as it ends. `tables` writes runs.csv, and of it scales.csv and
 scales.png: the mean of paired differences to 8/4/2, with a 95 % interval by t over seeds.
@@ -30,14 +30,23 @@ from pathlib import Path
 from typing import Any
 
 from calibration import base_model
-from learning_rates import shuffled
-from searched import Row, Run, Search, call, read_runs, train_run, train_wanted, training_options
+from searched import (
+    TASKS,
+    Row,
+    Run,
+    Search,
+    call,
+    read_runs,
+    train_run,
+    train_wanted,
+    training_options,
+    write_test_rows,
+)
 
 from msplora_core.methods.msplora import MSPLora
 
-TASKS = ("cola", "stsb", "mrpc", "rte")  # the longest first
 SEARCH = Search((3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-4), 3, (1,))
-SEARCH_ROWS, TEST_ROWS = 2000, 4000
+SEARCH_ROWS = 2000
 WHOLE = {"global": 8, "mid": 4, "layer": 2}
 REFERENCE = "8/4/2"
 
@@ -88,11 +97,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def train(options: argparse.Namespace) -> None:
     """Train what is not trained yet."""
     options.model = str(base_model("minilm", options))
-    for task in options.tasks:
-        for split, most in (("train", TEST_ROWS), ("validation", None)):
-            path = options.folder / "data" / "test" / f"{task}_{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"\n".join(shuffled(options.data_dir / path.name, 0)[:most]))
+    write_test_rows(options)
     train_wanted(options, SEARCH, SEARCH_ROWS, partial(wanted, options), train_one)
 
 
@@ -109,7 +114,8 @@ def wanted(options: argparse.Namespace, task: str, rows: dict[Run, Row]) -> Iter
 def train_one(task: str, run: Run, options: argparse.Namespace) -> Row:
     """Train one run; returns its row."""
     data = options.folder / "data" / (f"seed-{run.seed}" if run.part == "search" else "test")
-    return train_run(task, run, options, method=Scaled(**CONFIGURATIONS[run.configuration]), data_dir=data)
+    method = Scaled(**CONFIGURATIONS[run.configuration])
+    return train_run(task, run, options, method=method, data_dir=data, batch_size=options.batch_size)
 
 
 def tables(options: argparse.Namespace) -> None:
@@ -142,7 +148,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/scales"), help="where the rows go (runs/scales)")
     parts = parser.add_subparsers(dest="part", required=True)
     training = parts.add_parser("train")
-    training_options(training, seeds=[11, 12, 13], tasks=TASKS)
+    training_options(training, seeds=[11, 12, 13], tasks=TASKS, batch_size=32)
     training.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     training.add_argument("--epochs", type=int, default=10)
     drawing = parts.add_parser("tables")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -19,9 +20,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learning_rates import append_row, hold_out, read_rows
+from learning_rates import append_row, hold_out, read_rows, shuffled
 
 Row = dict[str, Any]
+TASKS = ("qnli", "stsb", "mrpc", "sst2")
+"""Those that all-MiniLM-L6-v2 learns; on CoLA and RTE it stays near chance. The longest come first."""
+TEST_ROWS = {"train": 4000, "validation": 2000}
 
 
 class Run(NamedTuple):
@@ -62,8 +66,18 @@ class Search(NamedTuple):
         return score if math.isfinite(score) else -1.0
 
 
-def training_options(parser: argparse.ArgumentParser, *, seeds: Sequence[int], tasks: Sequence[str] = ()) -> None:
-    """What every study of fresh trainings is told; without ``tasks`` there is no choice of them."""
+def training_options(
+    parser: argparse.ArgumentParser, *, seeds: Sequence[int], tasks: Sequence[str] = (), batch_size: int | None = None
+) -> None:
+    """What every study of fresh trainings is told; without ``tasks`` there is no choice of them.
+
+    Args:
+        parser: Is given the options.
+        seeds: The default.
+        tasks: The choice, and the default.
+        batch_size: The default. A few thousand rows are too few steps at the recipes' 64: training ends before it
+            learns. None: there is no such option.
+    """
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
     if tasks:
         parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
@@ -71,12 +85,29 @@ def training_options(parser: argparse.ArgumentParser, *, seeds: Sequence[int], t
     parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds), help=f"default: {told}")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
+    if batch_size:
+        parser.add_argument("--batch-size", type=int, default=batch_size, help=f"default: {batch_size}")
 
 
 def call(parts: Mapping[str, Callable[[argparse.Namespace], None]], options: argparse.Namespace) -> None:
     """Do the part of a study that is asked for; its processes are quiet and take one thread each."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     parts[options.part](options)
+
+
+def write_test_rows(options: argparse.Namespace) -> Path:
+    """Write the rows of each task that a test trains on and is scored on; returns their folder."""
+    folder: Path = options.folder / "data" / "test"
+    for task in options.tasks:
+        for split, most in TEST_ROWS.items():
+            write_rows(shuffled(options.data_dir / f"{task}_{split}.jsonl", 0)[:most], folder / f"{task}_{split}.jsonl")
+    return folder
+
+
+def write_rows(lines: list[bytes], path: Path) -> None:
+    """Write rows of a task."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\n".join(lines))
 
 
 def read_runs(options: argparse.Namespace, task: str) -> dict[Run, Row]:
@@ -124,7 +155,9 @@ def train_all(
     running: dict[Future[Row], tuple[str, Run]] = {}
     failed: set[tuple[str, Run]] = set()
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["msplora_core.train.training"])  # imported once, for all of them
+    # What is imported once, for all of them; but bitsandbytes starts CUDA, which works in no fork of that process.
+    has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    processes.set_forkserver_preload(["torch" if has_bitsandbytes else "msplora_core.train.training"])
     with ProcessPoolExecutor(options.jobs, processes) as pool:
         while True:
             for task in options.tasks if time.monotonic() < end else ():

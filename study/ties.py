@@ -14,9 +14,9 @@ decomposition the nearest in the Frobenius norm,
     updates, ...           they share the whole update; as large as r 4
 
 Every one starts with the original's head and equal norms of its factors, keeps alpha / rank of 2, and is tuned for one
-epoch at 0.3 of the original's learning rate, which falls to 0. A tied factor is one parameter, with one gradient. The
-validation split is scored before and after. If layers repeat each other, neighbours can share what others cannot, and
-sharing costs less than a lower rank does.
+epoch on at most 4,000 rows, at 0.3 of the original's learning rate, which falls to 0. A tied factor is one parameter,
+with one gradient. At most 2,000 rows of the validation split are scored before and after. If layers repeat each other,
+neighbours can share what others cannot, and sharing costs less than a lower rank does.
 
 Files in --folder: <task>.csv, a row a training, appended as it ends. `tables` writes runs.csv, and of it ties.csv and
 ties.png: means of paired differences, with a 95 % interval by t over seeds.
@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from calibration import base_model, chosen_rate
-from faults import TASKS, own_parts, tie
+from faults import own_parts, tie
 from safetensors.torch import load_file
-from searched import Row, Run, call, read_runs, train_all, train_run, training_options
+from searched import TASKS, Row, Run, call, read_runs, train_all, train_run, training_options, write_test_rows
 
 from msplora_core.methods.lora import Lora
 from msplora_core.names import WEIGHTS
@@ -131,6 +131,7 @@ def others(seed: str) -> tuple[tuple[int, int], ...]:
 def tune(options: argparse.Namespace) -> None:
     """Tune what is not tuned yet."""
     options.model = str(base_model("minilm", options))
+    options.data_dir = write_test_rows(options)
     train_all(options, partial(wanted, options), train_one)
 
 
