@@ -18,8 +18,8 @@ edge: seed 1 holds out a tenth of at most 3,000 training rows. Then fresh seeds 
 rows and are scored once on at most 2,000 of the validation split (a shuffle with the seed 0 chooses both), at the last
 of 6 epochs. Batches have 32 examples. It may be stopped and called again.
 
-Files in --folder: <task>.csv, a row a training, appended as it ends. `tables` writes annealing.csv and annealing.png of
-them: means, and the mean of paired differences to lora-8, with a 95 % interval by t over seeds.
+Files in --folder: <task>.csv, a row a training, appended as it ends. `tables` writes runs.csv, and of it annealing.csv
+and annealing.png: the mean of paired differences to lora-8, with a 95 % interval by t over seeds.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST, MOST = (1e-3, 3e-4, 3e-3), 5
 SEARCH_SEEDS, SEARCH_ROWS = (1,), 3000
 RANK = 8
+REFERENCE = "lora-8"
 TRAINED: dict[str, dict[str, Any]] = {
     "lora-8": {"rank": RANK},
     "lora-32": {"rank": 32},
@@ -131,58 +132,35 @@ def cost(options: argparse.Namespace) -> None:
 
 
 def tables(options: argparse.Namespace) -> None:
-    """Write annealing.csv, a row for each task and what is compared, and draw it."""
+    """Write runs.csv of the rows, if there are any, and of runs.csv the table and its picture."""
     import pandas as pd
-    from scipy.stats import t
+    from paired import draw, estimates, groups_of
 
-    found = []
-    for task in (task for task in TASKS if (options.folder / f"{task}.csv").is_file()):
-        runs = read_runs(options, task)
-        scores, about = {}, {}
-        for name, (trained, column) in COMPARED.items():
-            rates, rate = SEARCH.of(trained, runs, column)
-            own = {run.seed: row for run, row in runs.items() if run[:3] == ("test", trained, rate)}
-            scores[name] = pd.Series({seed: float(row[column]) for seed, row in own.items()}, dtype=float)
-            about[name] = {"learning_rate": rate, "edge": rate in (min(rates), max(rates))}
-        if min(map(len, scores.values())) < 2:
-            print(f"{task}: not all are trained yet, and it is left out")
-            continue
-        for name, own in scores.items():
-            paired = (own - scores["lora-8"]).dropna()
-            half = t.ppf(0.975, len(paired) - 1) * paired.std() / len(paired) ** 0.5
-            row = {"task": task, "compared": name} | about[name]
-            row |= {"seeds": len(own), "mean": own.mean(), "sd": own.std(), "to_lora_8": paired.mean()}
-            found.append(row | {"low": paired.mean() - half, "high": paired.mean() + half})
-    table = pd.DataFrame(found)
     options.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(options.out / "annealing.csv", index=False, float_format="%.4g", lineterminator="\n")
-    draw(table, options.out / "annealing.png")
-
-
-def draw(table: Any, path: Path) -> None:
-    """A panel a task: each difference to LoRA r 8, with its interval."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, table["task"].nunique(), figsize=(7, 2.6), sharey=True, layout="constrained")
-    names = [name for name in COMPARED if name != "lora-8"]
-    for axis, (task, rows) in zip(axes, table.groupby("task", sort=False), strict=True):
-        rows = rows.set_index("compared").loc[names] * 1
-        error = [100 * (rows["to_lora_8"] - rows["low"]), 100 * (rows["high"] - rows["to_lora_8"])]
-        colours = ["0.5" if name in ("lora-32", "cut", "cut-task") else "#0072b2" for name in names]
-        axis.errorbar(100 * rows["to_lora_8"], range(len(names)), xerr=error, fmt="none", ecolor=colours, capsize=2)
-        axis.scatter(100 * rows["to_lora_8"], range(len(names)), c=colours, s=18, zorder=3)
-        axis.axvline(0, color="0.6", linewidth=0.8)
-        axis.set_title({"qnli": "QNLI", "stsb": "STS-B", "mrpc": "MRPC", "sst2": "SST-2"}[task], fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0].invert_yaxis()
-    figure.supxlabel("metric × 100, difference to LoRA r = 8 (paired by seed, 95 % intervals)", fontsize=8)
-    figure.savefig(path, dpi=150)
+    path = options.out / "runs.csv"
+    if found := [row for task in TASKS for row in read_runs(options, task).values()]:
+        pd.DataFrame(found).to_csv(path, index=False, lineterminator="\n")
+    tests = pd.read_csv(path).query("part == 'test'").set_index(["task", "seed"])
+    columns = {name: tests.loc[tests["configuration"] == of, column] for name, (of, column) in COMPARED.items()}
+    scores = pd.DataFrame(columns).dropna()
+    minus = scores.drop(columns=REFERENCE).sub(scores[REFERENCE], axis=0)
+    groups = groups_of([task for task in TASKS if task in scores.index.get_level_values("task")], without="stsb")
+    table = estimates(minus, groups)
+    means = {name: scores.groupby("task").mean().loc[list(of)].mean() for name, of in groups.items()}
+    table["mean"] = [means[task][other] for task, other in zip(table["task"], table["other"], strict=True)]
+    table.round(5).to_csv(options.out / "annealing.csv", index=False, lineterminator="\n")
+    draw(
+        table, options.out / "annealing.png", "metric × 100, difference to LoRA r = 8 (paired by seed, 95 % intervals)"
+    )
+    print(table.to_string())
+    print({name: round(of[REFERENCE], 4) for name, of in means.items()}, f"{len(scores)} runs")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).with_suffix(""), help="where the rows go")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/annealing"), help="where the rows go (runs/annealing)"
+    )
     parser.add_argument("--model", default="minilm", help="as msplora-train takes it (default: minilm)")
     parts = parser.add_subparsers(dest="part", required=True)
     training = parts.add_parser("train")
@@ -190,7 +168,7 @@ def _options() -> argparse.Namespace:
     training.add_argument("--epochs", type=int, default=6)
     parts.add_parser("cost")
     drawing = parts.add_parser("tables")
-    drawing.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures")
+    drawing.add_argument("--out", type=Path, default=Path("figures/annealing"), help="default: figures/annealing")
     return parser.parse_args()
 
 

@@ -45,15 +45,15 @@ NAMES = {
     "not finite": "one value is NaN",
     "frozen layer": "a layer as before training",
     "copied layer": "a layer copied from its neighbour",
-    "a layer": "a layer × {:g}",
-    "all layers": "all layers × {:g}",
-    "half precision": "gradients in float16, × {:g}",
-    "frozen layers": "layers not trained: {:g}",
-    "tied layers": "layers tied: {:g}",
-    "learning rate": "learning rate × {:.2g}",
-    "alpha": "alpha × {:g}",
-    "rank": "rank {:g}",
-    "noisy labels": "labels with {:.0%} noise",
+    "a layer": "a layer × {}",
+    "all layers": "all layers × {}",
+    "half precision": "gradients in float16 × {}",
+    "frozen layers": "layers not trained: {}",
+    "tied layers": "layers tied: {}",
+    "learning rate": "learning rate × {}",
+    "alpha": "alpha × {}",
+    "rank": "rank {}",
+    "noisy labels": "part of labels shuffled: {}",
 }
 EXPECTED = {
     "healthy": (),
@@ -66,11 +66,13 @@ EXPECTED = {
     "frozen layers": ("no-update",),
     "tied layers": ("identical-update",),
     "learning rate": ("large-update", "barely-learned"),
-    "alpha": ("large-update",),
+    "alpha": ("large-update", "barely-learned"),
     "rank": ("rank-oversized",),
     "noisy labels": ("barely-learned",),
 }
 """The findings that are there for a fault."""
+FROM = {("learning rate", "large-update"): 1, ("noisy labels", "barely-learned"): 1}
+"""From which strength on, where weaker ones cause something else."""
 
 
 def gathered(folder: Path) -> pd.DataFrame:
@@ -118,9 +120,16 @@ def false_alarms(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def detected(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for row in everywhere(runs):
-        if row["id"] in EXPECTED[row["fault"]]:
-            name = NAMES[row["fault"]].format(row.pop("strength"))
-            yield row | {"fault": name}
+        is_expected = row["id"] in EXPECTED[row["fault"]]
+        if is_expected and row["strength"] >= FROM.get((row["fault"], row["id"]), 0):
+            yield row | {"strength": written(row["strength"])}
+
+
+def written(strength: float) -> str:
+    """A strength as it is read: 1/30, 0.1, 2^20."""
+    if strength > 1000:
+        return f"2^{np.log2(strength):.0f}"
+    return f"1/{1 / strength:.0f}" if strength < 0.1 else f"{strength:g}"
 
 
 def everywhere(runs: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -174,7 +183,7 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
     for fault, strength in order:
         own = runs[(runs["fault"] == fault) & (runs["strength"] == strength)]
         shares.append([(has_grave(own) if kind == ANY else has(own, kind)).mean() for kind in columns])
-        names.append(f"{NAMES[fault].format(strength)}  ({len(own)})")
+        names.append(f"{NAMES[fault].format(written(strength))}  ({len(own)})")
     values = np.array(shares, dtype=float)
     figure = Figure(figsize=(7, 0.6 + 0.22 * len(names) + 1), layout="constrained")
     ax = figure.subplots()
@@ -198,7 +207,7 @@ def write_page(runs: pd.DataFrame, page: Path) -> None:
     found, lines = pd.DataFrame(detected(runs)), []
     for seen in false_alarms(runs):
         own = found[found["id"] == seen["id"]]
-        planted = "; ".join(f"{row.fault}: {row.found} of {row.runs}" for row in own.itertuples()) or "not measured"
+        planted = "; ".join(_rates(fault, rows) for fault, rows in own.groupby("fault", sort=False)) or "not measured"
         rate = f"{seen['seen']} of {seen['runs']} | {100 * seen['at_most']:.1f} %"
         lines.append(f"| [`{seen['id']}`](#{seen['id']}) | {seen['severity']} | {rate} | {planted} |")
     for kind in NUMBERLESS:
@@ -206,6 +215,13 @@ def write_page(runs: pd.DataFrame, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     head = "|---|---|---:|---:|---|\n"
     page.write_text(re.sub(rf"({re.escape(head)})(\|.*\n)+", lambda m: m[1] + "\n".join(lines) + "\n", text))
+
+
+def _rates(fault: str, rows: pd.DataFrame) -> str:
+    """A fault with what was found of it: "a layer × 2: 5 of 160, 4: 61 of 160"."""
+    first, *others = rows.itertuples()
+    parts = [f"{NAMES[fault].format(first.strength)}: {first.found} of {first.runs}"]
+    return ", ".join(parts + [f"{row.strength}: {row.found} of {row.runs}" for row in others])
 
 
 def main() -> None:

@@ -40,9 +40,12 @@ def estimates(values: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.D
     return pd.DataFrame(rows).round(5)
 
 
-def groups_of(tasks: Sequence[str]) -> dict[str, Sequence[str]]:
-    """All tasks together, and each alone."""
-    return {"average": tasks} | {task: (task,) for task in tasks}
+def groups_of(tasks: Sequence[str], without: str | None = None) -> dict[str, Sequence[str]]:
+    """All tasks together, those without one of them, and each alone."""
+    groups: dict[str, Sequence[str]] = {"average": tasks}
+    if without in tasks:
+        groups[f"without {TITLES[without]}"] = [task for task in tasks if task != without]
+    return groups | {task: (task,) for task in tasks}
 
 
 def draw(table: pd.DataFrame, path: Path, label: str) -> None:
@@ -55,7 +58,7 @@ def draw(table: pd.DataFrame, path: Path, label: str) -> None:
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for ax, name in zip(axes, names, strict=True):
         rows = table[table["task"] == name].set_index("other").loc[others]
-        colour = "#0072b2" if name == names[0] else "0.45"
+        colour = "0.45" if name in TITLES else "#0072b2"
         for y, (low, high) in enumerate(zip(rows["low"], rows["high"], strict=True)):
             ax.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=1)
         ax.plot(100 * rows["difference"], range(len(others)), "o", color=colour, markersize=3.5)

@@ -131,7 +131,8 @@ def tables(options: argparse.Namespace) -> None:
     scores = runs[runs["part"] == "test"].pivot_table(index=["task", "seed"], columns="configuration", values="last")
     scores = scores.reindex(columns=[name for name in CONFIGURATIONS if name in scores]).dropna()
     minus = scores.drop(columns=REFERENCE).sub(scores[REFERENCE], axis=0)
-    groups = groups_of([task for task in TASKS if task in scores.index.get_level_values("task")])
+    # On STS-B some trainings do not begin to learn in time, so that it decides the average.
+    groups = groups_of([task for task in TASKS if task in scores.index.get_level_values("task")], without="stsb")
     table = estimates(minus, groups)
     by_task = scores.groupby("task").mean()
     means = {name: by_task.loc[list(of)].mean() for name, of in groups.items()}

@@ -9,9 +9,8 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from msplora_analysis.ask.advice import learned as advice
 from msplora_analysis.ask.evidence import Evidence
-from msplora_analysis.ask.findings import FAMILIES, KINDS, learned, pairs, spectrum, update
+from msplora_analysis.ask.findings import FAMILIES, KINDS, pairs, spectrum, update
 from msplora_analysis.ask.findings.base import Check, Finding
 
 NUMBERLESS = ("large-relative-update", "intruder-dimensions")
@@ -43,7 +42,6 @@ class Sign:
 
 
 SIGNS = {
-    "barely-learned": Sign(advice, learned.barely, "FALL", math.inf, falls=True),
     "large-update": Sign(update, update.large_update, "RMS"),
     "norm-outlier": Sign(update, update.norm_outlier, "FACTOR", 1.0, speaks={"Z": -1.0}, silent=1.0),
     "norm-jump": Sign(update, update.norm_jump, "JUMP"),

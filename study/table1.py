@@ -30,13 +30,14 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import paired
 from calibration import MODELS, Part, Run, in_processes, is_trained, thin, train_with
 from learning_rates import METHODS, TASKS, shuffled
-from paired import estimates
 from searched import call, training_options
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ NAMES = {
     "msplora-8-4-2": "MSPLoRA 8/4/2",
 }
 OURS = "msplora-8-4-2"
+WITHOUT = "without STS-B"
 
 
 def train(options: argparse.Namespace) -> None:
@@ -137,13 +139,9 @@ def row_of(file: Path) -> dict[str, Any]:
     )
 
 
-def groups_of(runs: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+def groups_of(runs: pd.DataFrame) -> dict[str, Sequence[str]]:
     """Each task, and averages."""
-    tasks = tuple(task for task in TASKS if task in set(runs["task"]))
-    return {task: (task,) for task in tasks} | {
-        "average": tasks,
-        "without stsb": tuple(t for t in tasks if t != "stsb"),
-    }
+    return paired.groups_of([task for task in TASKS if task in set(runs["task"])], without="stsb")
 
 
 def means(runs: pd.DataFrame) -> pd.DataFrame:
@@ -178,7 +176,7 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     """
     table = runs.pivot(index=["task", "seed"], columns="method", values="last")
     table = table[[name for name in NAMES if name in means(runs)["method"].unique()]].dropna()
-    return estimates(table.drop(columns=OURS).rsub(table[OURS], axis=0), groups_of(runs))
+    return paired.estimates(table.drop(columns=OURS).rsub(table[OURS], axis=0), groups_of(runs))
 
 
 def draw_front(table: pd.DataFrame, style: str | None) -> Figure:
@@ -191,7 +189,7 @@ def draw_front(table: pd.DataFrame, style: str | None) -> Figure:
     def draw(table: pd.DataFrame, style: Any) -> Figure:
         figure = Figure(figsize=(style.widest, 2.8), layout="constrained")
         axes = figure.subplots(1, 2)
-        for ax, group in zip(axes, ("average", "without stsb"), strict=True):
+        for ax, group in zip(axes, ("average", WITHOUT), strict=True):
             own = table[table["task"] == group].reset_index(drop=True)
             for i, row in own.iterrows():
                 look = {"color": PALETTE[1] if row["method"] == OURS else PALETTE[0], "label": row["name"]}
@@ -204,7 +202,7 @@ def draw_front(table: pd.DataFrame, style: str | None) -> Figure:
             ax.set(xscale="log", xlim=(2e4, 2e5), xlabel="parameters beside the head")
             ax.set_xticks([25_000, 50_000, 100_000, 200_000], ["25k", "50k", "100k", "200k"])
             ax.set_xticks([], minor=True)
-            ax.set_title("six tasks" if group == "average" else "without STS-B")
+            ax.set_title("six tasks" if group == "average" else group)
         axes[0].set_ylabel("mean score")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
         return figure

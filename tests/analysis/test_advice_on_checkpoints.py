@@ -19,7 +19,7 @@ def answer(advice, question):
     return next(one for one in advice.answers if one.question.startswith(question))
 
 
-def write_run(folder, metrics, *, losses=LOSSES, examples=400, task_type="SEQ_CLS", size=1.0):
+def write_run(folder, metrics, *, losses=LOSSES, examples=400, task_type="SEQ_CLS", size=1.0, metric="accuracy"):
     """A run of msplora-train that kept every checkpoint, with moments of each; its task-weighted norms."""
     norms = []
     for epoch, _ in enumerate(metrics):
@@ -46,7 +46,7 @@ def write_run(folder, metrics, *, losses=LOSSES, examples=400, task_type="SEQ_CL
         }
         for epoch, (of, loss) in enumerate(zip(metrics, losses, strict=True))
     ]
-    record = {"metric": {"name": "accuracy", "greater_is_better": True}, "results": results}
+    record = {"metric": {"name": metric, "greater_is_better": True}, "results": results}
     (folder / "run.json").write_text(json.dumps(record | {"data": {"validation": {"rows": examples, "source": "x"}}}))
     return norms
 
@@ -98,6 +98,15 @@ def test_a_loss_that_does_not_fall_is_no_learning(tmp_path):
     found = ma.diagnose(tmp_path / "run").set_index("id").loc["barely-learned"]
     assert (found["severity"], found["run"], found["epoch"]) == ("warning", "run", 4)
     assert found["value"] == pytest.approx(1 - 0.68 / 0.69)
+
+
+def test_outputs_that_do_not_follow_the_labels_are_no_learning(tmp_path):
+    losses = [None, 6.1, 2.3, 2.2, 2.1]  # a regression learns the mean at first
+    write_run(tmp_path / "run", [0.01, 0.05, 0.15, 0.08, 0.06], losses=losses, metric="pearson")
+    found = ma.diagnose(tmp_path / "run").set_index("id").loc["barely-learned"]
+    assert (found["value"], found["threshold"]) == (0.06, 0.1)
+    write_run(tmp_path / "other", [0.01, 0.05, 0.15, 0.3, 0.4], losses=losses, metric="pearson")
+    assert "barely-learned" not in set(ma.diagnose(tmp_path / "other")["id"])
 
 
 def test_a_language_model_may_start_with_a_low_loss(tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.ask.advice.cuts import predicted, unit_of, whole
-from msplora_analysis.ask.advice.training import training_losses
+from msplora_analysis.ask.advice.training import course_of, training_losses
 
 if TYPE_CHECKING:
     from msplora_core.moments import Moments
@@ -18,8 +19,10 @@ FALL = 0.05
 
 Of 353 trainings (ten methods, six tasks, two models) six lose less, none more than 0.04 above its majority class.
 """
+CORRELATION = 0.1
+"""A correlation of the outputs with the labels below which they explain less than a hundredth of them (0.1² = 0.01)."""
 EPOCHS = 3
-"""From how many epochs on a loss that does not fall says something."""
+"""From how many epochs on a loss that does not fall, or a metric that does not grow, says something."""
 
 
 class Learned(NamedTuple):
@@ -49,6 +52,13 @@ def learned(adapter: Adapter, moments: Moments | None, *, is_zero: bool) -> Lear
         evidence.append(f"Without it the outputs move by about {moved:.2g}{unit_of(moments)} (predicted).")
         if moved <= NOTHING:
             return Learned(False, "Next to nothing.", evidence[0], moved, NOTHING)
+    course = course_of(adapter)
+    if course is not None and course.is_correlation and course.points[0][0] <= (adapter.epoch or math.inf):
+        when, correlation = course.at(adapter.epoch)
+        if when >= EPOCHS and correlation < CORRELATION:
+            evidence.append(f"The {course.metric} is {correlation:.3g}.")
+            answer = "Hardly: its outputs do not follow the labels."
+            return Learned(False, answer, " ".join(evidence), correlation, CORRELATION)
     losses = training_losses(adapter) if _has_head(adapter) else []
     if len(losses) >= EPOCHS and losses[0] > 0:
         fall = 1 - losses[-1] / losses[0]

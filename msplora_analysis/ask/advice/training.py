@@ -29,6 +29,11 @@ class Course(NamedTuple):
     examples: int | None = None
 
     @property
+    def is_correlation(self) -> bool:
+        """Whether the metric is a correlation with the labels: 0 for outputs that do not depend on the input."""
+        return any(word in self.metric.lower() for word in ("correlation", "matthews", "pearson", "spearman"))
+
+    @property
     def best(self) -> tuple[float, float]:
         """The first epoch with the best value."""
         trained = [point for point in self.points if point[0] > 0] or self.points
@@ -49,7 +54,7 @@ class Course(NamedTuple):
             return None
         if "accuracy" in name and value >= 0:
             return math.sqrt(value * (1 - value) / self.examples)
-        if "correlation" in name or "pearson" in name or "spearman" in name:
+        if self.is_correlation:
             return (1 - value**2) / math.sqrt(self.examples)
         return None
 

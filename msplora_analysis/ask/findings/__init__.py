@@ -8,7 +8,7 @@
 
 A finding is evidence, no verdict: it names a place, a number, and what the number was held against. Thresholds without
 a source were set on healthy runs, so that hardly any of these has a warning or an error. docs/findings.md has in how
-many of 279 others each finding was seen, and how many planted faults it finds. Errors are faults of training or saving;
+many of 291 others each finding was seen, and how many planted faults it finds. Errors are faults of training or saving;
 warnings are what healthy runs do not show; the rest is information.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from msplora_analysis.ask.advice.gather import moments_of, of_adapter, readable
-from msplora_analysis.ask.advice.learned import FALL, NOTHING, learned
+from msplora_analysis.ask.advice.learned import CORRELATION, FALL, NOTHING, learned
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings.base import Finding, Kind
 
@@ -13,8 +13,9 @@ BARELY = Kind(
     "barely-learned",
     "warning",
     "the training changed the weights, and next to nothing else",
-    f"our choice: without the adapter the outputs move by {NOTHING:g} nats an example at most (moments), or the "
-    f"training loss of a classifier fell by less than {FALL:.0%} from its first epoch to its last",
+    f"our choice: without the adapter the outputs move by {NOTHING:g} nats an example at most (moments), or the metric "
+    f"is a correlation below {CORRELATION:g}, or the training loss of a classifier fell by less than {FALL:.0%} from "
+    "its first epoch to its last",
     "compare the metric with that of the majority class; raise the learning rate, train longer, or try another seed",
 )
 
