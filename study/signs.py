@@ -12,6 +12,7 @@ from unittest.mock import patch
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings import FAMILIES, KINDS, pairs, spectrum, update
 from msplora_analysis.ask.findings.base import Check, Finding
+from msplora_analysis.formats import shares_layers
 
 NUMBERLESS = ("large-relative-update", "intruder-dimensions")
 """Kinds that need the base model, and so are not asked for here."""
@@ -54,7 +55,9 @@ SIGNS = {
 SPEAKS: dict[str, Callable[[Evidence], bool]] = {  # of kinds without a sign; others always do
     "rank-unused": lambda evidence: bool(evidence.matrices.keys["rank"].max() >= spectrum.RANK),
     "spectra-converged": lambda evidence: bool(evidence.matrices.keys["time"].max() >= 3),
-    "adjacent-redundant": lambda evidence: len(evidence.pairs) > 0,
+    "adjacent-redundant": lambda evidence: (
+        len(evidence.pairs) > 0 and not any(shares_layers(adapter.config) for adapter in evidence.adapters)
+    ),
     "scales-coupled": lambda evidence: len(evidence.scales) > 0,
 }
 ASKED = [kind for kind in KINDS if kind not in NUMBERLESS]

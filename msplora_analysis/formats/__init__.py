@@ -117,6 +117,12 @@ def takes_base(config: Config, file: TensorFile) -> bool:
     return known is not None and known.takes_base(config)
 
 
+def shares_layers(config: Config) -> bool:
+    """Whether layers have the same factors by design, as far as the config tells."""
+    known = next((known for known in _all() if config.get("peft_type") in known.peft_types), None)
+    return known is not None and known.shares_layers
+
+
 def looks_like_adapter(names: Collection[str]) -> bool:
     """Whether tensors of these names are an adapter that needs no adapter_config.json."""
     return any(known.lone(names) for known in _all() if known.lone)

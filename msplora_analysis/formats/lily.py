@@ -44,5 +44,6 @@ FORMAT = Format(
     read=read,
     peft_types=("LILY",),
     routed=True,
+    shares_layers=True,
     why_no_lora="a router mixes its experts as the input says, which no plain LoRA can do",
 )

@@ -31,6 +31,7 @@ class Format:
         names_of_llama_cpp: Whether modules have llama.cpp's names, which are not those of the model's own code.
         takes_base: Whether an adapter of a config is read with the model before training, where one is given.
         routed: Whether a router mixes the matrices ``<module>.0``, ``<module>.1``, ... anew for every input.
+        shares_layers: Whether layers have the same factors by design, so that their updates may be equal.
         reads_values: Whether ``read`` also looks at values, so that no two files are known to have the same matrices.
         priority: Formats of a higher one are asked first.
     """
@@ -46,6 +47,7 @@ class Format:
     names_of_llama_cpp: bool = False
     takes_base: Callable[[Config], bool] = lambda config: False
     routed: bool = False
+    shares_layers: bool = False
     reads_values: bool = False
     priority: int = 0
 

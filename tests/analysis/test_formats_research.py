@@ -13,7 +13,7 @@ from adapters import write_adapter
 from safetensors.numpy import save_file
 from test_formats_programs import assert_read, error
 
-from msplora_analysis import AnalysisError, export, load_parts, load_spectra
+from msplora_analysis import AnalysisError, diagnose, export, load_parts, load_redundancy, load_spectra
 
 torch.set_num_threads(1)
 RNG = np.random.default_rng(0)
@@ -282,3 +282,13 @@ def test_the_experts_of_lily(tmp_path):
     assert_read(tmp_path / "a", expected, notes=1)
     with pytest.raises(AnalysisError, match="a router mixes its experts"):
         export(tmp_path / "a", tmp_path / "plain")
+
+
+def test_layers_of_lily_are_equal_by_design(tmp_path):
+    peft = pytest.importorskip("peft")
+    layers = torch.nn.ModuleList(torch.nn.ModuleDict({"q": torch.nn.Linear(COLS, ROWS)}) for _ in range(4))
+    config = peft.LilyConfig(r=RANK, num_B=2, stride_A=2, scaling=3.0, target_modules=["q"], init_weights=False)
+    peft.get_peft_model(torch.nn.ModuleDict({"layers": layers}), config).save_pretrained(tmp_path / "a")
+    pairs, _ = load_redundancy(tmp_path / "a")
+    assert pairs["cosine"].max() == pytest.approx(1)
+    assert not {"identical-update", "adjacent-redundant"} & set(diagnose(tmp_path / "a")["id"])

@@ -10,6 +10,7 @@ import numpy as np
 
 from msplora_analysis.ask.evidence import Evidence
 from msplora_analysis.ask.findings.base import Finding, Kind
+from msplora_analysis.formats import shares_layers
 from msplora_analysis.tables.checkpoints import last_checkpoints
 from msplora_analysis.tables.columns import KEYS
 from msplora_analysis.tables.matrices import stacks_of
@@ -51,7 +52,9 @@ def between_layers(evidence: Evidence) -> Iterator[Finding]:
     if evidence.pairs.empty:
         return
     pairs = last_checkpoints(evidence.pairs)
-    pairs = pairs[pairs["scale"] != "total"]  # these share their common parts by design
+    # What is shared by design is no mistake: the common parts of a total, and whole methods.
+    shared = {adapter.run for adapter in evidence.adapters if shares_layers(adapter.config)}
+    pairs = pairs[(pairs["scale"] != "total") & ~pairs["run"].isin(shared)]
     for of_run in _places(pairs):
         groups = sorted({*of_run["group_i"], *of_run["group_j"]})
         following = dict(pairwise(groups))
