@@ -77,6 +77,16 @@ def test_weights_alone_leave_the_rank_open_and_say_what_would_tell(tmp_path, mon
     assert advice.ranks["predicted_kl"].isna().all()
 
 
+def test_without_its_head_a_classifier_is_not_measured(tmp_path):
+    classifier = lora_config(target_modules=["query"], task_type="SEQ_CLS")
+    head = {"base_model.model.classifier.weight": np.ones((2, 6), dtype=np.float32)}
+    for tensors in (lora_tensors(*NAMES), lora_tensors(*NAMES) | head):
+        (advice,) = ma.advise(write_adapter(tmp_path / str(len(tensors)), tensors, classifier))
+        has_head = "base_model.model.classifier.weight" in tensors
+        assert (answer(advice, "What rank").command is not None) == has_head
+        assert ("its head was not saved" in answer(advice, "What rank").evidence) != has_head
+
+
 def test_diagnose_gives_the_same_answers(measured, capsys):
     folder, _, _ = measured
     said = []

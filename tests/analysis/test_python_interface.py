@@ -337,7 +337,7 @@ def test_advice_shows_its_answers_and_the_table_of_ranks() -> None:
     assert shown.rows == sum(1 + len(one.ranks) for one in advice)
     for one in advice:
         assert all(f"{answer.question} {answer.answer}" in shown.text for answer in one.answers)
-    assert "msplora-measure moments" in shown.text
+    assert "its head was not saved" in shown.text
     assert "What rank does it use? Weights alone do not tell." in repr(advice)
 
 

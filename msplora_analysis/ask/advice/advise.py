@@ -110,6 +110,8 @@ def _rank(subject: Subject, ranks: pd.DataFrame) -> tuple[Answer, int | None]:
         return _rank_answer(question, rank, full, evidence, sure, compress), rank
     energy = int(_lowest(ranks, ranks["energy"] >= 0.99)["rank"])
     evidence = f"Rank {energy} holds 99 % of the energy. Energy tells what is large, not what the task needs."
+    if subject.lacks_head:
+        evidence += " The task cannot be measured with this file: its head was not saved in it."
     return Answer(question, "Weights alone do not tell.", evidence, command=subject.moments_command), None
 
 

@@ -7,13 +7,17 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from msplora_analysis.adapters.discovery import Adapter
+from msplora_analysis.adapters.opening import open_adapter
 from msplora_analysis.ask.advice.cuts import unit_of
+from msplora_analysis.formats.helpers.parts import is_head
+from msplora_analysis.options import Options
 from msplora_core.names import SCALES, TOTAL
 
 if TYPE_CHECKING:
@@ -65,10 +69,18 @@ class Subject:
         """Its folder, for a command."""
         return as_word(self.adapter)
 
+    @cached_property
+    def lacks_head(self) -> bool:
+        """Whether a classifier was saved without its head, so that its task cannot be measured."""
+        if self.adapter.config.get("task_type") != "SEQ_CLS":
+            return False
+        with open_adapter(self.adapter, Options()) as file:
+            return not any(map(is_head, file.shapes))
+
     @property
-    def moments_command(self) -> str:
-        """What would record its moments."""
-        return f"msplora-measure moments {self.path}"
+    def moments_command(self) -> str | None:
+        """What would record its moments, if anything."""
+        return None if self.lacks_head else f"msplora-measure moments {self.path}"
 
 
 @dataclass(frozen=True)
