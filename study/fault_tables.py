@@ -218,10 +218,12 @@ def write_page(runs: pd.DataFrame, page: Path) -> None:
 
 
 def _rates(fault: str, rows: pd.DataFrame) -> str:
-    """A fault with what was found of it: "a layer × 2: 5 of 160, 4: 61 of 160"."""
+    """A fault with what was found of it: "a layer × 2: 5 of 160, × 4: 61 of 160"."""
+    is_factor = NAMES[fault].endswith("× {}")
     first, *others = rows.itertuples()
-    parts = [f"{NAMES[fault].format(first.strength)}: {first.found} of {first.runs}"]
-    return ", ".join(parts + [f"{row.strength}: {row.found} of {row.runs}" for row in others])
+    found = [f"{NAMES[fault].format(first.strength)}: {first.found} of {first.runs}"]
+    found += [f"{'× ' * is_factor}{row.strength}: {row.found} of {row.runs}" for row in others]
+    return ", ".join(found)
 
 
 def main() -> None:
