@@ -1,6 +1,7 @@
 """What merging costs the tasks: every method, pairs and triples of four tasks (docs/merge.md).
 
-    python study/merging.py --calibration FOLDER --data-dir glue --out figures/merging
+    python study/merging.py --calibration FOLDER --data-dir glue
+    python study/merging.py                               # redraws the published ones from tasks.csv
 
 Of the MiniLM runs of study/calibration.py: LoRA rank 8, adapters of one seed together. Each task is evaluated with its
 own head and the merged update, on its first EXAMPLES validation examples. Methods that add have a weight of 1 / n each,
@@ -37,17 +38,21 @@ EXAMPLES = 400
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", type=Path, required=True, help="folder of study/calibration.py")
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_validation.jsonl[.gz]")
+    parser.add_argument(
+        "--calibration", type=Path, help="folder of study/calibration.py; without it, tasks.csv is read"
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder with {task}_validation.jsonl[.gz]")
     parser.add_argument("--out", type=Path, default=Path("figures/merging"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 3], help="of the sets that are merged")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the adapters")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        table = pd.DataFrame({"seed": seed} | row for seed in options.seeds for row in _rows(options, seed))
-    table.round(4).to_csv(options.out / "tasks.csv", index=False)
+    if options.calibration:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            table = pd.DataFrame({"seed": seed} | row for seed in options.seeds for row in _rows(options, seed))
+        table.round(4).to_csv(options.out / "tasks.csv", index=False)
+    table = pd.read_csv(options.out / "tasks.csv")
     draw(table).savefig(options.out / "tasks.png", dpi=200)
     left = kept(table)
     left.round(3).to_csv(options.out / "kept.csv", index=False)
@@ -62,8 +67,9 @@ def kept(table: pd.DataFrame) -> pd.DataFrame:
     """
     alone = table[table["method"] == "alone"].set_index(["seed", "task"])["metric"]
     none = table[table["method"] == "none"].set_index(["seed", "task"])["metric"]
-    merged = table[(table["n"] > 1) & (table["task"] != "rte")].set_index(["seed", "task"])
-    share = merged.assign(share=(merged["metric"] - none) / (alone - none))
+    merged = table[(table["n"] > 1) & (table["task"] != "rte")]
+    share = merged.join(alone.rename("alone"), on=["seed", "task"]).join(none.rename("none"), on=["seed", "task"])
+    share["share"] = (share["metric"] - share["none"]) / (share["alone"] - share["none"])
     by_seed = share.groupby(["n", "method", "seed"])["share"].mean().unstack()
     beyond = by_seed.sub(by_seed.xs("cat", level="method"), axis=0, level="n")
     lowest = share.groupby(["n", "method"])["share"].min()
