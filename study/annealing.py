@@ -36,12 +36,12 @@ from searched import (
     Row,
     Run,
     Search,
+    all_runs,
     call,
-    read_runs,
+    data_of,
     train_run,
     train_wanted,
     training_options,
-    write_test_rows,
 )
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -66,7 +66,6 @@ SEARCH = Search(RATES, FIRST, MOST, SEARCH_SEEDS)
 
 def train(options: argparse.Namespace) -> None:
     """Train what is not trained yet."""
-    write_test_rows(options)
     train_wanted(options, SEARCH, SEARCH_ROWS, partial(wanted, options), train_one)
 
 
@@ -89,8 +88,7 @@ def train_one(task: str, run: Run, options: argparse.Namespace) -> Row:
         after = cut_after(folder) if run.configuration == "lora-32" else {"cut": None, "cut_task": None}
         return {**after, "kept": " ".join(f"{cut['kept']:.4f}" for cut in cuts)}
 
-    data = options.folder / "data" / (f"seed-{run.seed}" if run.part == "search" else "test")
-    method = Lora(**TRAINED[run.configuration])
+    method, data = Lora(**TRAINED[run.configuration]), data_of(run, options)
     return train_run(task, run, options, look, method=method, data_dir=data, batch_size=options.batch_size)
 
 
@@ -134,26 +132,19 @@ def cost(options: argparse.Namespace) -> None:
 def tables(options: argparse.Namespace) -> None:
     """Write runs.csv of the rows, if there are any, and of runs.csv the table and its picture."""
     import pandas as pd
-    from paired import draw, estimates, groups_of
+    from paired import beside, draw, groups_of, means_of
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "runs.csv"
-    if found := [row for task in TASKS for row in read_runs(options, task).values()]:
-        pd.DataFrame(found).to_csv(path, index=False, lineterminator="\n")
-    tests = pd.read_csv(path).query("part == 'test'").set_index(["task", "seed"])
+    tests = all_runs(options, TASKS).query("part == 'test'").set_index(["task", "seed"])
     columns = {name: tests.loc[tests["configuration"] == of, column] for name, (of, column) in COMPARED.items()}
     scores = pd.DataFrame(columns).dropna()
-    minus = scores.drop(columns=REFERENCE).sub(scores[REFERENCE], axis=0)
     groups = groups_of([task for task in TASKS if task in scores.index.get_level_values("task")], without="stsb")
-    table = estimates(minus, groups)
-    means = {name: scores.groupby("task").mean().loc[list(of)].mean() for name, of in groups.items()}
-    table["mean"] = [means[task][other] for task, other in zip(table["task"], table["other"], strict=True)]
+    table = beside(scores, REFERENCE, groups)
     table.round(5).to_csv(options.out / "annealing.csv", index=False, lineterminator="\n")
     draw(
         table, options.out / "annealing.png", "metric × 100, difference to LoRA r = 8 (paired by seed, 95 % intervals)"
     )
     print(table.to_string())
-    print({name: round(of[REFERENCE], 4) for name, of in means.items()}, f"{len(scores)} runs")
+    print({name: round(of[REFERENCE], 4) for name, of in means_of(scores, groups).items()}, f"{len(scores)} runs")
 
 
 def _options() -> argparse.Namespace:

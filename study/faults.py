@@ -54,9 +54,9 @@ from pathlib import Path
 from typing import Any
 
 from calibration import MODELS, base_model
-from learning_rates import shuffled
+from learning_rates import shuffled, write_rows
 from safetensors.numpy import load_file, save_file
-from searched import TASKS, Row, Run, call, train_all, train_run, write_rows
+from searched import TASKS, Row, Run, call, train_all, train_run, training_options
 
 from msplora_core.methods.lora import Lora
 from msplora_core.methods.msplora import MSPLora
@@ -337,20 +337,16 @@ def method_of(method: str, fault: str, strength: float, layers: tuple[int, ...])
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="where the rows go (runs/faults)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parts = parser.add_subparsers(dest="part", required=True)
     planting = parts.add_parser("plant")
     planting.add_argument("runs", nargs="+", type=Path, help="folders of <model>/<task>/<method>/seed-<n>")
+    planting.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     planting.add_argument("--seeds", nargs="+", type=int, help="copies of these alone are edited (default: of all)")
     training = parts.add_parser("train")
-    training.add_argument("--data-dir", type=Path, required=True, help="folder with {task}_train.jsonl[.gz]")
+    training_options(training, seeds=[21, 22], tasks=TASKS, batch_size=32)
     training.add_argument("--model", default="minilm", choices=LAYERS, help="default: minilm")
-    training.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     training.add_argument("--faults", nargs="+", choices=TRAINED, default=list(TRAINED))
-    training.add_argument("--seeds", nargs="+", type=int, default=[21, 22], help="default: 21 22")
     training.add_argument("--epochs", type=int, default=10)
-    training.add_argument("--batch-size", type=int, default=32, help="default: 32")
-    training.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     return parser.parse_args()
 
 

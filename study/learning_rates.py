@@ -106,11 +106,10 @@ def main() -> None:
 def hold_out(task: str, seed: int, options: argparse.Namespace, most: int | None = MOST_ROWS) -> None:
     """Write nine tenths of a task's train rows as its train split, and one tenth as its validation split."""
     folder = options.folder / "data" / f"seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     lines = shuffled(options.data_dir / f"{task}_train.jsonl", seed)[:most]
     held_out = len(lines) // 10
-    (folder / f"{task}_train.jsonl").write_bytes(b"\n".join(lines[:-held_out]))
-    (folder / f"{task}_validation.jsonl").write_bytes(b"\n".join(lines[-held_out:]))
+    write_rows(lines[:-held_out], folder / f"{task}_train.jsonl")
+    write_rows(lines[-held_out:], folder / f"{task}_validation.jsonl")
 
 
 def shuffled(path: Path, seed: int) -> list[bytes]:
@@ -119,6 +118,12 @@ def shuffled(path: Path, seed: int) -> list[bytes]:
     lines = content.strip().split(b"\n")
     random.Random(seed).shuffle(lines)
     return lines
+
+
+def write_rows(lines: list[bytes], path: Path) -> None:
+    """Write rows of a task."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\n".join(lines))
 
 
 def wanted(rows: dict[Run, Row], options: argparse.Namespace) -> Iterator[Run]:

@@ -40,6 +40,25 @@ def estimates(values: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.D
     return pd.DataFrame(rows).round(5)
 
 
+def beside(scores: pd.DataFrame, reference: str, groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """:func:`estimates` of each column minus one of them, with the mean of the column.
+
+    Args:
+        scores: Indexed by task and seed, a column for each configuration.
+        reference: The column that is subtracted.
+        groups: As there.
+    """
+    table = estimates(scores.drop(columns=reference).sub(scores[reference], axis=0), groups)
+    means = means_of(scores, groups)
+    return table.assign(mean=[means[task][other] for task, other in zip(table["task"], table["other"], strict=True)])
+
+
+def means_of(scores: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> dict[str, pd.Series]:
+    """Of each group of tasks the mean of each column, tasks of equal weight."""
+    by_task = scores.groupby("task").mean()
+    return {name: by_task.loc[list(tasks)].mean() for name, tasks in groups.items()}
+
+
 def groups_of(tasks: Sequence[str], without: str | None = None) -> dict[str, Sequence[str]]:
     """All tasks together, those without one of them, and each alone."""
     groups: dict[str, Sequence[str]] = {"average": tasks}

@@ -35,12 +35,12 @@ from searched import (
     Row,
     Run,
     Search,
+    all_runs,
     call,
-    read_runs,
+    data_of,
     train_run,
     train_wanted,
     training_options,
-    write_test_rows,
 )
 
 from msplora_core.methods.msplora import MSPLora
@@ -97,7 +97,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def train(options: argparse.Namespace) -> None:
     """Train what is not trained yet."""
     options.model = str(base_model("minilm", options))
-    write_test_rows(options)
     train_wanted(options, SEARCH, SEARCH_ROWS, partial(wanted, options), train_one)
 
 
@@ -113,35 +112,26 @@ def wanted(options: argparse.Namespace, task: str, rows: dict[Run, Row]) -> Iter
 
 def train_one(task: str, run: Run, options: argparse.Namespace) -> Row:
     """Train one run; returns its row."""
-    data = options.folder / "data" / (f"seed-{run.seed}" if run.part == "search" else "test")
-    method = Scaled(**CONFIGURATIONS[run.configuration])
+    method, data = Scaled(**CONFIGURATIONS[run.configuration]), data_of(run, options)
     return train_run(task, run, options, method=method, data_dir=data, batch_size=options.batch_size)
 
 
 def tables(options: argparse.Namespace) -> None:
     """Write runs.csv of the rows, if there are any, and of runs.csv the table and its picture."""
-    import pandas as pd
-    from paired import draw, estimates, groups_of
+    from paired import beside, draw, groups_of, means_of
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "runs.csv"
-    if found := [row for task in TASKS for row in read_runs(options, task).values()]:
-        pd.DataFrame(found).to_csv(path, index=False, lineterminator="\n")
-    runs = pd.read_csv(path)
+    runs = all_runs(options, TASKS)
     scores = runs[runs["part"] == "test"].pivot_table(index=["task", "seed"], columns="configuration", values="last")
     scores = scores.reindex(columns=[name for name in CONFIGURATIONS if name in scores]).dropna()
-    minus = scores.drop(columns=REFERENCE).sub(scores[REFERENCE], axis=0)
     # On STS-B some trainings do not begin to learn in time, so that it decides the average.
     groups = groups_of([task for task in TASKS if task in scores.index.get_level_values("task")], without="stsb")
-    table = estimates(minus, groups)
-    by_task = scores.groupby("task").mean()
-    means = {name: by_task.loc[list(of)].mean() for name, of in groups.items()}
+    table = beside(scores, REFERENCE, groups)
     parameters = runs.groupby("configuration")["parameters"].first()
-    table["mean"] = [means[task][other] for task, other in zip(table["task"], table["other"], strict=True)]
     table["parameters"] = table["other"].map(parameters)
     table.round(5).to_csv(options.out / "scales.csv", index=False, lineterminator="\n")
     draw(table, options.out / "scales.png", "metric × 100, difference to 8/4/2 (paired by seed, 95 % intervals)")
-    print(f"8/4/2: {parameters[REFERENCE]} parameters, mean {means['average'][REFERENCE]:.4f}, {len(scores)} runs")
+    mean = means_of(scores, groups)["average"][REFERENCE]
+    print(f"8/4/2: {parameters[REFERENCE]} parameters, mean {mean:.4f}, {len(scores)} runs")
 
 
 def _options() -> argparse.Namespace:

@@ -18,9 +18,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from learning_rates import append_row, hold_out, read_rows, shuffled
+from learning_rates import append_row, hold_out, read_rows, shuffled, write_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 TASKS = ("qnli", "stsb", "mrpc", "sst2")
@@ -104,16 +107,27 @@ def write_test_rows(options: argparse.Namespace) -> Path:
     return folder
 
 
-def write_rows(lines: list[bytes], path: Path) -> None:
-    """Write rows of a task."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\n".join(lines))
+def data_of(run: Run, options: argparse.Namespace) -> Path:
+    """The rows of one training."""
+    folder: Path = options.folder / "data"
+    return folder / (f"seed-{run.seed}" if run.part == "search" else "test")
 
 
 def read_runs(options: argparse.Namespace, task: str) -> dict[Run, Row]:
     """What is trained already."""
     rows = read_rows(options.folder / f"{task}.csv")
     return {Run(row["part"], row["configuration"], float(row["learning_rate"]), int(row["seed"])): row for row in rows}
+
+
+def all_runs(options: argparse.Namespace, tasks: Sequence[str]) -> pd.DataFrame:
+    """The rows of all tasks, written to runs.csv of --out; where there are none, the published ones that it has."""
+    import pandas as pd
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "runs.csv"
+    if found := [row for task in tasks for row in read_runs(options, task).values()]:
+        pd.DataFrame(found).to_csv(path, index=False, lineterminator="\n")
+    return pd.read_csv(path)
 
 
 def train_wanted(
@@ -123,7 +137,7 @@ def train_wanted(
     wanted: Callable[[str, dict[Run, Row]], Iterable[Run]],
     train_one: Callable[[str, Run, argparse.Namespace], Row],
 ) -> None:
-    """Train what is not trained yet: :func:`train_all`, with the rows that the searches hold out.
+    """Train what is not trained yet: :func:`train_all`, with the rows that tests have and searches hold out.
 
     Args:
         options: As there, and data_dir.
@@ -132,6 +146,7 @@ def train_wanted(
         wanted: As there.
         train_one: As there.
     """
+    write_test_rows(options)
     for task in options.tasks:
         for seed in search.seeds:
             hold_out(task, seed, options, most=most_rows)

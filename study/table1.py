@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import paired
 from calibration import MODELS, Part, Run, in_processes, is_trained, thin, train_with
-from learning_rates import METHODS, TASKS, shuffled
+from learning_rates import METHODS, TASKS, shuffled, write_rows
 from searched import call, training_options
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ def train(options: argparse.Namespace) -> None:
         for split, most in sizes.items():
             path = options.folder / "data" / f"{task}_{split}.jsonl"
             if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(b"\n".join(shuffled(options.data_dir / path.name, 0)[:most]))
+                write_rows(shuffled(options.data_dir / path.name, 0)[:most], path)
     failed = in_processes(Part(wanted, train_one, is_trained), options)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; call again to try them once more")

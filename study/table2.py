@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration import base_model
-from learning_rates import shuffled
-from searched import Row, Run, call, read_runs, train_all, train_run, training_options
+from learning_rates import shuffled, write_rows
+from searched import Row, Run, all_runs, call, train_all, train_run, training_options
 
 TASK = "alpaca"
 ROWS = 6600  # of which a tenth is held out
@@ -55,8 +55,7 @@ def train(options: argparse.Namespace) -> None:
     """Train what is not trained yet."""
     options.model = str(base_model("smollm2", options))
     path = options.folder / "data" / f"{TASK}_train.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\n".join(shuffled(options.data_dir / path.name, 0)[: options.rows]))
+    write_rows(shuffled(options.data_dir / path.name, 0)[: options.rows], path)
     train_all(options, partial(wanted, options), train_one)
 
 
@@ -105,13 +104,9 @@ def tables(options: argparse.Namespace) -> None:
     """Write runs.csv of the rows, if there are any, and of runs.csv the table and its picture."""
     import pandas as pd
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    path, spectra = options.out / "runs.csv", options.out / "spectra.csv"
-    if found := list(read_runs(options, TASK).values()):
-        pd.DataFrame(found).to_csv(path, index=False, lineterminator="\n")
-        kept = [mean_spectrum(file) for file in sorted((options.folder / "kept").glob("*.csv.gz"))]
+    runs, spectra = all_runs(options, [TASK]), options.out / "spectra.csv"
+    if kept := [mean_spectrum(file) for file in sorted((options.folder / "kept").glob("*.csv.gz"))]:
         pd.concat(kept).to_csv(spectra, index=False, float_format="%.5g", lineterminator="\n")
-    runs = pd.read_csv(path)
     columns = ["parameters", "first", "last", "loss", "frobenius", "effective_rank", "m_eff_1", "task_effective_rank"]
     by = runs.groupby(["configuration", "learning_rate"], sort=False)
     table = by[columns].mean().assign(seeds=by.size(), lowest=by["last"].min(), highest=by["last"].max())

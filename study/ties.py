@@ -36,7 +36,7 @@ from typing import Any
 from calibration import base_model, chosen_rate
 from faults import own_parts, tie
 from safetensors.torch import load_file
-from searched import TASKS, Row, Run, call, read_runs, train_all, train_run, training_options, write_test_rows
+from searched import TASKS, Row, Run, all_runs, call, train_all, train_run, training_options, write_test_rows
 
 from msplora_core.methods.lora import Lora
 from msplora_core.names import WEIGHTS
@@ -160,11 +160,7 @@ def tables(options: argparse.Namespace) -> None:
     import pandas as pd
     from paired import draw, estimates, groups_of
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "runs.csv"
-    if found := [row for task in TASKS for row in read_runs(options, task).values()]:
-        pd.DataFrame(found).to_csv(path, index=False, lineterminator="\n")
-    runs = pd.read_csv(path)
+    runs = all_runs(options, TASKS)
     found_tables = []
     for when, column in (("before", "first"), ("after", "last")):
         scores = runs.pivot_table(index=["task", "seed"], columns="configuration", values=column).dropna()
