@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from msplora_analysis.adapters.discovery import Adapter
@@ -53,13 +52,13 @@ def learned(adapter: Adapter, moments: Moments | None, *, is_zero: bool) -> Lear
         if moved <= NOTHING:
             return Learned(False, "Next to nothing.", evidence[0], moved, NOTHING)
     course = course_of(adapter)
-    if course is not None and course.is_correlation and course.points[0][0] <= (adapter.epoch or math.inf):
+    if course is not None and course.is_correlation and course.has(adapter.epoch):
         when, correlation = course.at(adapter.epoch)
         if when >= EPOCHS and correlation < CORRELATION:
             evidence.append(f"The {course.metric} is {correlation:.3g}.")
             answer = "Hardly: its outputs do not follow the labels."
             return Learned(False, answer, " ".join(evidence), correlation, CORRELATION)
-    losses = training_losses(adapter) if _has_head(adapter) else []
+    losses = training_losses(adapter) if is_classifier(adapter) else []
     if len(losses) >= EPOCHS and losses[0] > 0:
         fall = 1 - losses[-1] / losses[0]
         evidence.append(f"The training loss went from {losses[0]:.3g} in the first epoch to {losses[-1]:.3g}.")
@@ -71,6 +70,6 @@ def learned(adapter: Adapter, moments: Moments | None, *, is_zero: bool) -> Lear
     return Learned(True, "Yes.", " ".join(evidence), moved, NOTHING)
 
 
-def _has_head(adapter: Adapter) -> bool:
+def is_classifier(adapter: Adapter) -> bool:
     """Whether it is a classifier's (a regression's): its head begins from nothing, so that its loss must fall."""
     return adapter.config.get("task_type") == "SEQ_CLS"

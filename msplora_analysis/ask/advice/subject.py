@@ -16,6 +16,7 @@ import pandas as pd
 from msplora_analysis.adapters.discovery import Adapter
 from msplora_analysis.adapters.opening import open_adapter
 from msplora_analysis.ask.advice.cuts import unit_of
+from msplora_analysis.ask.advice.learned import is_classifier
 from msplora_analysis.formats.helpers.parts import is_head
 from msplora_analysis.options import Options
 from msplora_core.names import SCALES, TOTAL
@@ -72,7 +73,7 @@ class Subject:
     @cached_property
     def lacks_head(self) -> bool:
         """Whether a classifier was saved without its head, so that its task cannot be measured."""
-        if self.adapter.config.get("task_type") != "SEQ_CLS":
+        if not is_classifier(self.adapter):
             return False
         with open_adapter(self.adapter, Options()) as file:
             return not any(map(is_head, file.shapes))

@@ -40,6 +40,10 @@ class Course(NamedTuple):
         sign = 1 if self.greater_is_better else -1
         return max(trained, key=lambda point: sign * point[1])
 
+    def has(self, epoch: float | None) -> bool:
+        """Whether there is a point of an epoch, or before it."""
+        return epoch is None or self.points[0][0] <= epoch
+
     def at(self, epoch: float | None) -> tuple[float, float]:
         """The last point of an epoch, or before it; the last of all where the epoch is not known."""
         return [point for point in self.points if epoch is None or point[0] <= epoch][-1:][0]
